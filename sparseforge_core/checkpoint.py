@@ -1,0 +1,156 @@
+"""Checkpoints: safetensors and a manifest of hashes, complete or ignored, and refused by any other cell.
+
+`Checkpoints` holds the state to go on from (weights, masks, moments, the track's statistics, random state);
+`save_final` writes the finished model as an ordinary Hugging Face folder, its side branches apart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparseforge_core import files
+from sparseforge_core.errors import CheckpointMismatch
+from sparseforge_core.methods.base import MaskTrack
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+"""Good checkpoints kept, so that one that turns out bad still leaves another."""
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one cell in one folder."""
+
+    def __init__(self, folder: Path, cell: str) -> None:
+        self.folder = folder
+        self.cell = cell
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> Path:
+        """Write everything that determines the steps after `step`."""
+        path = self.folder / f"step-{step:08d}"
+        with files.new_folder(path) as temporary:
+            save_file(_model_state(model), temporary / "model.safetensors")
+            save_file(_optimizer_state(model, optimizer), temporary / "optimizer.safetensors")
+            state = {**track.state(), "random": torch.get_rng_state()}
+            save_file({k: v.contiguous() for k, v in state.items()}, temporary / "track.safetensors")
+            _write_manifest(temporary, {"cell": self.cell, "step": step})
+        for old in self.steps()[:-KEPT]:
+            shutil.rmtree(self._path(old))
+        return path
+
+    def steps(self) -> list[int]:
+        """Steps with a complete folder, ascending."""
+        found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*") if (p / MANIFEST).is_file())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> int:
+        """Restore the newest checkpoint that verifies; returns its step, or 0 where there is none.
+
+        A truncated or altered one is reported and the one before it used. Raises CheckpointMismatch if a
+        checkpoint belongs to another cell, or if none of those present verifies.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                self._restore(step, model, optimizer, track)
+            except (CheckpointMismatch, SafetensorError, OSError) as error:
+                if isinstance(error, CheckpointMismatch) and "another cell" in str(error):
+                    raise
+                log.warning("checkpoint %s is not usable: %s", self._path(step).name, error)
+                continue
+            return step
+        if steps:
+            raise CheckpointMismatch(
+                f"none of the {len(steps)} checkpoints in {self.folder} verifies; delete that folder to start the cell anew"
+            )
+        return 0
+
+    def clear(self) -> None:
+        """Delete all: the cell is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> None:
+        path = self._path(step)
+        verify(path, self.cell)
+        weights = load_file(path / "model.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        state = load_file(path / "track.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        _restore_optimizer(model, optimizer, moments)
+        torch.set_rng_state(state.pop("random"))
+        track.restore(state)
+
+
+def verify(folder: Path, cell: str | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, after checking every file's hash.
+
+    Raises CheckpointMismatch naming the file that is missing, truncated or altered, or the cell it belongs to.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        hashes: dict[str, str] = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointMismatch(f"{folder} has no readable {MANIFEST}: {error}") from error
+    if cell is not None and manifest.get("cell") != cell:
+        raise CheckpointMismatch(f"{folder} belongs to another cell: it says {manifest.get('cell')!r}, wanted {cell!r}")
+    for name, digest in hashes.items():
+        file = folder / name
+        if not file.is_file() or files.sha256(file) != digest:
+            raise CheckpointMismatch(f"{file} is missing, truncated or altered; delete {folder} to make it anew")
+    return manifest
+
+
+def save_final(folder: Path, model: Any | None, branches: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write the finished model: Hugging Face safetensors, side branches in `slorb.safetensors`, the manifest last.
+
+    `model` None stands for a cell that leaves its source untouched: only the manifest is written.
+    """
+    with files.new_folder(folder) as temporary:
+        if model is not None:
+            model.save_pretrained(temporary)
+        if branches:
+            save_file({name: branch.contiguous().cpu() for name, branch in branches.items()}, temporary / "slorb.safetensors")
+        _write_manifest(temporary, about)
+
+
+def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    hashes = {file.name: files.sha256(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    files.write_json(folder / MANIFEST, {**about, "files": hashes})
+
+
+def _model_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}|{key}": torch.as_tensor(value).detach().clone().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in moments.items():
+        name, _, field = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][field] = value.to(parameter.device)

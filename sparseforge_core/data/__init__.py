@@ -1,0 +1,1 @@
+"""Text in, batches of token ids out. Batches are a pure function of (corpus, seed, step)."""

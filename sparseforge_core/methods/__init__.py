@@ -1,0 +1,37 @@
+"""Every method by its kind. One file each; adding one is a file and a line here."""
+
+from __future__ import annotations
+
+from sparseforge_core.errors import RecipeError, unknown
+from sparseforge_core.methods.base import Method
+from sparseforge_core.methods.dense import Dense, DenseControl
+from sparseforge_core.methods.frozen_mask import FrozenMask
+from sparseforge_core.methods.magnitude import MagnitudePruning
+from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.methods.sr_ste import SRSTE
+from sparseforge_core.methods.wanda import Wanda
+
+__all__ = [
+    "METHODS",
+    "SRSTE",
+    "Dense",
+    "DenseControl",
+    "FrozenMask",
+    "MagnitudePruning",
+    "Method",
+    "SparseForge",
+    "Wanda",
+    "method_named",
+]
+
+METHODS: dict[str, type[Method]] = {
+    str(getattr(cls, "kind")): cls  # noqa: B009 (`kind` is set by @spec)
+    for cls in (Dense, DenseControl, MagnitudePruning, Wanda, FrozenMask, SRSTE, SparseForge)
+}
+
+
+def method_named(kind: str) -> type[Method]:
+    """The method class of a kind. Raises RecipeError, naming the nearest."""
+    if kind not in METHODS:
+        raise RecipeError(unknown("method", kind, METHODS))
+    return METHODS[kind]

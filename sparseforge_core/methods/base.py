@@ -1,0 +1,143 @@
+"""What a method is: a frozen spec that starts a mask track, and the track's five moments in the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.models.sites import Site
+from sparseforge_core.sparsity.patterns import Pattern, check_weight
+from sparseforge_core.sparsity.report import mask_histogram, mask_summary
+from sparseforge_core.sparsity.slorb import SLoRB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a method is given to start with."""
+
+    model: nn.Module
+    sites: list[Site]
+    pattern: Pattern | None
+    slorb: SLoRB | None
+    steps: int
+    """Optimizer steps that will follow; 0 for one-shot methods."""
+    calibration: Callable[[int, int], list[Tensor]]
+    """(number of sequences, length) -> batches of token ids, from the recipe's corpus and the cell's seed."""
+
+
+class MaskTrack:
+    """A method's running state. The base class masks nothing and never changes."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self.sites = around.sites
+        self.pattern = around.pattern
+        self.steps = around.steps
+
+    def before_update(self, step: int) -> None:
+        """After backward, before clipping and the optimizer's update: gradients may be observed or changed."""
+
+    def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """After the weights moved: the masks may move."""
+
+    def finish(self) -> dict[str, Tensor]:
+        """Make the model exactly sparse, take the masks off; returns side branches by site name."""
+        return {}
+
+    def summary(self) -> dict[str, float]:
+        """A few scalars for the journal; cheap enough for every logged step."""
+        return {}
+
+    def histograms(self) -> dict[str, list[int]]:
+        """Mask values by kind of site, counted in `report.HISTOGRAM_EDGES`."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beyond the model's parameters."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up `state()`, after the model's parameters were restored."""
+
+
+class MaskedTrack(MaskTrack):
+    """A track whose sites all carry masks; subclasses decide when these move."""
+
+    def __init__(self, around: Surroundings) -> None:
+        super().__init__(around)
+        assert self.pattern is not None, "recipes of sparsifying methods carry a pattern"
+        self.hard_pattern: Pattern = self.pattern
+        self.frozen = False
+        self.flip_rate = 0.0
+        for site in self.sites:
+            site.attach(around.slorb)
+
+    def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Project: fix every hard mask, zero pruned weights and their optimizer moments."""
+        for site in self.sites:
+            site.mask.freeze(site.weight, self.hard_pattern, site.name)
+            if optimizer is not None:
+                for moment in optimizer.state.get(site.weight, {}).values():
+                    if isinstance(moment, Tensor) and moment.shape == site.weight.shape:
+                        moment.mul_(site.mask.hard)
+        self.frozen = True
+
+    def finish(self) -> dict[str, Tensor]:
+        if not self.frozen:
+            self.freeze(None)
+        branches = {}
+        for site in self.sites:
+            branch = site.squash()
+            check_weight(site.matrix(site.weight.detach()), self.hard_pattern, site.name)
+            if branch is not None:
+                branches[site.name] = branch
+        return branches
+
+    def summary(self) -> dict[str, float]:
+        pairs = ((site.mask.mask, site.mask.hard) for site in self.sites)
+        return {**mask_summary(pairs), "mask/flip_rate": self.flip_rate}
+
+    def histograms(self) -> dict[str, list[int]]:
+        groups = sorted({site.group for site in self.sites})
+        return {
+            f"mask/{group}": mask_histogram(site.mask.mask for site in self.sites if site.group == group)
+            for group in groups
+        }
+
+    def harden(self, site: Site, scores: Tensor) -> float:
+        """Re-select the site's hard mask by `scores` (stored layout); returns the share of entries that flipped."""
+        before = site.mask.hard.clone()
+        site.mask.harden(scores, self.hard_pattern)
+        return float((before != site.mask.hard).float().mean())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"frozen": torch.tensor(self.frozen)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.frozen = bool(state["frozen"])
+        for site in self.sites:
+            site.mask.frozen = self.frozen
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What a listing says about a method."""
+
+    source: str
+    stage: Literal["dense", "one-shot", "retraining"] = field(default="retraining")
+
+
+class Method(ABC):
+    """Spec of how a mask comes to be. `start` returns the running state that the training loop drives."""
+
+    sparsifies: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    card: ClassVar[MethodCard]
+
+    @abstractmethod
+    def start(self, around: Surroundings) -> MaskTrack:
+        """Attach masks (one-shot methods also decide them) and return the track."""

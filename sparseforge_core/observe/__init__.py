@@ -1,0 +1,1 @@
+"""Statistics that a criterion may need, observed while the model runs."""

@@ -1,0 +1,82 @@
+"""Input norms of every site over calibration text, observed by hooks on the whole model.
+
+For a matrix the input is what its module receives. Fused experts see only the tokens routed to them; the input
+of their second matrix is recomputed from the first, with the module's own activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.models.sites import Site
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, sites: list[Site], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """l2 norm of each input of each site over `batches` of token ids, `[..., 1, in]`, float32.
+
+    Raises CurvatureUnavailable naming a site whose module never ran, or whose inputs were not finite.
+    """
+    device = next(model.parameters()).device
+    sums = {site.name: torch.zeros(_norm_shape(site), device=device) for site in sites}
+    hooks = [
+        module.register_forward_pre_hook(_accumulate(found, sums), with_kwargs=True)
+        for module, found in _by_module(sites).items()
+    ]
+    try:
+        for batch in batches:
+            model(input_ids=batch.to(device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check(sites, sums)
+    return {name: total.sqrt() for name, total in sums.items()}
+
+
+def _norm_shape(site: Site) -> tuple[int, ...]:
+    *lead, _, inputs = site.matrix(site.weight).shape
+    return (*lead, 1, inputs)
+
+
+def _by_module(sites: list[Site]) -> dict[nn.Module, list[Site]]:
+    grouped: dict[nn.Module, list[Site]] = {}
+    for site in sites:
+        grouped.setdefault(site.module, []).append(site)
+    return grouped
+
+
+def _accumulate(sites: list[Site], sums: dict[str, Tensor]) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if sites[0].weight.ndim == 2:
+            x = args[0] if args else kwargs["input"]
+            sums[sites[0].name] += _squares(x)
+            return
+        names = ("hidden_states", "top_k_index")
+        hidden, chosen = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        by_parameter = {site.parameter: sums[site.name] for site in sites}
+        for expert in range(module.gate_up_proj.shape[0]):
+            x = hidden[(chosen == expert).any(-1)]
+            by_parameter["gate_up_proj"][expert] += _squares(x)
+            gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            by_parameter["down_proj"][expert] += _squares(module.act_fn(gate) * up)
+
+    return hook
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares over all tokens, `[1, in]`."""
+    return x.reshape(-1, x.shape[-1]).float().square().sum(0, keepdim=True)
+
+
+def _check(sites: list[Site], sums: dict[str, Tensor]) -> None:
+    for site in sites:
+        total = sums[site.name]
+        if not bool(torch.isfinite(total).all()):
+            raise CurvatureUnavailable(f"site {site.name}: calibration inputs are not finite")
+        if not bool((total != 0).any()):
+            raise CurvatureUnavailable(f"site {site.name}: its module saw no calibration input")

@@ -1,0 +1,67 @@
+"""Opening the model that a cell works on or has made: sources, other cells' checkpoints, side branches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+from sparseforge_core.checkpoint import verify
+from sparseforge_core.errors import CheckpointMismatch
+from sparseforge_core.identity import cell_key
+from sparseforge_core.models import hub
+from sparseforge_core.models.families import family_of
+from sparseforge_core.models.sites import find_sites
+from sparseforge_core.models.sources import ModelSource
+from sparseforge_core.recipe import Cell, Trained
+from sparseforge_core.sparsity.slorb import expand
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def cell_folder(home: Path, cell: Cell) -> Path:
+    """Where everything about a cell lives."""
+    return home / "cells" / cell_key(cell)
+
+
+def final_folder(home: Path, cell: Cell) -> Path:
+    """Where a cell's finished model lives."""
+    return cell_folder(home, cell) / "train" / "final"
+
+
+def open_source(source: ModelSource, home: Path) -> PreTrainedModel:
+    """The model that a recipe starts from, float32, on the CPU."""
+    if isinstance(source, Trained):
+        return open_finished(Cell(recipe=source.recipe, seed=source.seed), home)
+    return hub.load_model(source, home)
+
+
+def open_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a recipe's model; a trained model has that of the model it was trained from."""
+    if isinstance(source, Trained):
+        return open_tokenizer(source.recipe.model, home)
+    return hub.load_tokenizer(source, home)
+
+
+def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
+    """The model that a cell made, every file's hash checked, its side branch (if any) added to the weights.
+
+    Adding B P to the weight computes eq. (1) exactly; the stored weights stay sparse. Raises CheckpointMismatch
+    if the cell has not finished or its files were altered.
+    """
+    if not cell.recipe.method.sparsifies and not cell.recipe.method.trains:
+        return open_source(cell.recipe.model, home)
+    folder = final_folder(home, cell)
+    if not folder.is_dir():
+        raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; run its train stage first")
+    verify(folder, cell_key(cell))
+    model = hub.from_pretrained(dtype=torch.float32, what=f"cell {cell_key(cell)}", pretrained_model_name_or_path=str(folder))
+    if (folder / "slorb.safetensors").is_file():
+        branches = load_file(folder / "slorb.safetensors")
+        for site in find_sites(model, family_of(model.config.model_type)):
+            matrix = site.matrix(site.weight.data)
+            matrix += expand(branches[site.name], matrix.shape[-1])
+    return model

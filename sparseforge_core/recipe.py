@@ -1,0 +1,107 @@
+"""The recipe: everything that determines a number, except the seed. A recipe and a seed make a cell."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sparseforge_core.data.corpora import Corpus
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.methods import Method
+from sparseforge_core.models.sources import ModelSource
+from sparseforge_core.objective import Objective, TaskOnly
+from sparseforge_core.schedules import Schedule, WarmupLinear
+from sparseforge_core.sparsity.patterns import Pattern
+from sparseforge_core.sparsity.slorb import SLoRB
+from sparseforge_core.specs import spec
+
+
+@spec("plan")
+class TrainPlan:
+    """How long and how fast the weights train. The token budget is derived, never typed."""
+
+    steps: int = 0
+    """Optimizer steps, the frozen finetune included; 0 for methods that do not train."""
+    sequences: int = 8
+    """Sequences per step, over all devices."""
+    length: int = 128
+    """Tokens per sequence."""
+    lr: Schedule = WarmupLinear(peak=1e-4)
+    """Learning rate over progress = step / steps."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam moment decay rates."""
+    eps: float = 1e-8
+    """Adam denominator constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on unmasked matrices; masked weights, norms and embeddings get none."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the forward; master weights and moments stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "length"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.steps < 0:
+            raise RecipeError(f"steps={self.steps}: must be 0 or more")
+        if self.clip <= 0:
+            raise RecipeError(f"clip={self.clip}: must be above 0")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise RecipeError(f"betas={self.betas}: each must lie in [0, 1)")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by the student: steps x sequences x length."""
+        return self.steps * self.sequences * self.length
+
+
+@spec("recipe")
+class Recipe:
+    """All that determines the numbers, except the seed."""
+
+    model: ModelSource
+    """What is made sparse, and its tokenizer."""
+    method: Method
+    """How the mask comes to be."""
+    corpus: Corpus
+    """Text for retraining and calibration."""
+    pattern: Pattern | None = None
+    """Which entries compete and how many survive; None keeps every weight."""
+    objective: Objective = TaskOnly()
+    """What is minimised."""
+    train: TrainPlan = TrainPlan()
+    """How long and how fast."""
+    slorb: SLoRB | None = None
+    """Optional dense side branch, eq. (1)."""
+
+    def __post_init__(self) -> None:
+        if self.method.sparsifies and self.pattern is None:
+            raise RecipeError(f"pattern: method {self.method.kind!r} needs one, for instance nm(2, 4)")
+        if not self.method.sparsifies and self.pattern is not None:
+            raise RecipeError(f"pattern: method {self.method.kind!r} keeps every weight; leave the pattern out")
+        if not self.method.trains and self.train.steps:
+            raise RecipeError(f"train.steps={self.train.steps}: method {self.method.kind!r} does not train; use 0")
+        if self.method.trains and not self.train.steps:
+            raise RecipeError(f"train.steps=0: method {self.method.kind!r} trains; give it steps")
+        if self.slorb is not None and not self.method.sparsifies:
+            raise RecipeError(f"slorb: method {self.method.kind!r} prunes nothing that a branch could restore")
+
+
+@spec("trained")
+class Trained(ModelSource):
+    """The model that another cell produced: its final checkpoint. The whole recipe is part of this identity."""
+
+    recipe: Recipe
+    seed: int = 0
+
+
+@spec("cell")
+class Cell:
+    """One unit of work: a recipe and a seed."""
+
+    recipe: Recipe
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise RecipeError(f"seed={self.seed}: must be 0 or more")

@@ -1,0 +1,125 @@
+"""Schedules: pure functions of progress in [0, 1]. Nothing here counts its own calls, so resuming is exact."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.specs import spec
+
+
+class Schedule(ABC):
+    """A number that changes over a phase; `at(progress)` with progress clamped to [0, 1]."""
+
+    @abstractmethod
+    def at(self, progress: float) -> float:
+        """Value at `progress`."""
+
+
+@spec("constant")
+class Constant(Schedule):
+    """The same value throughout."""
+
+    value: float
+
+    def at(self, progress: float) -> float:
+        return self.value
+
+
+class _Window(Schedule):
+    first: float
+    last: float
+    begin: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.begin < self.end <= 1.0:
+            raise RecipeError(f"window begin={self.begin}, end={self.end}: needs 0 <= begin < end <= 1")
+
+    def _share(self, progress: float) -> float:
+        return min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
+
+
+@spec("linear")
+class Linear(_Window):
+    """From `first` to `last`, straight, between the fractions `begin` and `end`."""
+
+    first: float
+    last: float
+    begin: float = 0.0
+    end: float = 1.0
+
+    def at(self, progress: float) -> float:
+        return self.first + (self.last - self.first) * self._share(progress)
+
+
+@spec("geometric")
+class Geometric(_Window):
+    """From `first` to `last` by a constant factor per unit of progress (the paper's T <- gamma T)."""
+
+    first: float
+    last: float
+    begin: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first <= 0 or self.last <= 0:
+            raise RecipeError(f"geometric schedule from {self.first} to {self.last}: both must be above 0")
+
+    def at(self, progress: float) -> float:
+        return self.first * (self.last / self.first) ** self._share(progress)
+
+
+@spec("smooth-step")
+class SmoothStep(_Window):
+    """From `first` to `last` along the cubic Hermite 3u^2 - 2u^3 (the paper's beta, section 4.3)."""
+
+    first: float
+    last: float
+    begin: float = 0.0
+    end: float = 1.0
+
+    def at(self, progress: float) -> float:
+        u = self._share(progress)
+        return self.first + (self.last - self.first) * u * u * (3.0 - 2.0 * u)
+
+
+@spec("warmup-linear")
+class WarmupLinear(Schedule):
+    """Linear warm-up to `peak` over the fraction `warmup`, then linear to `last` at progress 1."""
+
+    peak: float
+    warmup: float = 0.05
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup < 1.0:
+            raise RecipeError(f"warmup={self.warmup}: needs 0 <= warmup < 1")
+
+    def at(self, progress: float) -> float:
+        p = min(1.0, max(0.0, progress))
+        if p < self.warmup:
+            return self.peak * p / self.warmup
+        return self.peak + (self.last - self.peak) * (p - self.warmup) / (1.0 - self.warmup)
+
+
+@spec("warmup-cosine")
+class WarmupCosine(Schedule):
+    """Linear warm-up to `peak` over the fraction `warmup`, then half a cosine down to `last`."""
+
+    peak: float
+    warmup: float = 0.05
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup < 1.0:
+            raise RecipeError(f"warmup={self.warmup}: needs 0 <= warmup < 1")
+
+    def at(self, progress: float) -> float:
+        p = min(1.0, max(0.0, progress))
+        if p < self.warmup:
+            return self.peak * p / self.warmup
+        u = (p - self.warmup) / (1.0 - self.warmup)
+        return self.last + (self.peak - self.last) * 0.5 * (1.0 + math.cos(math.pi * u))

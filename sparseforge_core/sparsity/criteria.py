@@ -1,0 +1,87 @@
+"""Criteria: how important an entry of a weight is. A criterion names the statistic it must observe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.specs import spec
+
+Statistic = Literal["nothing", "curvature", "input_norms"]
+
+
+class Criterion(ABC):
+    """Importance of each entry of a weight `[..., out, in]`; larger is more worth keeping."""
+
+    needs: ClassVar[Statistic] = "nothing"
+
+    @abstractmethod
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        """Non-negative scores of the weight's shape."""
+
+
+@spec("magnitude-score")
+class Magnitude(Criterion):
+    """|W|."""
+
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        return weight.abs()
+
+
+@spec("wanda-score")
+class WandaScore(Criterion):
+    """|W_ij| ||x_j||, `statistic` = l2 norm of each input over the calibration tokens, `[..., 1, in]` (Wanda)."""
+
+    needs: ClassVar[Statistic] = "input_norms"
+
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        return weight.abs() * _present(statistic, self)
+
+
+@spec("hessian-obd")
+class HessianOBD(Criterion):
+    """(H + eps) W^2 (paper, section 4.1), eps relative to the layer's mean curvature."""
+
+    needs: ClassVar[Statistic] = "curvature"
+    relative_eps: float = 1e-3
+
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        curvature = _present(statistic, self)
+        return (curvature + self.relative_eps * curvature.mean()) * weight.square()
+
+
+@spec("hessian-ratio")
+class HessianRatio(Criterion):
+    """|W| / sqrt(H + eps): what the published LLaMA script ranks by. It falls with curvature; for ablation only."""
+
+    needs: ClassVar[Statistic] = "curvature"
+    relative_eps: float = 1e-3
+
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        curvature = _present(statistic, self)
+        return weight.abs() / (curvature + self.relative_eps * curvature.mean()).clamp_min(1e-38).sqrt()
+
+
+def _present(statistic: Tensor | None, criterion: Criterion) -> Tensor:
+    if statistic is None:
+        raise CurvatureUnavailable(f"{type(criterion).__name__} needs {criterion.needs}, and none was observed")
+    return statistic
+
+
+def standardize(scores: Tensor, *, log: bool) -> Tensor:
+    """Layer-wise z-scores (section 4.1), of the scores or of their logarithm.
+
+    Raw products of curvature and weight are heavy-tailed: a few columns set sigma and the gaps inside groups
+    vanish against the temperature. The logarithm keeps the order and makes the gaps comparable. Constant scores
+    become zeros. Raises CurvatureUnavailable if a score is not finite.
+    """
+    s = scores.float()
+    if log:
+        s = (s + 1e-10 * s.mean() + 1e-38).log()
+    if not bool(torch.isfinite(s).all()):
+        raise CurvatureUnavailable("a score is not finite; the curvature or the weight behind it has diverged")
+    return (s - s.mean()) / (s.std(correction=0) + 1e-6)

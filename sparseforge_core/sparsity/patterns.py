@@ -1,0 +1,155 @@
+"""Sparsity patterns: which entries compete with each other, and how many of them survive.
+
+2:4, N:M and the paper's block-16 all say *tile the matrix, keep the best k of each tile*. A pattern turns a
+weight `[..., out, in]` into groups `[..., tiles, size]`; everything after that works on the last dimension, for
+matrices and for stacks of expert matrices alike. N:M groups run along the input dimension, the axis that the
+sparse tensor core contracts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sparseforge_core.errors import PatternViolation, RecipeError
+from sparseforge_core.specs import spec
+
+
+class Pattern(ABC):
+    """How entries of a weight `[..., out, in]` are grouped, and how many of a group are kept."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What people call it: '2:4', 'block-16'."""
+
+    @property
+    @abstractmethod
+    def density(self) -> float:
+        """Share of entries kept."""
+
+    @abstractmethod
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this `[..., out, in]` shape does not fit, or None."""
+
+    @abstractmethod
+    def groups(self, x: Tensor) -> Tensor:
+        """`[..., out, in]` -> `[..., tiles, size]`. Raises PatternViolation if the shape does not divide."""
+
+    @abstractmethod
+    def ungroup(self, grouped: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of `groups` for a weight of `shape`."""
+
+    @property
+    @abstractmethod
+    def keep_count(self) -> int:
+        """Entries kept in each group."""
+
+
+@spec("group-pattern")
+class GroupPattern(Pattern):
+    """Keep `keep` entries of every `rows` x `cols` tile."""
+
+    rows: int
+    cols: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise RecipeError(f"rows={self.rows}, cols={self.cols}: a tile has at least one row and one column")
+        if not 0 < self.keep < self.rows * self.cols:
+            raise RecipeError(f"keep={self.keep}: must lie between 0 and {self.rows * self.cols}, both excluded")
+
+    @property
+    def name(self) -> str:
+        if self.rows == 1:
+            return f"{self.keep}:{self.cols}"
+        if self.rows == self.cols and 2 * self.keep == self.rows * self.cols:
+            return f"block-{self.rows}"
+        return f"{self.keep} of {self.rows}x{self.cols}"
+
+    @property
+    def density(self) -> float:
+        return self.keep / (self.rows * self.cols)
+
+    @property
+    def keep_count(self) -> int:
+        return self.keep
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) < 2:
+            return f"shape {tuple(shape)} is no matrix"
+        out, inp = shape[-2], shape[-1]
+        if out % self.rows or inp % self.cols:
+            return f"pattern {self.name} needs out divisible by {self.rows} and in by {self.cols}; found {out} x {inp}"
+        return None
+
+    def groups(self, x: Tensor) -> Tensor:
+        refusal = self.refusal(tuple(x.shape))
+        if refusal:
+            raise PatternViolation(refusal)
+        *lead, out, inp = x.shape
+        tiled = x.reshape(*lead, out // self.rows, self.rows, inp // self.cols, self.cols)
+        return tiled.transpose(-3, -2).reshape(*lead, -1, self.rows * self.cols)
+
+    def ungroup(self, grouped: Tensor, shape: torch.Size) -> Tensor:
+        *lead, out, inp = shape
+        tiled = grouped.reshape(*lead, out // self.rows, inp // self.cols, self.rows, self.cols)
+        return tiled.transpose(-3, -2).reshape(shape)
+
+
+def nm(keep: int, size: int) -> GroupPattern:
+    """N:M along the input dimension: `nm(2, 4)` is NVIDIA's 2:4."""
+    return GroupPattern(rows=1, cols=size, keep=keep)
+
+
+BLOCK_16 = GroupPattern(rows=16, cols=16, keep=128)
+"""The paper's block-16 (appendix B): 128 of the 256 entries of every 16 x 16 tile."""
+
+
+def keep_top(grouped: Tensor, keep: int) -> Tensor:
+    """Boolean indicator of the `keep` largest entries of the last dimension; exactly `keep` in every group.
+
+    Ties go to the lower index, negative zero equals zero. Raises PatternViolation on a score that is not finite.
+    """
+    if not bool(torch.isfinite(grouped).all()):
+        raise PatternViolation("a score is not finite; nothing can be ranked by it")
+    size = grouped.shape[-1]
+    if size <= 16:
+        # Rank by comparing all pairs: elementwise, so it fuses on a GPU and beats a sort for small groups.
+        mine, other = grouped.unsqueeze(-1), grouped.unsqueeze(-2)
+        index = torch.arange(size, device=grouped.device)
+        earlier = index.unsqueeze(0) < index.unsqueeze(1)
+        beaten_by = (other > mine) | ((other == mine) & earlier)
+        return beaten_by.sum(-1) < keep
+    order = torch.argsort(grouped, dim=-1, descending=True, stable=True)[..., :keep]
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def top_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Hard mask of `scores` `[..., out, in]`: boolean, the same shape, exactly the pattern."""
+    return pattern.ungroup(keep_top(pattern.groups(scores), pattern.keep_count), scores.shape)
+
+
+def check_mask(mask: Tensor, pattern: Pattern, where: str) -> None:
+    """Raise PatternViolation unless every group of the 0/1 `mask` keeps exactly the pattern's count."""
+    kept = pattern.groups(mask != 0).sum(-1)
+    _refuse(kept != pattern.keep_count, kept, pattern, where, "exactly")
+
+
+def check_weight(weight: Tensor, pattern: Pattern, where: str) -> None:
+    """Raise PatternViolation if a group of `weight` holds more non-zeros than the pattern keeps."""
+    kept = pattern.groups(weight != 0).sum(-1)
+    _refuse(kept > pattern.keep_count, kept, pattern, where, "at most")
+
+
+def _refuse(wrong: Tensor, kept: Tensor, pattern: Pattern, where: str, how: str) -> None:
+    count = int(wrong.sum())
+    if count:
+        first = int(kept[wrong].flatten()[0])
+        raise PatternViolation(
+            f"site {where}: {count:,} of {wrong.numel():,} groups break {pattern.name}; the first keeps {first} "
+            f"entries instead of {how} {pattern.keep_count}"
+        )

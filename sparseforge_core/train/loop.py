@@ -1,0 +1,151 @@
+"""The one training loop. It reads as algorithm 1: weights every step, the mask's own track beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseforge_core.checkpoint import Checkpoints
+from sparseforge_core.data.tokens import TokenStream
+from sparseforge_core.errors import Diverged, Interrupted
+from sparseforge_core.methods.base import MaskTrack
+from sparseforge_core.objective import Losses, batch_losses
+from sparseforge_core.recipe import Recipe
+from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
+from sparseforge_core.tracking.tracker import Tracker
+from sparseforge_core.train.optimizer import clip, set_rate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a running cell tells whoever watches it."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything one training run works on."""
+
+    recipe: Recipe
+    model: Any
+    teacher: Any | None
+    track: MaskTrack
+    optimizer: torch.optim.Optimizer
+    stream: TokenStream
+    checkpoints: Checkpoints
+    tracker: Tracker
+    device: torch.device
+    micro_batch: int | None = None
+    """Sequences per forward; None takes the whole batch. Placement, not identity."""
+    log_every: int = 10
+    save_every: int = 200
+    histogram_every: int = 100
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training leaves besides the model: the last smoothed losses, and seconds spent in steps."""
+
+    final_loss: float
+    seconds: float
+
+
+def train(
+    run: Run,
+    *,
+    on_step: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Outcome:
+    """Train from the last checkpoint, if any, to the recipe's last step.
+
+    Raises Interrupted when asked to stop (a checkpoint is saved first), Diverged on a loss or gradient that is
+    not finite (nothing of that step reaches a checkpoint).
+    """
+    plan = run.recipe.train
+    first = run.checkpoints.resume(run.model, run.optimizer, run.track) + 1
+    clock = _Clock(plan.sequences * plan.length, first - 1)
+    loss = float("nan")
+    for step in range(first, plan.steps + 1):
+        # ------------------------------------------------ one training step
+        set_rate(run.optimizer, plan.lr.at(step / plan.steps))
+        losses = _backward(run, run.stream.batch(step), step)
+        run.track.before_update(step)
+        norm = clip(run.model, plan.clip, step)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.track.after_update(step, run.optimizer)
+        # -----------------------------------------------------------------
+        loss = losses["loss/total"]
+        if on_step is not None:
+            on_step(Progress(step=step, steps=plan.steps, loss=loss))
+        last = step == plan.steps
+        if step % run.log_every == 0 or step == 1 or last:
+            rate = {"lr": plan.lr.at(step / plan.steps), "grad_norm": norm, "tokens_per_second": clock.rate(step)}
+            run.tracker.scalars(step, {**losses, **rate, **run.track.summary()})
+        if step % run.histogram_every == 0 or last:
+            for name, counts in run.track.histograms().items():
+                run.tracker.histogram(step, name, list(HISTOGRAM_EDGES), counts)
+        stop = should_stop is not None and should_stop()
+        if step % run.save_every == 0 or (stop and not last):
+            run.checkpoints.save(step, run.model, run.optimizer, run.track)
+        if stop and not last:
+            raise Interrupted(f"stopped after step {step} of {plan.steps}; run the same command again to go on from here")
+    return Outcome(final_loss=loss, seconds=clock.seconds())
+
+
+def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
+    """Forward and backward of one batch, in micro-batches whose gradients add up to that of the mean loss."""
+    pieces = tokens.split(run.micro_batch or tokens.shape[0])
+    means: dict[str, float] = {}
+    for piece in pieces:
+        share = piece.shape[0] / tokens.shape[0]
+        with _autocast(run):
+            losses = batch_losses(run.model, run.teacher, run.recipe.objective, piece.to(run.device))
+        _refuse_divergence(losses, step)
+        (losses.total * share).backward()  # type: ignore[no-untyped-call]
+        parts = {"loss/total": losses.total, "loss/task": losses.task, "loss/kl": losses.kl}
+        for name, value in parts.items():
+            if value is not None:
+                means[name] = means.get(name, 0.0) + share * float(value.detach())
+    return means
+
+
+def _autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
+    if run.recipe.train.compute_dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(run.device.type, dtype=torch.bfloat16)
+
+
+def _refuse_divergence(losses: Losses, step: int) -> None:
+    if not bool(torch.isfinite(losses.total)):
+        raise Diverged(f"step {step}: the loss is {float(losses.total.detach())}; nothing of this step was kept")
+
+
+class _Clock:
+    """Tokens per second since the last question, and seconds in all."""
+
+    def __init__(self, tokens_per_step: int, step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.begin = self.last = time.perf_counter()
+        self.last_step = step
+
+    def rate(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self.last_step) * self.tokens_per_step / max(now - self.last, 1e-9)
+        self.last, self.last_step = now, step
+        return rate
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin

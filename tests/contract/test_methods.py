@@ -1,0 +1,213 @@
+"""The contract of every method: it attaches, steps, ends in the exact pattern, and resumes to the bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparseforge_core.checkpoint import Checkpoints
+from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.errors import Diverged, Interrupted, RecipeError
+from sparseforge_core.methods import METHODS, SRSTE, FrozenMask, Method, SparseForge, Wanda, method_named
+from sparseforge_core.methods.base import Surroundings
+from sparseforge_core.methods.sparseforge import Phases
+from sparseforge_core.objective import Distill
+from sparseforge_core.recipe import Recipe, TrainPlan
+from sparseforge_core.schedules import Geometric, WarmupLinear
+from sparseforge_core.sparsity.criteria import Magnitude, WandaScore
+from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
+from sparseforge_core.sparsity.slorb import SLoRB
+from sparseforge_core.tracking.tracker import MemoryTracker
+from sparseforge_core.train.loop import Run, train
+from sparseforge_core.train.optimizer import build_optimizer
+from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tiny_source, tokens
+
+STEPS = 20
+
+
+class Batches:
+    """A stream of random tokens that is a pure function of the step."""
+
+    def batch(self, step: int) -> torch.Tensor:
+        return tokens(4, 16, seed=step)
+
+
+def recipe_of(method: Method, architecture: str = "llama", **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "model": tiny_source(architecture),
+        "method": method,
+        "corpus": Synthetic(documents_count=10),
+        "pattern": nm(2, 4) if method.sparsifies else None,
+        "objective": Distill(),
+        "train": TrainPlan(steps=STEPS, sequences=4, length=16, lr=WarmupLinear(peak=3e-3)),
+        **changes,
+    }
+    if not method.trains:
+        values["train"] = TrainPlan()
+    return Recipe(**values)
+
+
+def start(recipe: Recipe, folder: Path) -> Run:
+    model = tiny_model(recipe.model.architecture)  # type: ignore[attr-defined]
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    sites = sites_of(model) if recipe.method.sparsifies else []
+    around = Surroundings(
+        model=model,
+        sites=sites,
+        pattern=recipe.pattern,
+        slorb=recipe.slorb,
+        steps=recipe.train.steps,
+        calibration=lambda samples, length: [tokens(samples, min(length, 16), seed=1)],
+    )
+    return Run(
+        recipe=recipe,
+        model=model,
+        teacher=teacher,
+        track=recipe.method.start(around),
+        optimizer=build_optimizer(model, sites, recipe.train),
+        stream=Batches(),  # type: ignore[arg-type]
+        checkpoints=Checkpoints(folder, "cell"),
+        tracker=MemoryTracker(),
+        device=torch.device("cpu"),
+        log_every=1,
+        save_every=7,
+        histogram_every=10,
+    )
+
+
+def every_method() -> list[Any]:
+    variants: list[Method] = [cls() for cls in METHODS.values() if cls is not Wanda]
+    variants += [
+        Wanda(samples=4, length=16),
+        FrozenMask(prior=Wanda(samples=4, length=16, sequential=False)),
+        SparseForge(criterion=Magnitude()),
+        SparseForge(criterion=WandaScore(), calibration_samples=4),
+        SparseForge(threshold="nth", log_scores=False),
+    ]
+    return [pytest.param(m, id=f"{m.kind}-{i}") for i, m in enumerate(variants)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", every_method())
+def test_every_method_ends_in_the_exact_pattern(method: Method, tmp_path: Path) -> None:
+    recipe = recipe_of(method)
+    run = start(recipe, tmp_path)
+    if recipe.train.steps:
+        train(run)
+    assert run.track.finish() == {}
+    names = [name for name, _ in run.model.named_parameters()]
+    assert names == [name for name, _ in tiny_model("llama").named_parameters()]
+    if recipe.pattern is not None:
+        for site in sites_of(run.model):
+            check_weight(site.matrix(site.weight), recipe.pattern, site.name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", [nm(2, 4), BLOCK_16], ids=lambda p: p.name)
+def test_sparseforge_anneals_every_family_to_the_exact_pattern(architecture: str, pattern: Any, tmp_path: Path) -> None:
+    run = start(recipe_of(SparseForge(), architecture, pattern=pattern, slorb=SLoRB(k=8)), tmp_path)
+    train(run)
+    branches = run.track.finish()
+    sites = sites_of(run.model)
+    assert set(branches) == {site.name for site in sites}
+    for site in sites:
+        check_weight(site.matrix(site.weight), pattern, site.name)
+        kept = float((site.weight != 0).float().mean())
+        assert kept == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [SparseForge(), SRSTE(), FrozenMask(), METHODS["dense-control"]()])
+@pytest.mark.parametrize("stop", [1, 6, 14, 15, 18])
+def test_a_stopped_run_resumes_to_the_bit(method: Method, stop: int, tmp_path: Path) -> None:
+    recipe = recipe_of(method, slorb=SLoRB(k=8) if method.sparsifies else None)
+    whole = start(recipe, tmp_path / "whole")
+    train(whole)
+    first = start(recipe, tmp_path / "parts")
+    seen: list[int] = []
+    with pytest.raises(Interrupted, match=f"after step {stop} of {STEPS}"):
+        train(first, on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == stop)
+    second = start(recipe, tmp_path / "parts")
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(1.0)  # whatever the fresh start held must not matter
+    train(second)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for name, branch in whole.track.finish().items():
+        assert torch.equal(branch, second.track.finish().get(name, branch))
+        break
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path: Path) -> None:
+    recipe = recipe_of(SparseForge())
+    whole = start(recipe, tmp_path / "whole")
+    train(whole)
+    seen: list[int] = []
+    with pytest.raises(Interrupted):
+        train(start(recipe, tmp_path / "parts"), on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == 16)
+    newest = tmp_path / "parts" / "step-00000016" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    second = start(recipe, tmp_path / "parts")
+    assert second.checkpoints.resume(second.model, second.optimizer, second.track) == 14
+    train(second)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path: Path) -> None:
+    run = start(recipe_of(SparseForge()), tmp_path)
+
+    def poison(progress: Any) -> None:
+        if progress.step == 8:
+            with torch.no_grad():
+                run.model.model.norm.weight[0] = torch.nan
+
+    with pytest.raises(Diverged, match="step 9"):
+        train(run, on_step=poison)
+    assert run.checkpoints.steps() == [7]
+
+
+def test_journalled_masks_end_hard_and_annealing_follows_its_schedule(tmp_path: Path) -> None:
+    run = start(recipe_of(SparseForge()), tmp_path)
+    train(run)
+    tracker = run.tracker
+    assert isinstance(tracker, MemoryTracker)
+    last = tracker.scalars_at(STEPS)
+    assert last["mask/soft_hard_gap"] == 0.0
+    assert last["anneal/softness"] == 0.0
+    temperatures = [tracker.scalars_at(step)["anneal/temperature"] for step in range(1, STEPS + 1)]
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert temperatures[-1] == pytest.approx(0.05)
+
+
+def test_phases_are_fractions_of_the_budget() -> None:
+    phases = Phases.of(SparseForge(), 1000)
+    assert (phases.quench, phases.freeze, phases.period) == (700, 900, 2)
+    assert [phases.softness(s) for s in (1, 700, 800, 900, 1000)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    assert Phases.of(SparseForge(), 20_000).period == 10
+    with pytest.raises(RecipeError, match="too few"):
+        Phases.of(SparseForge(), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"quench_begin": 0.95}, "quench_begin"),
+        ({"freeze_at": 1.5}, "freeze_at"),
+        ({"update_every": 0}, "update_every"),
+        ({"target_freeze": 0.0}, "target_freeze"),
+    ],
+)
+def test_constants_out_of_range_are_refused_by_name(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError, match=field):
+        SparseForge(**changes)
+
+
+def test_temperature_must_stay_positive_and_names_are_suggested() -> None:
+    with pytest.raises(RecipeError, match="above 0"):
+        SparseForge(temperature=Geometric(first=1.0, last=0.0))
+    with pytest.raises(RecipeError, match="Did you mean 'wanda'"):
+        method_named("wnada")

@@ -1,0 +1,44 @@
+"""Tiny random models of every family, built straight from our configurations: the workhorses of the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.models.sites import Site, find_sites
+from sparseforge_core.models.families import family_of
+from sparseforge_core.models.sources import Tiny, TrainedBPE
+from sparseforge_core.models.tiny import tiny_config
+
+ARCHITECTURES = ("llama", "qwen3", "opt", "gpt2", "deepseek_moe")
+VOCABULARY = 64
+
+
+def tiny_source(architecture: str, **changes: Any) -> Tiny:
+    """A source of the smallest useful size: 2 layers, width 64."""
+    tokenizer = TrainedBPE(corpus=Synthetic(documents_count=50), size=300)
+    values = {"width": 64, "layers": 2, "heads": 2, "positions": 64, **changes}
+    return Tiny(architecture=architecture, tokenizer=tokenizer, **values)  # type: ignore[arg-type]
+
+
+def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
+    """A random float32 model in evaluation mode with a vocabulary of 64."""
+    config = tiny_config(tiny_source(architecture, **changes), VOCABULARY, 0)
+    for name in ("attention_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def sites_of(model: Any) -> list[Site]:
+    """The maskable weights of a tiny model."""
+    return find_sites(model, family_of(model.config.model_type))
+
+
+def tokens(batch: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[batch, length]`."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
