@@ -1,0 +1,106 @@
+"""Perplexity with everything that defines it stated: text, window, stride, what is predicted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from sparseforge_core.data.corpora import Corpus
+from sparseforge_core.data.tokens import tokenize_once
+from sparseforge_core.errors import DataError
+from sparseforge_core.evaluate.result import SuiteResult, measurement
+from sparseforge_core.evaluate.suites import PerplexitySuite
+
+WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+WIKITEXT_ENV = "SPARSEFORGE_WIKITEXT2"
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    suite: PerplexitySuite,
+    *,
+    corpus: Corpus,
+    home: Path,
+    device: torch.device,
+    batch_size: int,
+) -> SuiteResult:
+    """`perplexity` and `nll` (nats per predicted token) of the suite's text.
+
+    The standard error is that of the mean over windows; for the perplexity by the delta method. Raises DataError
+    if the window exceeds the model's positions or the text is shorter than one window.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+    if suite.window > positions:
+        raise DataError(f"suite {suite.name}: window={suite.window}, and the model accepts at most {positions} tokens")
+    ids, about = _text(tokenizer, suite, corpus, home)
+    windows = len(ids) // suite.window
+    if suite.limit is not None:
+        windows = min(windows, suite.limit)
+    if windows == 0:
+        raise DataError(f"suite {suite.name}: the text has {len(ids)} tokens, fewer than one window of {suite.window}")
+    table = torch.from_numpy(np.array(ids[: windows * suite.window], dtype=np.int64)).view(windows, suite.window)
+    losses = torch.cat([window_losses(model, batch.to(device)) for batch in table.split(batch_size)]).double()
+    mean = float(losses.mean())
+    error = float(losses.std()) / math.sqrt(windows) if windows > 1 else None
+    predicted = windows * (suite.window - 1)
+    about |= {"window": suite.window, "stride": suite.window, "bos": False, "windows": windows, "predicted": predicted}
+    value = math.exp(mean) if mean < 700 else math.inf
+    rows = (
+        measurement("perplexity", value, None if error is None else value * error, predicted, about),
+        measurement("nll", mean, error, predicted, about),
+    )
+    items = tuple({"window": i, "nll": _finite(loss)} for i, loss in enumerate(losses.tolist()))
+    return SuiteResult(rows, items, {"batch_size": batch_size})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@torch.no_grad()
+def window_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each window of `[windows, length]`, over its `length - 1` predictions."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return losses.mean(1).cpu()
+
+
+def _text(tokenizer: Any, suite: PerplexitySuite, corpus: Corpus, home: Path) -> tuple[Any, dict[str, Any]]:
+    if suite.text == "heldout":
+        tokens = tokenize_once(corpus, "heldout", tokenizer, home)
+        return tokens.ids, {"text": "held-out split of the recipe's corpus", "sha256": tokens.sha256}
+    text = wikitext2_test()
+    about = {"text": "WikiText-2 raw test", "join": "blank line", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, about
+
+
+def wikitext2_test() -> str:
+    """The raw WikiText-2 test set, rows joined by blank lines as the GPTQ and Wanda papers read it.
+
+    From the folder in $SPARSEFORGE_WIKITEXT2 (with wiki.test.raw), else from the hub. Raises DataError saying how
+    to provide it.
+    """
+    folder = os.environ.get(WIKITEXT_ENV)
+    if folder:
+        path = Path(folder) / "wiki.test.raw"
+        if not path.is_file():
+            raise DataError(f"{WIKITEXT_ENV}={folder}: there is no wiki.test.raw in it")
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return "\n\n".join((line + "\n") if line.strip() else "" for line in lines)
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(*WIKITEXT_HUB, split="test")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"WikiText-2 is not at hand: the hub cannot be reached. Set {WIKITEXT_ENV} to a folder with wiki.test.raw"
+        ) from error
+    return "\n\n".join(rows["text"])

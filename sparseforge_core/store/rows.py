@@ -1,0 +1,124 @@
+"""What goes into the store and what comes out: plain frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["pending", "running", "done", "failed", "lost", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCell:
+    """A cell that a grid wants, with what a listing shows of it."""
+
+    key: str
+    recipe_key: str
+    seed: int
+    model: str
+    family: str
+    pattern: str
+    method: str
+    variant: str
+    tokens: int
+    spec_json: str
+    """The fully resolved recipe."""
+    cell_json: str
+    """The cell file."""
+    requires: tuple[str, ...] = ()
+    """Cells whose trained model this one reads."""
+    pool: str = "cpu"
+    cost_hours: float = 0.0
+    """Estimated device hours, for order and ETA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSuite:
+    """A suite that stages refer to."""
+
+    key: str
+    name: str
+    spec_json: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSlot:
+    """A recipe's row in an exhibit of one grid."""
+
+    grid: str
+    exhibit: str
+    row: str
+    label: str
+    position: int
+    recipe_key: str | None = None
+    seeds: tuple[int, ...] = ()
+    suite_keys: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedNumber:
+    """A number quoted from a paper, with its source."""
+
+    exhibit: str
+    row: str
+    column: str
+    value: float | None
+    text: str
+    source: str
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number of one cell under one stage; value None only with `detail['status'] == 'diverged'`."""
+
+    metric: str
+    value: float | None
+    stderr: float | None
+    n: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Who ran an attempt, with what."""
+
+    git_sha: str = ""
+    dirty: bool = False
+    lock_sha: str = ""
+    host: str = ""
+    device: str = ""
+    python: str = ""
+    torch: str = ""
+    command: str = ""
+    pid: int = 0
+    flow_run_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A live claim on a stage of a cell."""
+
+    id: int
+    cell_key: str
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageState:
+    """One stage of one planned cell as the store sees it now."""
+
+    cell_key: str
+    stage: str
+    status: Status
+    attempts: int
+    error: str
+    requires: tuple[str, ...]
+    pool: str
+    cost_hours: float
+    model: str
+    method: str
+    variant: str
+    seed: int
+    tokens: int
