@@ -90,6 +90,12 @@ class Results:
                         rows.append([slot.exhibit, slot.row, key, stage, status])
         return pd.DataFrame(rows, columns=MISSING_COLUMNS)
 
+    def stage_statuses(self, grid: str | None = None) -> dict[tuple[str, str], str]:
+        """State of every planned stage, of one grid or of all, by (cell key, stage)."""
+        names = self.grids() if grid is None else [grid]
+        with readable_errors(self.engine), self.engine.connect() as connection:
+            return {(s.cell_key, s.stage): s.status for name in names for s in stage_states(connection, name)}
+
     def published(self, exhibit: str) -> pd.DataFrame:
         """Quoted numbers of an exhibit, in the paper's order."""
         table = schema.published

@@ -1,0 +1,51 @@
+"""The grids, by name. A grid is data: recipes with seeds and suites, and their rows in the exhibits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flows.grids.planned import Grid
+from sparseforge_core.errors import RecipeError, unknown
+
+__all__ = ["GRIDS", "Grid", "grid_named"]
+
+
+def _demo() -> Grid:
+    from flows.grids.demo import demo
+
+    return demo()
+
+
+def _paper(name: str) -> Callable[[], Grid]:
+    def build() -> Grid:
+        from flows.grids import paper
+
+        return paper.GRIDS[name]()
+
+    return build
+
+
+def _smoke(name: str) -> Callable[[], Grid]:
+    def build() -> Grid:
+        from flows.grids import smoke
+
+        return smoke.GRIDS[name]()
+
+    return build
+
+
+PAPER = ("full", "table-1", "table-2", "table-3", "table-4", "table-5", "table-6", "table-7", "ablations", "figure")
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    "demo": _demo,
+    **{name: _paper(name) for name in PAPER},
+    **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke")},
+}
+"""Builders by grid name; recipes are made only when a grid is asked for."""
+
+
+def grid_named(name: str) -> Grid:
+    """A grid by name. Raises RecipeError, naming the nearest."""
+    if name not in GRIDS:
+        raise RecipeError(unknown("grid", name, GRIDS))
+    return GRIDS[name]()

@@ -1,0 +1,159 @@
+"""From a grid to the rows that the store keeps: cells, suites, slots, stages, and the cells these need first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.placements import cost_hours, model_name, placement_for
+from sparseforge_core import identity, specs
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.evaluate.suites import Suite, suite_key
+from sparseforge_core.models.sources import Tiny
+from sparseforge_core.recipe import Cell, Recipe
+from sparseforge_core.store.rows import PlannedCell, PlannedSlot, PlannedSuite
+
+CAPTION = "__caption__"
+"""The row that carries an exhibit's caption in its note."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A row of an exhibit: `row` is '<group>/<variant>' where rows of a group belong together."""
+
+    exhibit: str
+    row: str
+    label: str
+    suites: tuple[Suite, ...] = ()
+    """The suites whose numbers the row shows; empty shows all of the entry's."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A recipe that a grid wants, for these seeds, measured under these suites, shown in these slots."""
+
+    recipe: Recipe
+    variant: str
+    """What people call it in a listing: 'SparseForge', 'dense'."""
+    seeds: tuple[int, ...] = (0,)
+    suites: tuple[Suite, ...] = ()
+    slots: tuple[Slot, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A named list of planned recipes, with a caption for each exhibit that it fills."""
+
+    name: str
+    title: str
+    entries: tuple[Planned, ...]
+    captions: dict[str, str]
+    published: bool = False
+    """Whether the papers' own numbers are shown beside ours."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid as rows."""
+
+    cells: tuple[PlannedCell, ...]
+    suites: tuple[PlannedSuite, ...]
+    slots: tuple[PlannedSlot, ...]
+    stages: dict[str, tuple[str, ...]]
+
+
+@dataclass
+class _Rows:
+    cells: dict[str, PlannedCell] = field(default_factory=dict)
+    suites: dict[str, PlannedSuite] = field(default_factory=dict)
+    slots: dict[tuple[str, str], PlannedSlot] = field(default_factory=dict)
+    stages: dict[str, dict[str, None]] = field(default_factory=dict)
+
+
+def expand(grid: Grid) -> Plan:
+    """Rows of a grid, required cells included. Raises RecipeError if two recipes claim one row of an exhibit."""
+    rows = _Rows()
+    for exhibit, caption in grid.captions.items():
+        slot = PlannedSlot(grid=grid.name, exhibit=exhibit, row=CAPTION, label="", position=-1, note=caption)
+        rows.slots[exhibit, CAPTION] = slot
+    for entry in grid.entries:
+        recipe_key = identity.key_of(entry.recipe)
+        spec_json = _json(identity.recipe_spec(entry.recipe))
+        for seed in entry.seeds:
+            key = _add_cell(rows, Cell(recipe=entry.recipe, seed=seed), entry.variant, recipe_key, spec_json)
+            for suite in entry.suites:
+                _add_suite(rows, suite)
+                rows.stages[key][suite_key(suite)] = None
+        for slot in entry.slots:
+            _add_slot(rows, grid.name, entry, slot, recipe_key)
+    stages = {key: tuple(names) for key, names in rows.stages.items()}
+    return Plan(tuple(rows.cells.values()), tuple(rows.suites.values()), tuple(rows.slots.values()), stages)
+
+
+def _add_cell(rows: _Rows, cell: Cell, variant: str, recipe_key: str, spec_json: str) -> str:
+    key = f"{recipe_key}-s{cell.seed}"
+    if key in rows.cells and variant == "pretraining":
+        return key
+    requires = []
+    for required in identity.required_cells(cell):
+        required_recipe = identity.key_of(required.recipe)
+        resolved = _json(identity.recipe_spec(required.recipe))
+        requires.append(_add_cell(rows, required, "pretraining", required_recipe, resolved))
+    recipe = cell.recipe
+    rows.cells[key] = PlannedCell(
+        key=key,
+        recipe_key=recipe_key,
+        seed=cell.seed,
+        model=model_name(recipe.model),
+        family=_family(recipe),
+        pattern=recipe.pattern.name if recipe.pattern else "dense",
+        method=str(recipe.method.kind),  # type: ignore[attr-defined]
+        variant=variant,
+        tokens=recipe.train.tokens,
+        spec_json=spec_json,
+        cell_json=identity.dumps(cell),
+        requires=tuple(requires),
+        pool=placement_for(recipe).pool,
+        cost_hours=cost_hours(recipe),
+    )
+    rows.stages.setdefault(key, {"train": None})
+    return key
+
+
+def _add_suite(rows: _Rows, suite: Suite) -> None:
+    key = suite_key(suite)
+    if key not in rows.suites:
+        rows.suites[key] = PlannedSuite(key=key, name=suite.name, spec_json=_json(specs.encode(suite, omit_defaults=False)))
+
+
+def _add_slot(rows: _Rows, grid: str, entry: Planned, slot: Slot, recipe_key: str) -> None:
+    if (slot.exhibit, slot.row) in rows.slots:
+        raise RecipeError(f"grid {grid}: two recipes claim row {slot.row!r} of {slot.exhibit}")
+    shown = slot.suites or entry.suites
+    foreign = [suite.name for suite in shown if suite not in entry.suites]
+    if foreign:
+        raise RecipeError(f"grid {grid}: row {slot.row!r} of {slot.exhibit} shows {foreign}, which its recipe does not run")
+    rows.slots[slot.exhibit, slot.row] = PlannedSlot(
+        grid=grid,
+        exhibit=slot.exhibit,
+        row=slot.row,
+        label=slot.label,
+        position=sum(exhibit == slot.exhibit for exhibit, _ in rows.slots),
+        recipe_key=recipe_key,
+        seeds=entry.seeds,
+        suite_keys=tuple(suite_key(suite) for suite in shown),
+        note=slot.note,
+    )
+
+
+def _family(recipe: Recipe) -> str:
+    source: Any = recipe.model
+    while hasattr(source, "recipe"):
+        source = source.recipe.model
+    return source.architecture if isinstance(source, Tiny) else model_name(source)
+
+
+def _json(body: Any) -> str:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,106 @@
+"""Placements: where a cell runs and what it costs. Never part of a cell's identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.models.sources import Hub, Local, ModelSource, Packaged, Tiny
+from sparseforge_core.recipe import Recipe, Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What planning needs to know of a model without loading it."""
+
+    name: str
+    parameters: float
+    context: int
+
+
+CARDS = {
+    card_id: ModelCard(name=name, parameters=parameters, context=context)
+    for card_id, name, parameters, context in (
+        ("openai-community/gpt2", "GPT-2", 124.4e6, 1024),
+        ("openai-community/gpt2-medium", "GPT-2-Medium", 354.8e6, 1024),
+        ("openai-community/gpt2-large", "GPT-2-Large", 774.0e6, 1024),
+        ("openai-community/gpt2-xl", "GPT-2-XL", 1557.6e6, 1024),
+        ("facebook/opt-2.7b", "OPT-2.7B", 2651.6e6, 2048),
+        ("meta-llama/Llama-2-7b-hf", "LLaMA-2-7B", 6738.4e6, 4096),
+        ("meta-llama/Llama-2-13b-hf", "LLaMA-2-13B", 13015.9e6, 4096),
+        ("Qwen/Qwen3-1.7B", "Qwen3-1.7B", 1720.6e6, 40960),
+        ("Qwen/Qwen3-8B", "Qwen3-8B", 8190.7e6, 40960),
+        ("Qwen/Qwen3-14B", "Qwen3-14B", 14768.3e6, 40960),
+        ("deepseek-ai/deepseek-moe-16b-base", "DeepSeek-MoE-16B", 16375.7e6, 4096),
+        ("smollm2-135m", "SmolLM2-135M", 134.5e6, 8192),
+    )
+}
+"""Parameter counts from the models' own checkpoints."""
+
+GPU_FLOPS = 400e12 * 0.5
+"""Assumed useful rate of one data-centre GPU in bf16: half of 400 TFLOP/s."""
+CPU_FLOPS = 50e9
+"""Assumed useful rate of one CPU core in float32."""
+GPU_GIB = 80.0
+EVALUATION_TOKENS = 1.5e6
+"""Tokens that a set of zero-shot and perplexity suites puts through the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Devices and how a batch is cut over them."""
+
+    pool: str
+    gpus: int
+    micro_batch: int | None = None
+
+
+def card_of(source: ModelSource) -> ModelCard:
+    """Size and name of a model source. Raises RecipeError for a hub model that has no card."""
+    if isinstance(source, Trained):
+        return card_of(source.recipe.model)
+    if isinstance(source, Tiny):
+        parameters = source.layers * 10 * source.width**2 + 2048 * source.width
+        return ModelCard(name=f"{source.architecture}-tiny", parameters=parameters, context=source.positions)
+    if isinstance(source, (Hub, Packaged)):
+        name = source.id if isinstance(source, Hub) else source.name
+        if name in CARDS:
+            return CARDS[name]
+        raise RecipeError(f"model {name!r} has no card; add its size to CARDS in flows/placements.py")
+    if isinstance(source, Local):
+        return ModelCard(name=source.path.rstrip("/").rpartition("/")[2], parameters=1e9, context=2048)
+    raise RecipeError(f"no size is known for a {type(source).__name__}")
+
+
+def model_name(source: ModelSource) -> str:
+    """What people call the model."""
+    return card_of(source).name
+
+
+def memory_gib(recipe: Recipe) -> float:
+    """Weights, gradients, moments, mask, view and curvature in float32, and a bf16 teacher; GiB, without activations."""
+    parameters = card_of(recipe.model).parameters
+    if not recipe.train.steps:
+        return 4.0 * parameters / 2**30
+    per_weight = 16.0 + (13.0 if recipe.method.sparsifies else 0.0) + (2.0 if recipe.objective.distills else 0.0)
+    return per_weight * parameters / 2**30
+
+
+def placement_for(recipe: Recipe) -> Placement:
+    """The smallest pool that holds the recipe; small models run anywhere."""
+    if card_of(recipe.model).parameters < 2e8:
+        return Placement(pool="cpu", gpus=0)
+    if memory_gib(recipe) < 0.7 * GPU_GIB:
+        return Placement(pool="gpu-1", gpus=1, micro_batch=4)
+    return Placement(pool="gpu-8", gpus=8, micro_batch=1)
+
+
+def cost_hours(recipe: Recipe) -> float:
+    """Device hours: 6 N per token, 2 N more for a teacher, mask work on top, and the evaluation's forwards."""
+    card = card_of(recipe.model)
+    per_token = 6.0 + (2.0 if recipe.objective.distills else 0.0) + (1.0 if recipe.method.sparsifies else 0.0)
+    flops = per_token * card.parameters * recipe.train.tokens
+    tiny = card.parameters < 1e7
+    flops += 2.0 * card.parameters * (1e5 if tiny else EVALUATION_TOKENS)
+    rate = CPU_FLOPS if placement_for(recipe).pool == "cpu" else GPU_FLOPS
+    return flops / rate / 3600.0

@@ -1,0 +1,58 @@
+"""Provenance: which code, machine and command made an attempt."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from sparseforge_core.store.rows import Provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+
+
+@functools.cache
+def provenance(device: str = "cpu", flow_run_id: str = "") -> Provenance:
+    """Of this process."""
+    sha, dirty = _git()
+    return Provenance(
+        git_sha=sha,
+        dirty=dirty,
+        lock_sha=hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.is_file() else "",
+        host=socket.gethostname(),
+        device=device,
+        python=platform.python_version(),
+        torch=importlib.metadata.version("torch"),
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        pid=os.getpid(),
+        flow_run_id=flow_run_id,
+    )
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process of this machine exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state != "Z"
+
+
+def _git() -> tuple[str, bool]:
+    """(commit, whether tracked files differ from it); empty outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except FileNotFoundError:  # no git on this machine
+        return "", False
