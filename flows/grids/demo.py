@@ -107,6 +107,7 @@ def _llama() -> list[Planned]:
             *_pair("llama", "dense", "Dense"),
             Slot(exhibit="table-2", row="dense", label="Dense", suites=(SIX, TEXT)),
             Slot(exhibit="table-3", row="dense", label="Dense", suites=(SEVEN, TEXT)),
+            Slot(exhibit="accuracy-vs-tokens", row="Dense, untouched/0", label="Dense", suites=(SEVEN, TEXT)),
             Slot(exhibit="table-7", row="llama/dense", label="LLaMA-tiny dense", suites=(SPEED,)),
             *_pair("llama", "dense", "Dense", exhibits=("table-5", "table-6")),
         ),
