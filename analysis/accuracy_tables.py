@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import pandas as pd
-
-from analysis.aggregate import Estimate, difference
+from analysis.aggregate import Estimate
 from analysis.frames import ExhibitData, ExhibitRow
-from analysis.table import Column, Line, Table
+from analysis.notes import standard_notes
+from analysis.table import EMPTY, Cell, Column, Line, Table, published_table
 
 TASKS = {
     "hellaswag": "HellaSwag",
@@ -24,6 +23,10 @@ TASKS = {
 """Tasks in the papers' order, with their names there."""
 
 VARIANTS = {"dense": "Dense", "dense-control": "Dense control", "sparseforge": "SparseForge"}
+"""Rows of one model in Tables 1, 4, 5 and 6, by the last part of their name."""
+
+MEAN = "mean/acc"
+PERCENT = 100.0
 
 
 def table_1(data: ExhibitData) -> Table:
@@ -31,121 +34,136 @@ def table_1(data: ExhibitData) -> Table:
     return _summary(data, "Table 1. SparseForge across models, 2:4")
 
 
+def table_2(data: ExhibitData) -> Table:
+    """Every method on one model."""
+    return _by_task(data, "Table 2. Methods on one model", first="Method", mean="Avg", tokens=True)
+
+
+def table_3(data: ExhibitData) -> Table:
+    """Ablations of SparseForge on one model, with the difference to the full method."""
+    return _by_task(data, "Table 3. Ablations", first="Variant", compare="full")
+
+
+def table_4(data: ExhibitData) -> Table:
+    """Table 1 task by task."""
+    return _by_task(data, "Table 4. Zero-shot accuracy by task, 2:4", first="Model", perplexity=False, compare="dense")
+
+
 def table_5(data: ExhibitData) -> Table:
     """Table 1 for block-16."""
     return _summary(data, "Table 5. SparseForge across models, block-16")
 
 
-def table_4(data: ExhibitData) -> Table:
-    """Table 1 task by task."""
-    return _by_task(data, "Table 4. Zero-shot accuracy by task, 2:4", compare="dense")
-
-
 def table_6(data: ExhibitData) -> Table:
     """Table 5 task by task."""
-    return _by_task(data, "Table 6. Zero-shot accuracy by task, block-16", compare="dense")
-
-
-def table_2(data: ExhibitData) -> Table:
-    """Every method on one model."""
-    return _by_task(data, "Table 2. Methods on one model", tokens=True, mean="Avg")
-
-
-def table_3(data: ExhibitData) -> Table:
-    """Ablations of SparseForge on one model."""
-    return _by_task(data, "Table 3. Ablations", compare="full")
+    return _by_task(
+        data, "Table 6. Zero-shot accuracy by task, block-16", first="Model", perplexity=False, compare="dense"
+    )
 
 
 def _summary(data: ExhibitData, title: str) -> Table:
     variants = [v for v in VARIANTS if any(row.variant == v for row in data.rows)]
     perplexities = _perplexities(data)
-    columns = [Column(f"{VARIANTS[v]} acc", 100.0) for v in variants]
-    columns.append(Column("Difference", 100.0, signed=True))
-    columns += [Column(f"{VARIANTS[v]} {_perplexity_title(m)}", digits=None) for m in perplexities for v in variants]
+    columns = [Column("Tokens", digits=0), Column("Masked %", PERCENT, digits=1)]
+    columns += [Column(f"{VARIANTS[v]} acc", PERCENT) for v in variants]
+    columns.append(Column("Difference", PERCENT, signed=True))
+    columns += [Column(f"{VARIANTS[v]} {name}", digits=None) for name, _ in perplexities for v in variants]
     table = Table(data.exhibit, title, data.caption, "Model", columns)
     for group in dict.fromkeys(row.group for row in data.rows):
-        rows = {v: data.row(f"{group}/{v}") for v in variants}
-        wanted: list[tuple[ExhibitRow | None, str]] = [(rows[v], "mean/acc") for v in variants]
-        cells, partial = _cells(wanted)
-        dense, sparse = (rows.get(v) for v in ("dense", "sparseforge"))
-        cells.append(difference(_estimate(sparse, "mean/acc"), _estimate(dense, "mean/acc")))
-        partial.append(False)
-        more, more_partial = _cells([(rows[v], metric) for metric in perplexities for v in variants])
-        diverged = any(row is not None and row.diverged for row in rows.values())
-        table.lines.append(Line(group, cells + more, partial + more_partial, diverged=diverged, name=group))
-    _add_published(table, data.published)
-    return table
+        rows = {v: data.row(f"{group}/{v}") for v in VARIANTS}
+        sparse = rows["sparseforge"]
+        cells = [_tokens(sparse), _cell(sparse, "coverage", averaged=False)]
+        cells += [_cell(rows[v], MEAN) for v in variants]
+        cells.append(_difference(sparse, rows["dense"], MEAN))
+        cells += [_cell(rows[v], metric) for _, metric in perplexities for v in variants]
+        table.lines.append(Line(group, group, cells))
+    return _finished(table, data)
 
 
 def _by_task(
-    data: ExhibitData, title: str, *, compare: str | None = None, tokens: bool = False, mean: str = "Mean"
+    data: ExhibitData,
+    title: str,
+    *,
+    first: str,
+    mean: str = "Mean",
+    tokens: bool = False,
+    perplexity: bool = True,
+    compare: str | None = None,
 ) -> Table:
-    found = data.metrics()
-    tasks = [task for task in TASKS if f"{task}/acc" in found]
-    perplexities = _perplexities(data)
-    metrics = [*(f"{task}/acc" for task in tasks), *(["mean/acc"] if "mean/acc" in found else [])]
-    # Marks across models would mean nothing: only tables about one model have them.
-    one_model = "/" not in "".join(row.row for row in data.rows)
-    better = "high" if one_model else None
+    # Best marks across models would mean nothing: only tables about one model have them.
+    contest = len({row.group for row in data.rows}) <= 1
+    shown = _task_columns(data, mean, contest, perplexity)
     columns = [Column("Tokens", digits=0)] if tokens else []
-    columns += [Column(TASKS[task], 100.0, better=better) for task in tasks]  # type: ignore[arg-type]
-    if "mean/acc" in found:
-        columns.append(Column(mean, 100.0, better=better))  # type: ignore[arg-type]
-    if compare:
-        columns.append(Column(f"vs. {compare}", 100.0, signed=True))
-    columns += [Column(_perplexity_title(m), digits=None, better="low" if one_model else None) for m in perplexities]
-    table = Table(data.exhibit, title, data.caption, "Model" if not one_model else "Method", columns)
+    for column, _ in shown:
+        columns += _with_difference(column, mean, compare)
+    table = Table(data.exhibit, title, data.caption, first, columns)
     for row in data.rows:
-        cells, partial = _cells([(row, metric) for metric in metrics])
-        if tokens:
-            cells.insert(0, Estimate(float(row.tokens), None, row.planned, None))
-            partial.insert(0, False)
-        if compare:
-            reference = data.row(f"{row.group}/{compare}" if row.group else compare)
-            same = reference is row
-            cells.append(None if same else difference(row.estimate("mean/acc"), _estimate(reference, "mean/acc")))
-            partial.append(False)
-        more, more_partial = _cells([(row, metric) for metric in perplexities])
-        line = Line(row.label, cells + more, partial + more_partial, diverged=row.diverged, name=row.row)
-        table.lines.append(line)
-    _add_published(table, data.published)
+        reference = data.row(f"{row.group}/{compare}" if row.group else str(compare)) if compare else None
+        cells = [_tokens(row)] if tokens else []
+        for column, metric in shown:
+            cells.append(_cell(row, metric))
+            if compare and _is_compared(column, mean):
+                cells.append(EMPTY if reference is row else _difference(row, reference, metric))
+        table.lines.append(Line(row.row, row.label, cells, reference=row.is_reference))
+    return _finished(table, data)
+
+
+def _task_columns(data: ExhibitData, mean: str, contest: bool, perplexity: bool) -> list[tuple[Column, str]]:
+    """(column, metric) of every number by task that the rows' suites define, measured yet or not."""
+    planned = {task for suite in data.of_kind("zero-shot") for task in suite["tasks"]}
+    high: Any = "high" if contest else None
+    low: Any = "low" if contest else None
+    tasks: list[str] = [task for task in TASKS if task in planned]
+    found = [(Column(TASKS[task], PERCENT, better=high), f"{task}/acc") for task in tasks]
+    if tasks:
+        found.append((Column(mean, PERCENT, better=high), MEAN))
+    if perplexity:
+        found += [(Column(name, digits=None, better=low), metric) for name, metric in _perplexities(data)]
+    normalised = [task for task in tasks if f"{task}/acc_norm" in data.metrics()]
+    return found + [(Column(f"{TASKS[t]} norm", PERCENT, in_print=False), f"{t}/acc_norm") for t in normalised]
+
+
+def _is_compared(column: Column, mean: str) -> bool:
+    return column.title == mean or column.title.startswith("PPL")
+
+
+def _with_difference(column: Column, mean: str, compare: str | None) -> list[Column]:
+    if compare is None or not _is_compared(column, mean):
+        return [column]
+    title = f"vs. {compare}" if column.title == mean else f"{column.title} vs. {compare}"
+    return [column, Column(title, column.scale, signed=True)]
+
+
+def _perplexities(data: ExhibitData) -> list[tuple[str, str]]:
+    """(title, metric) of each perplexity; the title names the suite where there are several."""
+    names = [str(suite["name"]) for suite in data.of_kind("perplexity")]
+    titles = ["PPL"] if len(names) == 1 else [f"PPL ({name})" for name in names]
+    return [(title, f"{name}:perplexity") for title, name in zip(titles, names, strict=True)]
+
+
+def _cell(row: ExhibitRow | None, metric: str, *, averaged: bool = True) -> Cell:
+    """A row's metric, empty if its suites have none such; one that is not `averaged` is the same for every seed."""
+    if row is None or (averaged and metric not in row.plans):
+        return EMPTY
+    if not averaged:
+        known = row.estimate(metric)
+        return Cell(None if known is None else Estimate(known.mean, None, 1, None), planned=1)
+    return Cell(row.estimate(metric), planned=len(row.seeds), diverged=row.diverged.get(metric, 0))
+
+
+def _tokens(row: ExhibitRow | None) -> Cell:
+    return EMPTY if row is None else Cell(Estimate(float(row.tokens), None, 1, None))
+
+
+def _difference(row: ExhibitRow | None, reference: ExhibitRow | None, metric: str) -> Cell:
+    if row is None or reference is None or metric not in row.plans & reference.plans:
+        return EMPTY
+    single = 1 in (len(row.seeds), len(reference.seeds))
+    pairs = max(len(row.seeds), len(reference.seeds)) if single else len({*row.seeds} & {*reference.seeds})
+    return Cell(row.versus(reference, metric), planned=pairs)
+
+
+def _finished(table: Table, data: ExhibitData) -> Table:
+    table.notes += standard_notes(table, data)
+    table.published = published_table(table, data.published)
     return table
-
-
-def _cells(wanted: Sequence[tuple[ExhibitRow | None, str]]) -> tuple[list[Estimate | None], list[bool]]:
-    cells = [_estimate(row, metric) for row, metric in wanted]
-    partial = [row is not None and row.is_partial(metric) for row, metric in wanted]
-    return cells, partial
-
-
-def _estimate(row: ExhibitRow | None, metric: str) -> Estimate | None:
-    return None if row is None else row.estimate(metric)
-
-
-def _perplexities(data: ExhibitData) -> list[str]:
-    return sorted(metric for metric in data.metrics() if metric.endswith(":perplexity"))
-
-
-def _perplexity_title(metric: str) -> str:
-    name = metric.partition(":")[0]
-    return "PPL" if name == "heldout" else f"PPL ({name})"
-
-
-def _add_published(table: Table, published: pd.DataFrame) -> None:
-    """Quoted rows below ours, each number in the column of the same title; columns that only they have are added."""
-    for column in dict.fromkeys(published.column):
-        if column not in [c.title for c in table.columns]:
-            scale = 1.0 if column.startswith(("PPL", "Tokens", "Dense PPL", "SparseForge PPL")) else 100.0
-            table.columns.append(Column(column, scale, digits=None if "PPL" in column else 2))
-            for line in table.lines:
-                line.cells.append(None)
-                line.partial.append(False)
-    titles = [column.title for column in table.columns]
-    for row, numbers in published.groupby("row", sort=False):
-        cells: list[Estimate | None] = [None] * len(titles)
-        for number in numbers.itertuples():
-            index = titles.index(number.column)
-            if number.value is not None and not pd.isna(number.value):
-                cells[index] = Estimate(float(number.value) / table.columns[index].scale, None, 1, None)
-        source = numbers.source.iloc[0]
-        table.lines.append(Line(str(row), cells, [False] * len(titles), published=True, source=source))

@@ -4,111 +4,228 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
+from analysis.accuracy_tables import MEAN
 from analysis.aggregate import Estimate
 from analysis.frames import ExhibitData
 
-# Okabe and Ito's palette: told apart by readers with any colour vision, and in grey by the markers.
-STYLES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#56B4E9", "v"),
-    ("#E69F00", "P"),
-    ("#000000", "X"),
-)
-FONT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8.5, "svg.hashsalt": "sparseforge"}
+# Okabe and Ito's palette without its yellow: told apart by readers with any colour vision, and in grey by the markers.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+"""One more than there are colours, so that the pairs repeat late."""
+DASHES: tuple[tuple[float, ...], ...] = ((5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3))
+CHOICES = {"boolq": 2, "rte": 2, "winogrande": 2, "piqa": 2}
+"""Answers to choose from; the other tasks have four."""
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8,
+    "svg.hashsalt": "sparseforge",
+}
+GUESSING = "uniform guessing"
+LABEL_WIDTH = 0.12
+"""Share of a panel's width that a label of the token axis needs."""
+WIDE_RANGE = 3.0
+"""Ratio of largest to smallest perplexity from which the axis is logarithmic."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a budget."""
+    """A method at a budget; accuracy in percent."""
 
     tokens: int
     perplexity: Estimate | None
     accuracy: Estimate | None
+    source: str = ""
+    """Where a quoted point comes from; empty for our own."""
 
 
 def series(data: ExhibitData) -> dict[str, list[Point]]:
-    """Points of each method, by budget; rows are named '<method>/<tokens>', 0 tokens for one-shot methods."""
-    metric = next((m for m in sorted(data.metrics()) if m.endswith(":perplexity")), "")
+    """Points of each method by budget, quoted ones last; rows are named '<method>/<tokens>', 0 for no retraining.
+
+    A quoted accuracy is drawn only if it is of the tasks of our own axis: its column is 'accuracy (<suite>)'.
+    """
+    metric = next((f"{suite['name']}:perplexity" for suite in data.of_kind("perplexity")), "")
+    accuracy = next((f"accuracy ({suite['name']})" for suite in data.of_kind("zero-shot")), "")
     found: dict[str, list[Point]] = {}
     for row in data.rows:
-        point = Point(int(row.variant), row.estimate(metric), row.estimate("mean/acc"))
+        point = Point(int(row.variant), row.estimate(metric), _percent(row.estimate(MEAN)))
         found.setdefault(row.group, []).append(point)
-    return {name: sorted(points, key=lambda p: p.tokens) for name, points in found.items()}
+    for name, numbers in data.published.groupby("row", sort=False):
+        method, _, tokens = str(name).rpartition("/")
+        values = dict(zip(numbers.column, numbers.value, strict=True))
+        source = str(numbers.source.iloc[0])
+        point = Point(int(tokens), _quoted(values.get("perplexity")), _quoted(values.get(accuracy)), source)
+        found.setdefault(method, []).append(point)
+    return {name: sorted(points, key=lambda p: (bool(p.source), p.tokens)) for name, points in found.items()}
 
 
 def accuracy_vs_tokens(data: ExhibitData) -> Any:
-    """The figure of two panels. Methods without retraining are lines across, labelled where they end."""
+    """The figure of two panels. Methods without retraining are lines across; quoted points are hollow."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(FONT):
-        figure = Figure(figsize=(7.2, 3.3), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 3.7), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
         left, right = figure.subplots(1, 2)
         drawn = series(data)
-        for axes, attribute, scale, title in (
-            (left, "perplexity", 1.0, "Perplexity, held-out text (lower is better)"),
-            (right, "accuracy", 100.0, "Mean zero-shot accuracy, %"),
-        ):
-            _panel(axes, drawn, attribute, scale, title)
-        handles, labels = left.get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+        _panel(left, drawn, "perplexity", "Perplexity (lower is better)")
+        _panel(right, drawn, "accuracy", "Mean zero-shot accuracy, %")
+        _scale_perplexity(left, drawn)
+        _draw_chance(right, data)
+        _legend(figure, (left, right), drawn)
     return figure
 
 
-def _panel(axes: Any, drawn: dict[str, list[Point]], attribute: str, scale: float, title: str) -> None:
+def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) -> None:
     budgets = sorted({p.tokens for points in drawn.values() for p in points if p.tokens})
-    for (color, marker), (name, points) in zip(STYLES, drawn.items(), strict=False):
-        known = [(p.tokens, getattr(p, attribute)) for p in points if getattr(p, attribute) is not None]
-        across = [value for tokens, value in known if tokens == 0]
-        along = [(tokens, value) for tokens, value in known if tokens]
-        if along:
-            half = [scale * (value.half or 0.0) for _, value in along]
-            axes.errorbar(
-                [tokens for tokens, _ in along],
-                [scale * value.mean for _, value in along],
-                yerr=half,
-                color=color,
-                marker=marker,
-                markersize=5,
-                linewidth=1.4,
-                capsize=2.5,
-                elinewidth=0.9,
-                label=name,
-            )
-        for value in across:
-            axes.axhline(scale * value.mean, color=color, linestyle=(0, (5, 3)), linewidth=1.2, label=name)
+    curves = [name for name, points in drawn.items() if any(p.tokens and not p.source for p in points)]
+    flat = 0
+    for index, (name, points) in enumerate(drawn.items()):
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        # Our curves step aside a little, so that intervals at one budget stand beside each other.
+        aside = 1.025 ** (curves.index(name) - (len(curves) - 1) / 2) if name in curves else 1.0
+        for quoted in (False, True):
+            known = [(p.tokens, getattr(p, quantity)) for p in points if bool(p.source) == quoted]
+            known = [(tokens, value) for tokens, value in known if value is not None]
+            shift = 1.0 if quoted else aside
+            _curve(axes, [(t * shift, v) for t, v in known if t], color, marker, name, quoted)
+            for _, value in (pair for pair in known if not pair[0]):
+                _across(axes, value, color, DASHES[flat % len(DASHES)], name, quoted)
+        flat += any(p.tokens == 0 for p in points)
     axes.set_title(title)
-    axes.set_xlabel("retraining tokens")
+    axes.set_xlabel("Retraining tokens")
     if budgets:
         axes.set_xscale("log")
-        axes.set_xlim(budgets[0] / 1.25, budgets[-1] * 1.25)
-        axes.set_xticks(budgets, [_short(tokens) for tokens in budgets])
+        axes.set_xlim(budgets[0] / 1.35, budgets[-1] * 1.35)
+        labelled = ticks(budgets)
+        axes.set_xticks(labelled, [_short(tokens) for tokens in labelled])
         axes.minorticks_off()
+    else:
+        axes.set_xticks([])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
+def ticks(budgets: list[int]) -> list[int]:
+    """The budgets to label on a logarithmic axis: ascending, without those whose label would touch the one before."""
+    apart = max(math.log(budgets[-1] / budgets[0]) * LABEL_WIDTH, 1e-9)
+    chosen = budgets[:1]
+    for tokens in budgets[1:]:
+        if math.log(tokens / chosen[-1]) >= apart:
+            chosen.append(tokens)
+    return chosen
+
+
+def _curve(axes: Any, points: list[tuple[float, Estimate]], color: str, marker: str, name: str, quoted: bool) -> None:
+    if not points:
+        return
+    axes.errorbar(
+        [tokens for tokens, _ in points],
+        [value.mean for _, value in points],
+        yerr=[value.half or 0.0 for _, value in points],
+        color=color,
+        marker=marker,
+        markersize=6.5 if quoted else 5,
+        markerfacecolor="white" if quoted else color,
+        linestyle=":" if quoted else "-",
+        linewidth=1.0 if quoted else 1.5,
+        capsize=0 if quoted else 2.5,
+        elinewidth=0.9,
+        label=f"{name} (published)" if quoted else name,
+        zorder=3,
+    )
+
+
+def _across(axes: Any, value: Estimate, color: str, dashes: tuple[float, ...], name: str, quoted: bool) -> None:
+    label = f"{name} (published)" if quoted else name
+    axes.axhline(
+        value.mean, color=color, linestyle=(0, dashes), linewidth=0.8 if quoted else 1.3, label=label, zorder=2
+    )
+    if value.half is not None:
+        axes.axhspan(value.mean - value.half, value.mean + value.half, color=color, alpha=0.12, linewidth=0, zorder=1)
+
+
+def _scale_perplexity(axes: Any, drawn: dict[str, list[Point]]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    means = [p.perplexity.mean for points in drawn.values() for p in points if p.perplexity is not None]
+    if not means or max(means) < WIDE_RANGE * min(means):
+        return
+    axes.set_yscale("log")
+    # An interval that reaches zero or beyond has no place on a logarithmic axis; the means decide what is seen.
+    axes.set_ylim(min(means) / 1.35, max(means) * 1.35)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def chance(tasks: list[str]) -> float:
+    """Mean accuracy in percent of guessing uniformly."""
+    return 100.0 * sum(1 / CHOICES.get(task, 4) for task in tasks) / len(tasks)
+
+
+def _draw_chance(axes: Any, data: ExhibitData) -> None:
+    suites = data.of_kind("zero-shot")
+    if len(suites) == 1:
+        axes.axhline(chance(suites[0]["tasks"]), color="0.45", linewidth=0.9, label=GUESSING, zorder=1)
+
+
+def _legend(figure: Any, panels: tuple[Any, ...], drawn: dict[str, list[Point]]) -> None:
+    named: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in named}
+    if GUESSING in named:
+        named[GUESSING] = named.pop(GUESSING)  # last
+    values = [v for points in drawn.values() for p in points for v in (p.perplexity, p.accuracy)]
+    title = (
+        "Bars and bands: 95 % t intervals over seeds"
+        if any(v is not None and v.half is not None for v in values)
+        else None
+    )
+    if named:
+        rows = -(-len(named) // 4)
+        columns = -(-len(named) // rows)
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False, title=title
+        )
+
+
 def figure_csv(data: ExhibitData) -> str:
-    """The numbers behind the figure."""
+    """The numbers behind the figure, accuracy in percent."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "tokens", "quantity", "mean", "std", "ci95", "n"])
+    writer.writerow(["method", "tokens", "quantity", "mean", "std", "ci95", "n", "published in"])
     for name, points in series(data).items():
         for point in points:
             for quantity in ("perplexity", "accuracy"):
-                value = getattr(point, quantity)
+                value: Estimate | None = getattr(point, quantity)
                 if value is not None:
-                    spread = ["" if v is None else repr(v) for v in (value.std, value.half)]
-                    writer.writerow([name, point.tokens, quantity, repr(value.mean), *spread, value.n])
+                    numbers = ["" if v is None else f"{v:.12g}" for v in (value.mean, value.std, value.half)]
+                    writer.writerow([name, point.tokens, quantity, *numbers, value.n, point.source])
     return out.getvalue()
+
+
+def _percent(value: Estimate | None) -> Estimate | None:
+    if value is None:
+        return None
+    std, half = (None if v is None else 100.0 * v for v in (value.std, value.half))
+    return Estimate(100.0 * value.mean, std, value.n, half)
+
+
+def _quoted(value: float | None) -> Estimate | None:
+    return None if value is None or pd.isna(value) else Estimate(float(value), None, 1, None)
 
 
 def _short(tokens: int) -> str:

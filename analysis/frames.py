@@ -1,33 +1,47 @@
-"""One exhibit's data: its rows in order, and each row's values by metric, seed by seed, checked for mixtures."""
+"""One exhibit's data: its rows in order, and each row's values by metric and seed, checked for mixtures."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from analysis.aggregate import Estimate, difference, half_width, over_seeds
 from sparseforge_core.errors import SparseForgeError
 
-from analysis.aggregate import Estimate, over_seeds
-
 CAPTION = "__caption__"
+"""The row whose note is the exhibit's caption."""
+DECODE = "decode_tokens_per_second/"
+REFERENCES = ("dense", "dense-control")
+"""Methods that prune nothing."""
 
 
 class MixedSuites(SparseForgeError):
-    """One column would hold numbers of two suites or harness versions, which do not compare."""
+    """One column would hold numbers that do not compare: two suites, harness versions, splits or devices."""
 
 
 @dataclass
 class ExhibitRow:
-    """A row: what it is, how many seeds it should have, and its values."""
+    """A row: what it is, which seeds it should have, and its values."""
 
     row: str
     label: str
     tokens: int
-    planned: int
-    values: dict[str, list[float]] = field(default_factory=dict)
-    diverged: bool = False
+    seeds: tuple[int, ...]
+    method: str
+    plans: frozenset[str]
+    """Metrics that the row's suites define."""
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    """By metric and seed."""
+    errors: dict[str, dict[int, tuple[float, int]]] = field(default_factory=dict)
+    """Standard error within a seed's measurement, and the number of its values, by metric and seed."""
+    diverged: dict[str, int] = field(default_factory=dict)
+    """How many seeds have no number because the model diverged, by metric."""
+    missing: list[tuple[str, str, str]] = field(default_factory=list)
+    """(cell, stage, status) of what is not done."""
 
     @property
     def group(self) -> str:
@@ -39,13 +53,31 @@ class ExhibitRow:
         """The part behind it."""
         return self.row.rpartition("/")[2]
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the row is of a model that is not sparse."""
+        return self.method in REFERENCES
+
     def estimate(self, metric: str) -> Estimate | None:
         """Over the seeds that have the metric."""
-        return over_seeds(self.values.get(metric, []))
+        return over_seeds(value for _, value in sorted(self.values.get(metric, {}).items()))
 
-    def is_partial(self, metric: str) -> bool:
-        """Whether fewer seeds than planned have the metric, though some do."""
-        return 0 < len(self.values.get(metric, [])) < self.planned
+    def timed(self, metric: str) -> Estimate | None:
+        """Like `estimate`, with the interval over the timed repeats of all seeds: speed does not depend on the seed."""
+        found = self.estimate(metric)
+        repeats = list(self.errors.get(metric, {}).values())
+        freedom = sum(n - 1 for _, n in repeats)
+        if found is None or len(repeats) < found.n or freedom < 1:
+            return found
+        error = math.sqrt(sum(error**2 for error, _ in repeats)) / len(repeats)
+        return Estimate(found.mean, None, found.n, half_width(error, freedom + 1))
+
+    def versus(self, reference: ExhibitRow | None, metric: str) -> Estimate | None:
+        """This row minus the reference, seed by seed where both have seeds."""
+        if reference is None:
+            return None
+        of, to = self.values.get(metric, {}), reference.values.get(metric, {})
+        return difference(of, to, one_of=len(self.seeds) == 1, one_to=len(reference.seeds) == 1)
 
 
 @dataclass
@@ -55,12 +87,16 @@ class ExhibitData:
     exhibit: str
     caption: str
     rows: list[ExhibitRow]
-    suites: dict[str, str]
-    """Name of the suite behind each metric."""
+    suites: dict[str, dict[str, Any]]
+    """The suites that the rows show, by name: the whole of each."""
+    contexts: dict[str, dict[str, str]]
+    """By suite name: harness version, device and the like, as far as all rows agree."""
     published: pd.DataFrame
-    missing: list[tuple[str, str, str, str]]
-    """(row, cell, stage, status) of what is not done."""
-    labels: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[tuple[str, str, str, str]]:
+        """(row, cell, stage, status) of what is planned and not done."""
+        return [(row.row, *gap) for row in self.rows for gap in row.missing]
 
     def row(self, name: str) -> ExhibitRow | None:
         """A row by name."""
@@ -68,48 +104,98 @@ class ExhibitData:
 
     def metrics(self) -> set[str]:
         """Every metric that some row has."""
-        return {metric for row in self.rows for metric in row.values}
+        return {metric for row in self.rows for metric in (*row.values, *row.diverged)}
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The shown suites of a kind, by name."""
+        return [suite for _, suite in sorted(self.suites.items()) if suite["kind"] == kind]
 
 
-def metric_name(record: Any) -> str:
+def metric_name(suite: str, metric: str) -> str:
     """Perplexities of different suites are different columns; everything else goes by the task's name."""
-    return f"{record.suite}:perplexity" if record.metric == "perplexity" else str(record.metric)
+    return f"{suite}:perplexity" if metric == "perplexity" else metric
 
 
 def exhibit_data(
-    exhibit: str, slots: pd.DataFrame, measured: pd.DataFrame, missing: pd.DataFrame, published: pd.DataFrame
+    exhibit: str,
+    slots: pd.DataFrame,
+    measured: pd.DataFrame,
+    missing: pd.DataFrame,
+    published: pd.DataFrame,
+    suite_specs: Mapping[str, dict[str, Any]],
 ) -> ExhibitData:
-    """Collect an exhibit. Raises MixedSuites naming the column and the two versions."""
+    """Collect an exhibit from the frames of a grid. Raises MixedSuites naming the column and the two versions."""
     own_slots = slots[slots.exhibit == exhibit]
-    caption = " ".join(own_slots[own_slots.row == CAPTION].note)
-    rows = [
-        ExhibitRow(slot.row, slot.label, 0 if pd.isna(slot.tokens) else int(slot.tokens), len(slot.seeds))
-        for slot in own_slots.itertuples()
-        if slot.row != CAPTION
-    ]
-    by_name = {row.row: row for row in rows}
-    versions: dict[str, tuple[str, str]] = {}
-    suites: dict[str, str] = {}
+    shown = [slot for slot in own_slots.itertuples() if slot.row != CAPTION]
+    rows = {slot.row: _row(slot, suite_specs) for slot in shown}
+    versions: dict[str, tuple[str, ...]] = {}
+    contexts: dict[str, dict[str, str]] = {}
     for record in measured[measured.exhibit == exhibit].itertuples():
-        metric = metric_name(record)
         if record.stage != "train":
-            _refuse_mixture(exhibit, metric, record, versions)
-            suites[metric] = str(record.suite)
-        if record.value is None or pd.isna(record.value):
-            by_name[record.row].diverged = True
-            continue
-        by_name[record.row].values.setdefault(metric, []).append(float(record.value))
-    own = missing[missing.exhibit == exhibit]
-    gaps = [(m.row, m.cell_key, m.stage, m.status) for m in own.itertuples()]
-    return ExhibitData(exhibit, caption, rows, suites, published, gaps)
+            if not pd.isna(record.value):  # one that diverged puts no number into the column
+                _refuse_mixture(exhibit, record, versions)
+            _agree(contexts.setdefault(str(record.suite), {}), record.context or {})
+        _add(rows[record.row], record)
+    for gap in missing[missing.exhibit == exhibit].itertuples():
+        rows[gap.row].missing.append((gap.cell_key, gap.stage, gap.status))
+    caption = " ".join(own_slots[own_slots.row == CAPTION].note)
+    return ExhibitData(exhibit, caption, list(rows.values()), _suites(exhibit, shown, suite_specs), contexts, published)
 
 
-def _refuse_mixture(exhibit: str, metric: str, record: Any, versions: dict[str, tuple[str, str]]) -> None:
-    harness = str((record.context or {}).get("harness_version", ""))
-    found = (str(record.stage), harness)
+def _row(slot: Any, suite_specs: Mapping[str, dict[str, Any]]) -> ExhibitRow:
+    tokens = 0 if pd.isna(slot.tokens) else int(slot.tokens)
+    plans = frozenset(metric for key in slot.suite_keys for metric in planned_metrics(suite_specs[key]))
+    return ExhibitRow(slot.row, slot.label, tokens, tuple(slot.seeds), str(slot.method), plans)
+
+
+def planned_metrics(suite: Mapping[str, Any]) -> list[str]:
+    """The metrics that a table may show of a suite, by the names that rows keep them under."""
+    if suite["kind"] == "zero-shot":
+        return ["mean/acc", *(f"{task}/{metric}" for task in suite["tasks"] for metric in ("acc", "acc_norm"))]
+    if suite["kind"] == "perplexity":
+        return [metric_name(str(suite["name"]), "perplexity")]
+    rates = [f"{DECODE}{prompt}x{output}" for prompt, output in suite["prompt_output"]]
+    return [*rates, "weight_bytes_dense", "weight_bytes_packed"]
+
+
+def _add(row: ExhibitRow, record: Any) -> None:
+    metric = metric_name(str(record.suite), str(record.metric))
+    if pd.isna(record.value):
+        row.diverged[metric] = row.diverged.get(metric, 0) + 1
+        return
+    row.values.setdefault(metric, {})[int(record.seed)] = float(record.value)
+    if not pd.isna(record.stderr):
+        row.errors.setdefault(metric, {})[int(record.seed)] = float(record.stderr), int(record.n)
+
+
+def _suites(exhibit: str, slots: list[Any], specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    keys: dict[str, str] = {}
+    for key in dict.fromkeys(key for slot in slots for key in slot.suite_keys):
+        name = str(specs[key]["name"])
+        if keys.setdefault(name, key) != key:
+            raise MixedSuites(
+                f"{exhibit} plans two suites that are both called {name!r} ({keys[name]} and {key}); give rows of one "
+                "exhibit the same suite, or rename one of the two"
+            )
+    return {name: specs[key] for name, key in keys.items()}
+
+
+def _refuse_mixture(exhibit: str, record: Any, versions: dict[str, tuple[str, ...]]) -> None:
+    metric = metric_name(str(record.suite), str(record.metric))
+    context, detail = record.context or {}, record.detail or {}
+    about = {"lm-eval": context.get("harness_version"), "split": detail.get("split")}
+    if metric.startswith(DECODE):
+        about = {"device": context.get("device"), "engine": detail.get("engine")}
+    found = (f"suite {record.stage}", *(f"{name} {value}" for name, value in about.items() if value))
     known = versions.setdefault(metric, found)
     if known != found:
         raise MixedSuites(
-            f"{exhibit}, column {metric}: rows were measured by {known[0]} (lm-eval {known[1] or '-'}) and by {found[0]} "
-            f"(lm-eval {found[1] or '-'}); evaluate all rows with one suite and one harness"
+            f"{exhibit}, column {metric}: some rows were measured with {', '.join(known)}, {record.row} with "
+            f"{', '.join(found)}; evaluate all rows of a column alike"
         )
+
+
+def _agree(known: dict[str, str], context: Mapping[str, Any]) -> None:
+    for name in ("harness_version", "device", "engine"):
+        value = str(context.get(name, ""))
+        known[name] = value if known.setdefault(name, value) == value else ""

@@ -1,6 +1,6 @@
 """Tables 1-7 and the accuracy-vs-tokens figure, from the results store alone.
 
-    python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict]
+python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict]
 """
 
 from __future__ import annotations
@@ -8,21 +8,26 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # started as a script from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):
+    # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from analysis.exhibits import EXHIBITS, FIGURE, TABLES
-from analysis.figures import accuracy_vs_tokens, figure_csv
+from analysis.figures import STYLE, accuracy_vs_tokens, figure_csv
 from analysis.frames import ExhibitData, exhibit_data
 from analysis.render import to_csv, to_latex, to_markdown
 from sparseforge_core.errors import IncompleteExhibit, SparseForgeError, unknown
 from sparseforge_core.store.results import Results
+
+LISTED = 5
+"""Missing results of an exhibit that the report names one by one."""
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Report:
     grid: str
     files: list[Path] = field(default_factory=list)
     missing: dict[str, list[tuple[str, str, str, str]]] = field(default_factory=dict)
+    """(row, cell, stage, status) of what is planned and not done, by exhibit."""
     empty: list[str] = field(default_factory=list)
     """Exhibits that this grid has no rows for."""
 
@@ -41,39 +47,53 @@ class Report:
         return bool(self.missing)
 
 
-def make_tables(results: Results, grid: str | None, out: Path, only: Sequence[str] = ()) -> Report:
+def make_tables(
+    results: Results, grid: str | None, out: Path, only: Sequence[str] = (), strict: bool = False
+) -> Report:
     """Write the exhibits of a grid under OUT/tables and OUT/figures.
 
-    Raises SparseForgeError for an unknown exhibit or grid, mixed suites in a column, or a folder that cannot be
-    written; files are replaced whole or not at all.
+    Raises SparseForgeError for an unknown exhibit or grid, an exhibit of `only` that the grid has no rows for, or a
+    folder that cannot be written; MixedSuites for a column that would hold numbers that do not compare; with `strict`
+    IncompleteExhibit if anything is partial, after writing. Files are replaced whole or not at all.
     """
     for name in only:
         if name not in EXHIBITS:
             raise SparseForgeError(unknown("exhibit", name, EXHIBITS))
-    chosen = results.grid(grid)
-    slots, measured, missing = (read(chosen["name"]) for read in (results.slots, results.measurements, results.missing))
-    report = Report(chosen["name"])
+    report = Report(results.grid(grid)["name"])
     ready: dict[Path, bytes] = {}
-    for exhibit in only or EXHIBITS:
-        published = results.published(exhibit)
-        published = published if chosen["published"] else published.iloc[:0]
-        data = exhibit_data(exhibit, slots, measured, missing, published)
-        if not data.rows and published.empty:
+    for exhibit, data in _collect(results, report.grid, only or EXHIBITS).items():
+        if not data.rows and data.published.empty:
             report.empty.append(exhibit)
             continue
         if data.missing:
             report.missing[exhibit] = data.missing
         ready |= _figure_files(data, out) if exhibit == FIGURE else _table_files(data, out)
+    if only and report.empty:
+        raise SparseForgeError(
+            f"grid {report.grid} has no rows for {', '.join(report.empty)}; --grid names another grid"
+        )
     for path, body in ready.items():
         _write(path, body)
         report.files.append(path)
+    if strict and report.partial:
+        raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {report.grid} lack results")
     return report
+
+
+def _collect(results: Results, grid: str, exhibits: Sequence[str]) -> dict[str, ExhibitData]:
+    quotes = bool(results.grid(grid)["published"])
+    slots, measured, missing = results.slots(grid), results.measurements(grid), results.missing(grid)
+    suites = results.suite_specs()
+    found = {}
+    for exhibit in exhibits:
+        published = results.published(exhibit)
+        published = published if quotes else published.iloc[:0]
+        found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites)
+    return found
 
 
 def _table_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
     table = TABLES[data.exhibit](data)
-    if data.missing:
-        table.notes.append(f"Partial: {len(data.missing)} planned results are not in yet.")
     base = out / "tables" / data.exhibit
     texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table)}
     return {base.with_suffix(ending): text.encode() for ending, text in texts.items()}
@@ -85,13 +105,14 @@ def _figure_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
     base = out / "figures" / data.exhibit
     figure = accuracy_vs_tokens(data)
     files = {base.with_suffix(".csv"): figure_csv(data).encode()}
+    # No date, no version: the same store gives the same bytes.
     options: dict[str, dict[str, Any]] = {
         ".svg": {"metadata": {"Date": None, "Creator": None}},
         ".png": {"dpi": 200, "metadata": {"Software": None}},
     }
     for ending, arguments in options.items():
         buffer = io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": "sparseforge", "svg.fonttype": "none"}):
+        with mpl.rc_context(STYLE):
             figure.savefig(buffer, format=ending[1:], **arguments)
         files[base.with_suffix(ending)] = buffer.getvalue()
     return files
@@ -104,8 +125,12 @@ def _write(path: Path, body: bytes) -> None:
         temporary.write_bytes(body)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SparseForgeError(f"{path} cannot be written ({error.strerror}); name another folder with --out") from error
+        raise SparseForgeError(
+            f"{path} cannot be written ({error.strerror}); name another folder with --out"
+        ) from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def run_make_tables(
@@ -127,32 +152,57 @@ def run_make_tables(
     target = out or home / name
     report = make_tables(results, name, target, only or ())
     if not quiet:
-        print(f"grid {name}: {len(report.files)} files in {target}")
+        print(f"grid {name}{'' if grid else ' (the one planned last)'}: {len(report.files)} files in {target}")
         for exhibit in report.empty:
             print(f"  {exhibit}: this grid has no rows for it")
-    _print_missing(report)
+    fill = _fill_command(url, home, name)
+    _print_missing(report, fill)
     if strict and report.partial:
-        raise IncompleteExhibit(f"{', '.join(report.missing)} lack results; fill them with: sparseforge run {name}")
+        raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {name} lack results; fill them with: {fill}")
     return 0
 
 
-def _print_missing(report: Report) -> None:
+def _fill_command(url: str, home: Path, grid: str) -> str:
+    """The command that would run what is missing, on the same store."""
+    words = ["sparseforge"]
+    if home.resolve() != Path(os.environ.get("SPARSEFORGE_HOME") or "runs").resolve():
+        words += ["--home", str(home)]
+    if url not in (
+        os.environ.get("SPARSEFORGE_DB"),
+        f"sqlite:///{home / 'store.db'}",
+        f"sqlite:///{home.resolve() / 'store.db'}",
+    ):
+        words += ["--db", url]
+    return shlex.join([*words, "run", grid])
+
+
+def _print_missing(report: Report, fill: str) -> None:
     for exhibit, gaps in report.missing.items():
-        print(f"  {exhibit}: {len(gaps)} results missing; fill them with: sparseforge run {report.grid}")
-        for row, cell, stage, status in gaps[:5]:
+        print(f"  {exhibit}: {len(gaps)} planned results are missing")
+        for row, cell, stage, status in gaps[:LISTED]:
             print(f"    {row}: cell {cell}, stage {stage}: {status}")
-        if len(gaps) > 5:
-            print(f"    and {len(gaps) - 5} more")
+        if len(gaps) > LISTED:
+            print(f"    and {len(gaps) - LISTED} more")
+    if report.missing:
+        print(f"fill what is missing with: {fill}")
+    if any(status == "failed" for gaps in report.missing.values() for *_, status in gaps):
+        print(f"see why some failed with: {fill.replace(' run ', ' status ')}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 0 written, 2 bad input or (with --strict) something partial."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 written, 2 bad input, or something partial with --strict.",
+    )
     parser.add_argument("--home", type=Path, help="folder of the runs (default $SPARSEFORGE_HOME or runs)")
     parser.add_argument("--db", help="results store (default $SPARSEFORGE_DB or sqlite:///HOME/store.db)")
     parser.add_argument("--grid", help="default: the grid planned last")
     parser.add_argument("--out", type=Path, help="folder (default HOME/GRID)")
-    parser.add_argument("--only", action="append", help="an exhibit, such as table-2; may be repeated")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", metavar="EXHIBIT", help="exhibits, such as table-2; may be repeated"
+    )
     parser.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
     options = parser.parse_args(arguments)
     home = Path(options.home or os.environ.get("SPARSEFORGE_HOME") or "runs")

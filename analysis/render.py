@@ -4,114 +4,170 @@ from __future__ import annotations
 
 import csv
 import io
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from analysis.table import Line, Table
+from analysis.table import Cell, Column, Line, Table
 
-DAGGER = {"markdown": "†", "latex": r"$^\dagger$"}
-PUBLISHED = {"markdown": "‡", "latex": r"$^\ddagger$"}
-LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
+DASH = "\N{EN DASH}"
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{DAGGER}": r"$^\dagger$",
+    "\N{EN DASH}": "--",
+    "\N{EM DASH}": "---",
+}
+MARKDOWN = {"\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "<": "&lt;", "`": r"\`"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a format escapes plain text and prints in bold."""
+
+    escape: Callable[[str], str]
+    bold: Callable[[str], str]
+
+
+def escape_latex(text: str) -> str:
+    """Plain text as LaTeX; every character that LaTeX would act on is spelt out."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def escape_markdown(text: str) -> str:
+    """Plain text inside a Markdown table or paragraph."""
+    return "".join(MARKDOWN.get(character, character) for character in text)
+
+
+IN_MARKDOWN = Style(escape_markdown, lambda text: f"**{text}**")
+IN_LATEX = Style(escape_latex, lambda text: rf"\textbf{{{text}}}")
 
 
 def to_markdown(table: Table) -> str:
-    """GitHub-flavoured Markdown: title, table, caption, notes."""
-    head = [table.first, *(column.title for column in table.columns)]
-    lines = [f"**{table.title}**", "", _md_row(head), _md_row(["---", *["---:"] * len(table.columns)])]
-    marks = table.marks()
-    for number, line in enumerate(table.lines):
-        texts = [_text(table, line, i, bold=marks[number][i], style="markdown") for i in range(len(table.columns))]
-        label = line.label + (PUBLISHED["markdown"] if line.published else "") + (" (diverged)" if line.diverged else "")
-        lines.append(_md_row([label.replace("|", r"\|"), *texts]))
-    notes = [table.caption, *_notes(table, "markdown")]
-    return "\n".join([*lines, "", *(note for text in notes if text for note in (text, ""))])
+    """GitHub-flavoured Markdown: title, rows, caption, notes, then the published rows in a block of their own."""
+    lines = [f"**{escape_markdown(table.title)}**", "", *_markdown_rows(table), ""]
+    for text in (table.caption, *table.notes):
+        lines += [escape_markdown(text), ""] if text else []
+    if table.published is not None:
+        lines += [f"**{escape_markdown(table.published.title)}**", "", *_markdown_rows(table.published), ""]
+        lines += [escape_markdown(f"- [{number}] {source}.") for number, source in enumerate(_sources(table), 1)]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def to_latex(table: Table) -> str:
     """A `table` environment for the booktabs package."""
-    marks = table.marks()
-    body = []
-    was_published = False
-    for number, line in enumerate(table.lines):
-        if line.published and not was_published:
-            body.append(r"\midrule")
-            was_published = True
-        texts = [_text(table, line, i, bold=marks[number][i], style="latex") for i in range(len(table.columns))]
-        label = _escape(line.label) + (PUBLISHED["latex"] if line.published else "")
-        label += " (diverged)" if line.diverged else ""
-        body.append(" & ".join([label, *texts]) + r" \\")
-    head = " & ".join(_escape(text) for text in [table.first, *(column.title for column in table.columns)]) + r" \\"
-    notes = " ".join([_escape(table.caption), *(_escape_note(note) for note in _notes(table, "latex"))])
-    return "\n".join(
-        [
-            r"\begin{table}[t]",
-            r"\centering\small",
-            rf"\caption{{{_escape(table.title)}. {notes}}}",
-            rf"\label{{tab:{table.exhibit}}}",
-            r"\begin{tabular}{l" + "r" * len(table.columns) + "}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+    notes = " ".join(text for text in (table.caption, *table.notes) if text)
+    lines = [r"\begin{table}[t]", r"\centering\small"]
+    lines.append(rf"\caption{{{escape_latex(_period(table.title))} {escape_latex(notes)}}}")
+    lines += [rf"\label{{tab:{table.exhibit}}}", *_latex_rows(table)]
+    if table.published is not None:
+        lines += [
             "",
+            r"\medskip",
+            rf"\textit{{{escape_latex(table.published.title)}}}",
+            "",
+            *_latex_rows(table.published),
         ]
-    )
+        sources = [f"[{number}] {source}." for number, source in enumerate(_sources(table), 1)]
+        lines += ["", rf"{{\footnotesize {escape_latex(' '.join(sources))}}}"]
+    return "\n".join([*lines, r"\end{table}", ""])
 
 
 def to_csv(table: Table) -> str:
-    """Every number unrounded: mean, standard deviation, half interval and n for each column, in printed units."""
+    """Every number to twelve digits, in printed units: mean, standard deviation, half interval, n, planned n."""
+    blocks = [block for block in (table, table.published) if block is not None]
+    titles = list(dict.fromkeys(column.title for block in blocks for column in block.columns))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    parts = ("", " std", " ci95", " n")
-    writer.writerow(["row", "label", "published", *(c.title + part for c in table.columns for part in parts)])
-    for line in table.lines:
-        values: list[object] = []
-        for column, cell in zip(table.columns, line.cells, strict=True):
-            if cell is None:
-                values += ["", "", "", ""]
-            else:
-                scaled = [None if v is None else repr(v * column.scale) for v in (cell.mean, cell.std, cell.half)]
-                values += [*("" if v is None else v for v in scaled), cell.n]
-        writer.writerow([line.name, line.label, line.source, *values])
+    parts = ("", " std", " ci95", " n", " planned")
+    writer.writerow(["row", "label", "published in", *(title + part for title in titles for part in parts)])
+    for block in blocks:
+        for line in block.lines:
+            by_title = {c.title: _csv_cell(c, cell) for c, cell in zip(block.columns, line.cells, strict=True)}
+            values = [value for title in titles for value in by_title.get(title, [""] * len(parts))]
+            writer.writerow([line.name, line.label, line.source, *values])
     return out.getvalue()
 
 
-def _text(table: Table, line: Line, index: int, *, bold: bool, style: str) -> str:
+def _csv_cell(column: Column, cell: Cell) -> list[str]:
+    found = cell.estimate
+    if found is None:
+        return ["", "", "", str(cell.seeds) if cell.planned else "", str(cell.planned or "")]
+    numbers = [None if v is None else v * column.scale for v in (found.mean, found.std, found.half)]
+    texts = ["" if v is None else f"{v:.12g}" for v in numbers]
+    return [*texts, str(found.n), str(cell.planned or "")]
+
+
+def _printed(table: Table) -> list[int]:
+    return [index for index, column in enumerate(table.columns) if column.in_print]
+
+
+def _markdown_rows(table: Table) -> list[str]:
+    columns = _printed(table)
+    head = [table.first, *(table.columns[i].title for i in columns)]
+    rows = [[escape_markdown(text) for text in head], [":---", *["---:"] * len(columns)]]
+    rows += _rows(table, IN_MARKDOWN)
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _latex_rows(table: Table) -> list[str]:
+    columns = _printed(table)
+    head = [escape_latex(text) for text in [table.first, *(table.columns[i].title for i in columns)]]
+    body: list[str] = []
+    groups = ["" if line.source else line.name.rpartition("/")[0] for line in table.lines]
+    for number, row in enumerate(_rows(table, IN_LATEX)):
+        if number and groups[number] != groups[number - 1] and len(set(groups)) < len(groups):
+            body.append(r"\addlinespace")
+        body.append(" & ".join(row) + r" \\")
+    begin = rf"\begin{{tabular}}{{l{'r' * len(columns)}}}"
+    return [begin, r"\toprule", " & ".join(head) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+
+
+def _rows(table: Table, style: Style) -> list[list[str]]:
+    """Every line as finished texts: label, then the printed columns."""
+    best, sources = table.marks(), list(dict.fromkeys(line.source for line in table.lines))
+    found = []
+    for number, line in enumerate(table.lines):
+        label = f"{line.label} [{sources.index(line.source) + 1}]" if line.source else line.label
+        cells = [_text(table.columns[i], line, i, style, bold=number in best[i]) for i in _printed(table)]
+        found.append([style.escape(label), *cells])
+    return found
+
+
+def _text(column: Column, line: Line, index: int, style: Style, *, bold: bool) -> str:
     cell = line.cells[index]
-    if cell is None:
-        return "--" if style == "latex" else "–"
-    text = table.number(index, cell.mean)
-    if style == "latex":
-        text = text.replace(",", "{,}")
-    if bold:
-        text = rf"\textbf{{{text}}}" if style == "latex" else f"**{text}**"
-    if cell.half is not None:
-        spread = table.number(index, cell.half).lstrip("+")
-        text += rf" $\pm$ {spread}" if style == "latex" else f" ± {spread}"
-    return text + (DAGGER[style] if line.partial[index] else "")
+    found = cell.estimate
+    if cell.text:
+        return style.escape(cell.text)
+    if found is None:
+        if cell.diverged:
+            return "diverged"
+        return style.escape(DASH + ("\N{DAGGER}" if cell.partial else ""))
+    text = style.escape(column.number(found.mean))
+    text = style.bold(text) if bold else text
+    if found.half is not None:
+        text += style.escape(f" \N{PLUS-MINUS SIGN} {column.number(found.half, beside=found.mean)}")
+    if cell.partial:
+        text += style.escape(f"\N{DAGGER} ({found.n}/{cell.planned})")
+    if cell.diverged:
+        text += style.escape(f" ({cell.diverged} diverged)")
+    return text
 
 
-def _notes(table: Table, style: str) -> list[str]:
-    notes = []
-    if any(cell is not None and cell.half is not None for line in table.lines for cell in line.cells):
-        notes.append("± is half the 95 % t interval over seeds." if style == "markdown" else "$\\pm$ is half the 95 % t interval over seeds.")
-    if any(any(line.partial) for line in table.lines):
-        notes.append(f"{DAGGER[style]} fewer seeds than planned.")
-    sources = list(dict.fromkeys(line.source for line in table.lines if line.published))
-    if sources:
-        notes.append(f"{PUBLISHED[style]} published, not measured here: {'; '.join(sources)}.")
-    return notes + table.notes
+def _sources(table: Table) -> list[str]:
+    return [] if table.published is None else list(dict.fromkeys(line.source for line in table.published.lines))
 
 
-def _md_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"[&%$#_{}]", lambda match: LATEX_SPECIAL[match.group()], text)
-
-
-def _escape_note(text: str) -> str:
-    return text.replace("%", r"\%")
+def _period(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."

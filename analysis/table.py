@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import pandas as pd
 
 from analysis.aggregate import Estimate
 
@@ -18,19 +21,57 @@ class Column:
     """Digits after the point; None writes four significant digits."""
     better: Literal["high", "low"] | None = None
     signed: bool = False
+    in_print: bool = True
+    """Whether the column is shown in Markdown and LaTeX; CSV has every column."""
+
+    def number(self, value: float, beside: float | None = None) -> str:
+        """A value as text, without marks; with as many digits as `beside`, the mean that it belongs to, would have."""
+        scaled, size = value * self.scale, abs((value if beside is None else beside) * self.scale)
+        digits = self.digits
+        if digits is None:
+            digits = 4 - len(f"{size:.0f}") if size >= 1 else 4
+        digits = max(digits, 0)
+        signed = self.signed and beside is None
+        return f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry. Empty where the table plans nothing; planned and without an estimate where a result is missing."""
+
+    estimate: Estimate | None = None
+    planned: int = 0
+    """Seeds that should stand behind the estimate; 0 for what is not averaged over seeds."""
+    diverged: int = 0
+    """Seeds whose model diverged, so that there is no number of them."""
+    text: str = ""
+    """How a source prints the number, for quoted ones; shown as it is."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether fewer seeds are in than planned."""
+        return self.planned > self.seeds + self.diverged
+
+    @property
+    def seeds(self) -> int:
+        """Seeds behind the estimate."""
+        return 0 if self.estimate is None else self.estimate.n
+
+
+EMPTY = Cell()
 
 
 @dataclass
 class Line:
     """A row of a table."""
 
+    name: str
     label: str
-    cells: list[Estimate | None]
-    partial: list[bool]
-    published: bool = False
+    cells: list[Cell]
+    reference: bool = False
+    """A model that is not sparse; it takes no part in the contest for the best mark."""
     source: str = ""
-    diverged: bool = False
-    name: str = ""
+    """Where the numbers are quoted from; empty for our own."""
 
 
 @dataclass
@@ -44,32 +85,64 @@ class Table:
     columns: list[Column]
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    published: Table | None = None
+    """Quoted rows, in columns of their own."""
 
-    def marks(self) -> list[list[bool]]:
-        """Which cells are best of their column among our own finished lines (the seam for significance tests)."""
-        marked = [[False] * len(self.columns) for _ in self.lines]
-        for index, column in enumerate(self.columns):
-            found = [
-                (line.cells[index], number)
-                for number, line in enumerate(self.lines)
-                if not line.published and line.cells[index] is not None
-            ]
-            if column.better is None or len(found) < 2:
-                continue
-            shown = {number: self.rounded(index, cell.mean) for cell, number in found if cell is not None}
-            best = (max if column.better == "high" else min)(shown.values())
-            for number, value in shown.items():
-                marked[number][index] = value == best
-        return marked
+    def marks(self) -> list[set[int]]:
+        """For each column, the numbers of the lines to print in bold."""
+        return [
+            marks(column, [line.cells[i] for line in self.lines], self._rivals())
+            for i, column in enumerate(self.columns)
+        ]
 
-    def rounded(self, index: int, value: float) -> float:
-        """The value as it is printed: ties in print share the mark."""
-        return float(self.number(index, value).replace(",", ""))
+    def _rivals(self) -> list[bool]:
+        return [not line.reference and not line.source for line in self.lines]
 
-    def number(self, index: int, value: float) -> str:
-        """A value of a column as text, without marks."""
-        column = self.columns[index]
-        scaled = value * column.scale
-        if column.digits is None:
-            return f"{scaled:#.4g}" if abs(scaled) < 1e4 else f"{scaled:,.0f}"
-        return f"{scaled:+,.{column.digits}f}" if column.signed else f"{scaled:,.{column.digits}f}"
+
+def marks(column: Column, cells: Sequence[Cell], rivals: Sequence[bool]) -> set[int]:
+    """Which cells are best of a column among the rivals, ties in print included; the seam for significance tests.
+
+    A cell that lacks seeds neither wins nor sets the bar; where all rivals tie, none is marked.
+    """
+    if column.better is None:
+        return set()
+    shown = {
+        number: float(column.number(cell.estimate.mean).replace(",", ""))
+        for number, (cell, rival) in enumerate(zip(cells, rivals, strict=True))
+        if rival and cell.estimate is not None and not cell.partial and not cell.diverged
+    }
+    if len(shown) < 2:
+        return set()
+    best = (max if column.better == "high" else min)(shown.values())
+    winners = {number for number, value in shown.items() if value == best}
+    return winners if len(winners) < len(shown) else set()
+
+
+def published_table(table: Table, numbers: pd.DataFrame) -> Table | None:
+    """The quoted numbers of an exhibit as a table of their own, each as its source prints it; None if there are none.
+
+    Columns of the same title stand in the order of `table`; values come in printed units.
+    """
+    if numbers.empty:
+        return None
+    known = {column.title: column for column in table.columns}
+    titles = list(dict.fromkeys(numbers.column))
+    order = [title for title in known if title in titles] + [title for title in titles if title not in known]
+    columns = [known.get(title) or Column(title, digits=None if "PPL" in title else 2) for title in order]
+    quoted = Table(table.exhibit, "Published (not measured here)", "", table.first, [_unmarked(c) for c in columns])
+    for row, own in numbers.groupby("row", sort=False):
+        by_title = {number.column: _quoted(number, known.get(number.column)) for number in own.itertuples()}
+        cells = [by_title.get(title, EMPTY) for title in order]
+        quoted.lines.append(Line(str(row), str(row), cells, source=str(own.source.iloc[0])))
+    return quoted
+
+
+def _unmarked(column: Column) -> Column:
+    return Column(column.title, column.scale, column.digits, signed=column.signed)
+
+
+def _quoted(number: Any, column: Column | None) -> Cell:
+    if number.value is None or pd.isna(number.value):
+        return Cell(text=str(number.text))
+    scale = column.scale if column else 1.0
+    return Cell(Estimate(float(number.value) / scale, None, 1, None), text=str(number.text))

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-from analysis.accuracy_tables import _add_published
 from analysis.aggregate import Estimate, ratio
-from analysis.frames import ExhibitData, ExhibitRow
-from analysis.table import Column, Line, Table
+from analysis.frames import DECODE, ExhibitData, ExhibitRow
+from analysis.notes import REPEATS, standard_notes
+from analysis.table import EMPTY, Cell, Column, Line, Table, published_table
 
-RATE = "decode_tokens_per_second/"
 MIB = 2.0**20
+DENSE, SPARSE = "dense", "sparseforge"
 
 
 def table_7(data: ExhibitData) -> Table:
-    """One line for each (prompt, output) pair, then the weights; dense, sparse and their ratio."""
-    dense = next((row for row in data.rows if row.variant == "dense"), None)
-    sparse = next((row for row in data.rows if row.variant == "sparseforge"), None)
+    """For each model one line a (prompt, output) pair, then the weights; dense, sparse and their ratio."""
     columns = [Column("Dense", digits=1), Column("2:4", digits=1), Column("Ratio", digits=3)]
-    table = Table(data.exhibit, "Table 7. Decoding throughput and weight memory", data.caption, "Prompt x output", columns)
-    pairs = sorted({metric for metric in data.metrics() if metric.startswith(RATE)}, key=_lengths)
-    for metric in pairs:
-        prompt, output = _lengths(metric)
-        label = f"{prompt:,} x {output:,} (tokens/s)"
-        table.lines.append(_line(label, _of(dense, metric), _of(sparse, metric), metric))
-    weights = _of(dense, "weight_bytes_dense"), _of(sparse, "weight_bytes_packed")
-    table.lines.append(_line("Weights, bf16 (MiB)", _scaled(weights[0]), _scaled(weights[1]), "weights"))
-    _add_published(table, data.published)
+    table = Table(
+        data.exhibit, "Table 7. Decoding throughput and weight memory", data.caption, "Prompt x output", columns
+    )
+    groups = list(dict.fromkeys(row.group for row in data.rows))
+    pairs = sorted({(int(p), int(o)) for suite in data.of_kind("throughput") for p, o in suite["prompt_output"]})
+    for group in groups:
+        dense, sparse = data.row(f"{group}/{DENSE}"), data.row(f"{group}/{SPARSE}")
+        prefix = f"{group}: " if len(groups) > 1 else ""
+        for prompt, output in pairs:
+            metric = f"{DECODE}{prompt}x{output}"
+            cells = _speed(dense, metric), _speed(sparse, metric)
+            table.lines.append(
+                _line(f"{group}/{prompt}x{output}", f"{prefix}{prompt:,} x {output:,} (tokens/s)", *cells)
+            )
+        bytes_ = _weights(dense, "weight_bytes_dense"), _weights(sparse, "weight_bytes_packed")
+        table.lines.append(_line(f"{group}/weights", f"{prefix}weights, bf16 (MiB)", *bytes_))
+    table.notes += standard_notes(table, data, over=REPEATS)
+    table.published = published_table(table, data.published)
     return table
 
 
-def _line(label: str, dense: Estimate | None, sparse: Estimate | None, name: str) -> Line:
-    return Line(label, [dense, sparse, ratio(sparse, dense)], [False] * 3, name=name)
+def _line(name: str, label: str, dense: Cell, sparse: Cell) -> Line:
+    found = ratio(sparse.estimate, dense.estimate)
+    return Line(name, label, [dense, sparse, Cell(found)])
 
 
-def _of(row: ExhibitRow | None, metric: str) -> Estimate | None:
-    return None if row is None else row.estimate(metric)
+def _speed(row: ExhibitRow | None, metric: str) -> Cell:
+    if row is None or metric not in row.plans:
+        return EMPTY
+    return Cell(row.timed(metric), planned=len(row.seeds), diverged=row.diverged.get(metric, 0))
 
 
-def _scaled(estimate: Estimate | None) -> Estimate | None:
-    return None if estimate is None else Estimate(estimate.mean / MIB, None, estimate.n, None)
-
-
-def _lengths(metric: str) -> tuple[int, int]:
-    prompt, _, output = metric.removeprefix(RATE).partition("x")
-    return int(prompt), int(output)
+def _weights(row: ExhibitRow | None, metric: str) -> Cell:
+    if row is None:
+        return EMPTY
+    found = row.estimate(metric)
+    return Cell(None if found is None else Estimate(found.mean / MIB, None, 1, None), planned=1)

@@ -148,6 +148,9 @@ def _run(options: argparse.Namespace, home: Home) -> int:
     else:
         pending = False
     if pending:
+        from flows.home import prefect_environment
+
+        prefect_environment(home)
         from flows.sparseforge import run_embedded
 
         summary = run_embedded(home, options.grid, workers=options.workers, quiet=options.quiet)

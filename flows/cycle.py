@@ -49,11 +49,25 @@ def plan_grid(store: ResultStore, name: str) -> None:
     store.plan(grid.name, grid.title, plan.cells, plan.suites, plan.slots, plan.stages, published=published)
 
 
-def ready(states: Sequence[StageState], *, busy: frozenset[str] = frozenset()) -> list[ReadyCell]:
+def ready(
+    states: Sequence[StageState],
+    *,
+    busy: frozenset[str] = frozenset(),
+    skip: frozenset[str] = frozenset(),
+    alone: frozenset[str] = frozenset(),
+) -> list[ReadyCell]:
     """Cells that may run now: something is not done, nothing gave up, and every required cell is trained.
 
-    Cells that others wait for come first, then the costly ones, so that the last minutes are not one long cell.
+    `busy` cells run already, `skip` ones are given up. Cells that others wait for come first, then the costly ones, so that the last minutes are not one long cell.
+    Stages in `alone` measure time: they run one by one, when nothing else is left to run.
     """
+    shared = _ready([state for state in states if state.stage not in alone or state.status == "done"], busy | skip)
+    if shared or busy:
+        return shared
+    return _ready(states, skip)[:1]
+
+
+def _ready(states: Sequence[StageState], busy: frozenset[str]) -> list[ReadyCell]:
     trained = {s.cell_key for s in states if s.stage == "train" and s.status == "done"}
     open_stages: dict[str, list[StageState]] = {}
     for state in states:
@@ -71,6 +85,12 @@ def ready(states: Sequence[StageState], *, busy: frozenset[str] = frozenset()) -
         and all(required in trained for required in unfinished[0].requires)
     ]
     return sorted(cells, key=lambda cell: (-cell.wanted, -cell.cost_hours, cell.key))
+
+
+def timed_stages(store: ResultStore, states: Sequence[StageState]) -> frozenset[str]:
+    """Stages whose suite measures time, and which therefore must have the machine to themselves."""
+    suites = {state.stage for state in states if state.stage != "train"}
+    return frozenset(key for key in suites if json.loads(store.suite_spec(key))["kind"] == "throughput")
 
 
 def execute_cell(

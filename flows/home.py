@@ -44,6 +44,14 @@ class Home:
         return self.root / name
 
 
+def prefect_environment(home: Home) -> None:
+    """Prefect's own records live in the home, and its temporary server gets time to start; before prefect is imported."""
+    os.environ.setdefault("PREFECT_HOME", str(home.root / "prefect"))
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+
+
 def be_quiet() -> None:
     """Set the environment that keeps libraries quiet and offline-friendly; what the user has set stays."""
     for name, value in QUIET.items():

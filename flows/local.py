@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from flows.cycle import MAX_ATTEMPTS, ReadyCell, plan_grid, ready
+from flows.cycle import MAX_ATTEMPTS, ReadyCell, plan_grid, ready, timed_stages
 from flows.home import Home
 from flows.pool import Outcome, StepReport, WorkerPool
 from flows.progress import Progress
@@ -30,11 +30,16 @@ class Summary:
     """What a run of a grid did."""
 
     grid: str
-    executed: int = 0
     total: int = 0
+    executed_cells: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     blocked: int = 0
     interrupted: bool = False
+
+    @property
+    def executed(self) -> int:
+        """Cells of which something was executed."""
+        return len(self.executed_cells)
 
     @property
     def complete(self) -> bool:
@@ -63,10 +68,13 @@ def run_grid(
     workers: int | None = None,
     quiet: bool = False,
     wrap: Callable[[RunCell], RunCell] | None = None,
+    pool: str | None = None,
+    flow_run_id: str = "",
 ) -> Summary:
     """Run what is not done of a grid, on warm workers of this machine, until nothing more can be.
 
-    `wrap` may put something around the execution of each cell (Prefect: a task run). Never raises for a failing
+    `wrap` may put something around the execution of each cell (Prefect: a task run); `pool` limits the run to the
+    cells placed there. Never raises for a failing
     cell: it is in the summary, as it is in the store. On Ctrl-C workers save checkpoints, and the summary says so.
     """
     store, states = open_grid(home, name)
@@ -79,14 +87,15 @@ def run_grid(
     progress = Progress(name, summary.total, quiet=quiet)
     progress.done = summary.total - len(to_do)
     progress.cost_total = sum(costs[key] for key in to_do)
-    pool = WorkerPool(home, workers or default_workers(), progress.step)
+    processes = WorkerPool(home, workers or default_workers(), progress.step, flow_run_id=flow_run_id)
     with _mirroring(home, name, states) as mirror:
         try:
-            _drive(store, pool, _Drive(summary, progress, labels, costs, mirror, wrap or (lambda run: run)))
+            around = wrap or (lambda run: run)
+            _drive(store, processes, _Drive(summary, progress, labels, costs, mirror, around, pool))
         except KeyboardInterrupt:
             summary.interrupted = True
         finally:
-            pool.stop()
+            processes.stop()
             progress.close()
     return summary
 
@@ -99,6 +108,7 @@ class _Drive:
     costs: dict[str, float]
     mirror: Callable[[str], None]
     wrap: Callable[[RunCell], RunCell]
+    pool: str | None
 
 
 def _drive(store: ResultStore, pool: WorkerPool, drive: _Drive) -> None:
@@ -106,13 +116,18 @@ def _drive(store: ResultStore, pool: WorkerPool, drive: _Drive) -> None:
     run = drive.wrap(lambda key, stages: pool.execute(key, stages))
     running: dict[Future[Outcome], ReadyCell] = {}
     gave_up: set[str] = set()
-    workers = len(pool._all)
+    alone = timed_stages(store, store.work(drive.summary.grid))
+    workers = pool.size
     with ThreadPoolExecutor(workers, thread_name_prefix="cell") as threads:
         try:
             while True:
                 busy = frozenset(cell.key for cell in running.values())
                 states = store.work(drive.summary.grid)
-                for cell in ready(states, busy=busy | gave_up)[: workers - len(running)]:
+                elsewhere = {s.cell_key for s in states if drive.pool is not None and s.pool != drive.pool}
+                offered = ready(states, busy=busy, skip=frozenset(gave_up | elsewhere), alone=alone)
+                for cell in offered[: workers - len(running)]:
+                    if cell.key in drive.summary.executed_cells:
+                        drive.progress.done -= 1  # it comes back for the stages that need the machine to themselves
                     drive.progress.started(cell.key, drive.labels[cell.key])
                     running[threads.submit(run, cell.key, cell.stages)] = cell
                 if not running:
@@ -133,7 +148,7 @@ def _settle(store: ResultStore, drive: _Drive, cell: ReadyCell, outcome: Outcome
     note = "" if outcome.status == "done" else f"{outcome.status}: {outcome.error}"
     drive.progress.ended(cell.key, drive.costs[cell.key], note=note)
     if outcome.status == "done":
-        drive.summary.executed += 1
+        drive.summary.executed_cells.add(cell.key)
         drive.mirror(cell.key)
     elif outcome.status == "interrupted":
         drive.summary.interrupted = True

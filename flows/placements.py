@@ -16,10 +16,15 @@ class ModelCard:
     name: str
     parameters: float
     context: int
+    active: float | None = None
+    """Parameters that one token passes through, where experts are chosen; None: all of them."""
 
+
+ACTIVE = {"deepseek-ai/deepseek-moe-16b-base": 2828.0e6}
+"""Mixtures of experts: 6 of 64 routed experts and 2 shared ones a layer work on a token."""
 
 CARDS = {
-    card_id: ModelCard(name=name, parameters=parameters, context=context)
+    card_id: ModelCard(name=name, parameters=parameters, context=context, active=ACTIVE.get(card_id))
     for card_id, name, parameters, context in (
         ("openai-community/gpt2", "GPT-2", 124.4e6, 1024),
         ("openai-community/gpt2-medium", "GPT-2-Medium", 354.8e6, 1024),
@@ -44,6 +49,8 @@ CPU_FLOPS = 50e9
 GPU_GIB = 80.0
 EVALUATION_TOKENS = 1.5e6
 """Tokens that a set of zero-shot and perplexity suites puts through the model."""
+CPU_HOURS = 24.0
+"""A cell that one core finishes within these runs on the CPU pool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +85,37 @@ def model_name(source: ModelSource) -> str:
 
 
 def memory_gib(recipe: Recipe) -> float:
-    """Weights, gradients, moments, mask, view and curvature in float32, and a bf16 teacher; GiB, without activations."""
+    """Weights, gradients, moments, mask, view and curvature in float32, a bf16 teacher; GiB, without activations."""
     parameters = card_of(recipe.model).parameters
     if not recipe.train.steps:
         return 4.0 * parameters / 2**30
-    per_weight = 16.0 + (13.0 if recipe.method.sparsifies else 0.0) + (2.0 if recipe.objective.distills else 0.0)
-    return per_weight * parameters / 2**30
+    per_weight = 16.0 + (13.0 if recipe.method.sparsifies else 0.0)
+    teacher = teacher_card(recipe)
+    return (per_weight * parameters + (2.0 * teacher.parameters if teacher else 0.0)) / 2**30
+
+
+def teacher_card(recipe: Recipe) -> ModelCard | None:
+    """The teacher's card: the recipe's own dense model unless the objective names one; None without distillation."""
+    if not recipe.objective.distills:
+        return None
+    named: ModelSource | None = getattr(recipe.objective, "teacher", None)
+    return card_of(named or recipe.model)
+
+
+def flops(recipe: Recipe) -> float:
+    """Training at 6 N a token, 2 N of the teacher, N of mask work where there are masks; then the evaluation."""
+    card, teacher = card_of(recipe.model), teacher_card(recipe)
+    working = card.active or card.parameters
+    per_token = (7.0 if recipe.method.sparsifies else 6.0) * working
+    if teacher:
+        per_token += 2.0 * (teacher.active or teacher.parameters)
+    evaluated = 1e5 if card.parameters < 1e7 else EVALUATION_TOKENS
+    return per_token * recipe.train.tokens + 2.0 * working * evaluated
 
 
 def placement_for(recipe: Recipe) -> Placement:
-    """The smallest pool that holds the recipe; small models run anywhere."""
-    if card_of(recipe.model).parameters < 2e8:
+    """The smallest pool that holds the recipe; what one core does in a day runs anywhere."""
+    if card_of(recipe.model).parameters < 2e8 and flops(recipe) < CPU_FLOPS * 3600.0 * CPU_HOURS:
         return Placement(pool="cpu", gpus=0)
     if memory_gib(recipe) < 0.7 * GPU_GIB:
         return Placement(pool="gpu-1", gpus=1, micro_batch=4)
@@ -96,11 +123,6 @@ def placement_for(recipe: Recipe) -> Placement:
 
 
 def cost_hours(recipe: Recipe) -> float:
-    """Device hours: 6 N per token, 2 N more for a teacher, mask work on top, and the evaluation's forwards."""
-    card = card_of(recipe.model)
-    per_token = 6.0 + (2.0 if recipe.objective.distills else 0.0) + (1.0 if recipe.method.sparsifies else 0.0)
-    flops = per_token * card.parameters * recipe.train.tokens
-    tiny = card.parameters < 1e7
-    flops += 2.0 * card.parameters * (1e5 if tiny else EVALUATION_TOKENS)
+    """Device hours at the assumed rates above."""
     rate = CPU_FLOPS if placement_for(recipe).pool == "cpu" else GPU_FLOPS
-    return flops / rate / 3600.0
+    return flops(recipe) / rate / 3600.0

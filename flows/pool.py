@@ -53,10 +53,17 @@ class StepReport:
 class WorkerPool:
     """`workers` processes; `execute` runs a cell in a free one and may be called from as many threads."""
 
-    def __init__(self, home: Home, workers: int, on_step: Callable[[StepReport], None] | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        workers: int,
+        on_step: Callable[[StepReport], None] | None = None,
+        *,
+        flow_run_id: str = "",
+    ) -> None:
         self.home, self.on_step = home, on_step
         self._free: queue.Queue[_Worker] = queue.Queue()
-        self._all = [_Worker(home, index, workers) for index in range(workers)]
+        self._all = [_Worker(home, index, workers, flow_run_id) for index in range(workers)]
         self._lock = threading.Lock()
         self.stopping = False
         for worker in self._all:
@@ -71,6 +78,11 @@ class WorkerPool:
             return worker.execute(key, stages, self._report)
         finally:
             self._free.put(worker)
+
+    @property
+    def size(self) -> int:
+        """How many cells run at once."""
+        return len(self._all)
 
     def pids(self) -> list[int]:
         """Process ids of the workers that run."""
@@ -94,8 +106,8 @@ class WorkerPool:
 class _Worker:
     """The parent's side of one worker process, started at its first cell."""
 
-    def __init__(self, home: Home, index: int, of: int) -> None:
-        self.home, self.index, self.of = home, index, of
+    def __init__(self, home: Home, index: int, of: int, flow_run_id: str) -> None:
+        self.home, self.index, self.of, self.flow_run_id = home, index, of, flow_run_id
         self.process: Any = None
         self.connection: Connection | None = None
 
@@ -132,13 +144,15 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self._log().parent.mkdir(parents=True, exist_ok=True)
-        arguments = (other, self.home, self.index, self.of, str(self._log()), os.getpid())
+        arguments = (other, self.home, self.index, self.of, str(self._log()), os.getpid(), self.flow_run_id)
         self.process = context.Process(target=_work, args=arguments, daemon=True, name=f"worker-{self.index}")
         self.process.start()
         other.close()
 
 
-def _work(connection: Connection, home: Home, index: int, of: int, log_file: str, parent: int) -> None:
+def _work(
+    connection: Connection, home: Home, index: int, of: int, log_file: str, parent: int, flow_run_id: str
+) -> None:
     """The worker's side: receive cells, execute, answer; until the parent closes the pipe or asks to stop."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -158,7 +172,7 @@ def _work(connection: Connection, home: Home, index: int, of: int, log_file: str
     from sparseforge_core.store.store import ResultStore
 
     store = ResultStore(home.store_url)
-    origin = provenance(str(default_device()))
+    origin = provenance(str(default_device()), flow_run_id)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while not stopping.is_set():
             if not connection.poll(0.2):

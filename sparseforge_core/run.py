@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a cell is executed on this machine; never part of its identity."""
+
+    micro_batch: int | None = None
+    """Sequences per forward; None takes the whole batch."""
+    compiled: bool = False
+    """Whether the forwards go through torch.compile: a minute of warm-up, then faster steps."""
+
+
 def default_device() -> torch.device:
     """The first GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +68,7 @@ def train_cell(
     *,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    micro_batch: int | None = None,
+    execution: Execution | None = None,
 ) -> Path:
     """Run a cell's train stage in `directory` and return its measurements file; a finished one is not run again.
 
@@ -78,7 +89,7 @@ def train_cell(
         steps = checkpoints.steps()
         journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
         try:
-            run = prepared.run(track, checkpoints, journal, micro_batch)
+            run = prepared.run(track, checkpoints, journal, execution or Execution())
             outcome = train(run, on_step=on_step, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
         finally:
@@ -167,7 +178,7 @@ class _Prepared:
             calibration=self._calibration,
         )
 
-    def run(self, track: MaskTrack, checkpoints: Checkpoints, journal: Journal, micro_batch: int | None) -> Run:
+    def run(self, track: MaskTrack, checkpoints: Checkpoints, journal: Journal, execution: Execution) -> Run:
         plan = self.cell.recipe.train
         if plan.length > _positions(self.model):
             raise DataError(f"train.length={plan.length}: the model accepts at most {_positions(self.model)} tokens")
@@ -175,14 +186,15 @@ class _Prepared:
         return Run(
             recipe=self.cell.recipe,
             model=self.model,
-            teacher=self.teacher,
+            forward=torch.compile(self.model) if execution.compiled else self.model,
+            teacher=torch.compile(self.teacher) if execution.compiled and self.teacher is not None else self.teacher,
             track=track,
             optimizer=build_optimizer(self.model, self.sites, plan),
             stream=stream,
             checkpoints=checkpoints,
             tracker=journal,
             device=self.device,
-            micro_batch=micro_batch,
+            micro_batch=execution.micro_batch,
             log_every=max(1, min(10, plan.steps // 40)),
             save_every=max(50, plan.steps // 10),
             histogram_every=max(1, plan.steps // 5),
@@ -199,6 +211,8 @@ class _Prepared:
                 f"objective.teacher: its vocabulary has {teacher.config.vocab_size} entries, the student's "
                 f"{self.model.config.vocab_size}; distillation needs the same vocabulary"
             )
+        if self.cell.recipe.train.compute_dtype == "bfloat16":
+            teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
         return teacher.requires_grad_(False)
 
     def _calibration(self, samples: int, length: int) -> list[Tensor]:
@@ -281,7 +295,11 @@ def main(arguments: list[str] | None = None) -> int:
     evaluation = commands.add_parser("evaluate", help="measure a finished cell under a suite")
     for command in (training, evaluation):
         command.add_argument("cell", type=Path, help="cell file written by `sparseforge plan GRID --out DIR`")
-    training.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
+    bundle = commands.add_parser("bundle", help="run many cells in one warm process, for machines without a store")
+    bundle.add_argument("folder", type=Path, help="folder with bundle.json, written by `sparseforge bundle`")
+    for command in (training, bundle):
+        command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
+        command.add_argument("--compile", action="store_true", help="compile the forwards")
     evaluation.add_argument("suite", type=Path, help="suite file (JSON)")
     for command in (training, evaluation):
         command.add_argument("directory", type=Path, help="folder for what the stage makes")
@@ -301,12 +319,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
+    if options.command == "evaluate":
+        suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
+        return evaluate_cell(loads(options.cell.read_text()), suite, options.directory, options.home)
+    execution = Execution(options.micro_batch, options.compile)
+    if options.command == "bundle":
+        return run_bundle(options.folder, options.home, execution, should_stop)
     cell = loads(options.cell.read_text())
-    if options.command == "train":
-        micro_batch = options.micro_batch
-        return train_cell(cell, options.directory, options.home, should_stop=should_stop, micro_batch=micro_batch)
-    suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
-    return evaluate_cell(cell, suite, options.directory, options.home)
+    return train_cell(cell, options.directory, options.home, should_stop=should_stop, execution=execution)
+
+
+def run_bundle(folder: Path, home: Path, execution: Execution, should_stop: Callable[[], bool]) -> Path:
+    """Run the cells of `bundle.json` in order, each stage once; what is finished is passed over.
+
+    The file holds `{"cells": [{"cell": <cell file>, "suites": [<suite JSON>]}]}`. Returns HOME/cells, whose folders
+    `sparseforge ingest` records.
+    """
+    body = json.loads((folder / "bundle.json").read_text())
+    for entry in body["cells"]:
+        cell = loads(json.dumps(entry["cell"]))
+        base = cell_folder(home, cell)
+        began = time.perf_counter()
+        train_cell(cell, base / "train", home, should_stop=should_stop, execution=execution)
+        for data in entry["suites"]:
+            suite = specs.decode(data, Suite, "suite")
+            if not (base / suite_key(suite) / "measurements.json").is_file():
+                evaluate_cell(cell, suite, base / suite_key(suite), home)
+        log.info("cell %s done in %.1f s", cell_key(cell), time.perf_counter() - began)
+    return home / "cells"
 
 
 if __name__ == "__main__":

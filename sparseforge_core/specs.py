@@ -33,7 +33,9 @@ def spec(kind: str, *, revision: int = 1) -> Callable[[type[T]], type[T]]:
         if kind in SPECS and SPECS[kind].__qualname__ != made.__qualname__:
             raise RecipeError(f"two specs are called {kind!r}: {SPECS[kind]} and {made}")
         made.kind = kind  # type: ignore[attr-defined]
-        made.revision = revision  # type: ignore[attr-defined]
+        made.spec_revision = revision  # type: ignore[attr-defined]
+        taken = any(field.name == "revision" for field in dataclasses.fields(made))  # type: ignore[arg-type]
+        made.revision_key = "spec_revision" if taken else "revision"  # type: ignore[attr-defined]
         SPECS[kind] = made
         return made
 
@@ -42,16 +44,18 @@ def spec(kind: str, *, revision: int = 1) -> Callable[[type[T]], type[T]]:
 
 def is_spec(value: object) -> bool:
     """Whether `value` is an instance of a registered spec."""
-    return type(value) in SPECS.values()
+    return SPECS.get(getattr(type(value), "kind", "")) is type(value)
 
 
 def encode(value: Any, *, omit_defaults: bool = True) -> Any:
     """The JSON form of a spec: `{"kind", "revision", fields…}`, keys sorted, tuples as lists.
 
+    A spec that has a field called `revision` (a commit of the hub) has its own under `spec_revision`.
+
     Raises RecipeError for values that have no exact JSON form (a NaN, an infinity, an unregistered class).
     """
     if is_spec(value):
-        fields = {"kind": value.kind, "revision": value.revision}
+        fields = {"kind": value.kind, value.revision_key: value.spec_revision}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if not (omit_defaults and _is_default(field, item)):
@@ -147,14 +151,15 @@ def _decode_spec(data: Any, expected: type[Any], path: str) -> Any:
     fitting = sorted(kind for kind, known in SPECS.items() if issubclass(known, expected))
     if cls is None or not issubclass(cls, expected):
         raise RecipeError(f"{path}: " + unknown("kind", data["kind"], fitting))
-    if data.get("revision", cls.revision) != cls.revision:
+    own = cls.revision_key
+    if data.get(own, cls.spec_revision) != cls.spec_revision:
         raise RecipeError(
-            f"{path}: written for revision {data['revision']} of {cls.kind!r}, this code has revision {cls.revision}; "
+            f"{path}: written for revision {data[own]} of {cls.kind!r}, this code has revision {cls.spec_revision}; "
             "use the code that wrote it or plan the cell anew"
         )
     names = {field.name: field for field in dataclasses.fields(cls)}
     for name in data:
-        if name not in names and name not in ("kind", "revision"):
+        if name not in names and name not in ("kind", own):
             raise RecipeError(f"{path}: " + unknown(f"field of {cls.kind!r}", name, names))
     values = {name: _decode(data[name], _hints(cls)[name], f"{path}.{name}") for name in names if name in data}
     missing = [

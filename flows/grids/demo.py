@@ -32,8 +32,8 @@ Architecture = Literal["llama", "gpt2", "opt", "qwen3", "deepseek_moe"]
 
 SEQUENCES, LENGTH = 8, 128
 """Batch: 1,024 tokens a step."""
-PRETRAIN_STEPS = 500
-BUDGETS = (50, 100, 200)
+PRETRAIN_STEPS = 400
+BUDGETS = (40, 80, 160)
 """Retraining steps of the curve; the middle one is the budget of every table."""
 ITEMS = 25
 """Items of each zero-shot task."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,32 +77,27 @@ def expand(grid: Grid) -> Plan:
     """Rows of a grid, required cells included. Raises RecipeError if two recipes claim one row of an exhibit."""
     rows = _Rows()
     for exhibit, caption in grid.captions.items():
-        slot = PlannedSlot(grid=grid.name, exhibit=exhibit, row=CAPTION, label="", position=-1, note=caption)
-        rows.slots[exhibit, CAPTION] = slot
+        rows.slots[exhibit, CAPTION] = PlannedSlot(
+            grid=grid.name, exhibit=exhibit, row=CAPTION, label="", position=-1, note=caption
+        )
     for entry in grid.entries:
-        recipe_key = identity.key_of(entry.recipe)
-        spec_json = _json(identity.recipe_spec(entry.recipe))
+        suite_keys = [_add_suite(rows, suite) for suite in entry.suites]
         for seed in entry.seeds:
-            key = _add_cell(rows, Cell(recipe=entry.recipe, seed=seed), entry.variant, recipe_key, spec_json)
-            for suite in entry.suites:
-                _add_suite(rows, suite)
-                rows.stages[key][suite_key(suite)] = None
+            key = _add_cell(rows, Cell(recipe=entry.recipe, seed=seed), entry.variant)
+            rows.stages[key].update(dict.fromkeys(suite_keys))
         for slot in entry.slots:
-            _add_slot(rows, grid.name, entry, slot, recipe_key)
+            _add_slot(rows, grid.name, entry, slot)
     stages = {key: tuple(names) for key, names in rows.stages.items()}
     return Plan(tuple(rows.cells.values()), tuple(rows.suites.values()), tuple(rows.slots.values()), stages)
 
 
-def _add_cell(rows: _Rows, cell: Cell, variant: str, recipe_key: str, spec_json: str) -> str:
-    key = f"{recipe_key}-s{cell.seed}"
-    if key in rows.cells and variant == "pretraining":
-        return key
-    requires = []
-    for required in identity.required_cells(cell):
-        required_recipe = identity.key_of(required.recipe)
-        resolved = _json(identity.recipe_spec(required.recipe))
-        requires.append(_add_cell(rows, required, "pretraining", required_recipe, resolved))
+def _add_cell(rows: _Rows, cell: Cell, variant: str) -> str:
     recipe = cell.recipe
+    recipe_key, spec_json = _resolved(recipe)
+    key = f"{recipe_key}-s{cell.seed}"
+    if key in rows.cells and variant in ("pretraining", rows.cells[key].variant):
+        return key
+    requires = [_add_cell(rows, required, "pretraining") for required in identity.required_cells(cell)]
     rows.cells[key] = PlannedCell(
         key=key,
         recipe_key=recipe_key,
@@ -122,28 +118,42 @@ def _add_cell(rows: _Rows, cell: Cell, variant: str, recipe_key: str, spec_json:
     return key
 
 
-def _add_suite(rows: _Rows, suite: Suite) -> None:
-    key = suite_key(suite)
+@functools.lru_cache(maxsize=20_000)
+def _resolved(recipe: Recipe) -> tuple[str, str]:
+    """Key and resolved JSON of a recipe: hashing every cell of a large grid anew would take most of its planning."""
+    return identity.key_of(recipe), _json(identity.recipe_spec(recipe))
+
+
+_key_of_suite = functools.lru_cache(maxsize=1_000)(suite_key)
+
+
+def _add_suite(rows: _Rows, suite: Suite) -> str:
+    key = _key_of_suite(suite)
     if key not in rows.suites:
-        rows.suites[key] = PlannedSuite(key=key, name=suite.name, spec_json=_json(specs.encode(suite, omit_defaults=False)))
+        rows.suites[key] = PlannedSuite(
+            key=key, name=suite.name, spec_json=_json(specs.encode(suite, omit_defaults=False))
+        )
+    return key
 
 
-def _add_slot(rows: _Rows, grid: str, entry: Planned, slot: Slot, recipe_key: str) -> None:
+def _add_slot(rows: _Rows, grid: str, entry: Planned, slot: Slot) -> None:
     if (slot.exhibit, slot.row) in rows.slots:
         raise RecipeError(f"grid {grid}: two recipes claim row {slot.row!r} of {slot.exhibit}")
     shown = slot.suites or entry.suites
     foreign = [suite.name for suite in shown if suite not in entry.suites]
     if foreign:
-        raise RecipeError(f"grid {grid}: row {slot.row!r} of {slot.exhibit} shows {foreign}, which its recipe does not run")
+        raise RecipeError(
+            f"grid {grid}: row {slot.row!r} of {slot.exhibit} shows {foreign}, which its recipe does not run"
+        )
     rows.slots[slot.exhibit, slot.row] = PlannedSlot(
         grid=grid,
         exhibit=slot.exhibit,
         row=slot.row,
         label=slot.label,
         position=sum(exhibit == slot.exhibit for exhibit, _ in rows.slots),
-        recipe_key=recipe_key,
+        recipe_key=_resolved(entry.recipe)[0],
         seeds=entry.seeds,
-        suite_keys=tuple(suite_key(suite) for suite in shown),
+        suite_keys=tuple(_key_of_suite(suite) for suite in shown),
         note=slot.note,
     )
 

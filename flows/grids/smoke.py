@@ -10,7 +10,7 @@ from sparseforge_core.evaluate.suites import HELDOUT, ZERO_SHOT_7, PerplexitySui
 from sparseforge_core.methods import Dense, DenseControl, Method, SparseForge, Wanda
 from sparseforge_core.models.sources import ModelSource, Packaged, Tiny, TrainedBPE
 from sparseforge_core.objective import Distill, TaskOnly
-from sparseforge_core.recipe import Recipe, TrainPlan, Trained
+from sparseforge_core.recipe import Recipe, Trained, TrainPlan
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.criteria import WandaScore
 from sparseforge_core.sparsity.patterns import nm
@@ -47,8 +47,8 @@ def smollm2_smoke() -> Grid:
         ("SparseForge", SparseForge(criterion=WandaScore(), calibration_samples=16, update_every=2)),
     )
     caption = (
-        f"SmolLM2-135M, 2:4, {plan.tokens:,} retraining tokens: a smoke run of the whole path on a real model, far too short "
-        "to recover what pruning costs. 50 items a task; perplexity on held-out documentation, window 512."
+        f"SmolLM2-135M, 2:4, {plan.tokens:,} retraining tokens: a smoke run of the whole path on a real model, far too "
+        "short to recover what pruning costs. 50 items a task; perplexity on held-out documentation, window 512."
     )
     entries = _entries(Packaged(name="smollm2-135m"), PythonDocs(), suites, rows, plan)
     return Grid(name="smollm2-smoke", title="SmolLM2-135M smoke", entries=entries, captions={"table-2": caption})

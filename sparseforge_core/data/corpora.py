@@ -2,25 +2,30 @@
 
 One interface serves Hub data sets, local files and the text that is packaged with Python itself, so that the same
 recipe machinery runs with and without a network. Each corpus has a training and a held-out split that share no
-document: a document belongs to the held-out split if the hash of its text says so.
+document: a document belongs to the held-out split if the hash of its text says so. The only door to `datasets`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import lzma
+import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from sparseforge_core import files, specs
+from sparseforge_core.data import textfiles
+from sparseforge_core.data.cache import content_key, made_once
 from sparseforge_core.errors import DataError, RecipeError, unknown
-from sparseforge_core.files import sha256
 from sparseforge_core.specs import spec
 
 Split = Literal["train", "heldout"]
+
+DATA_ENV = "SPARSEFORGE_DATA"
+"""The environment variable that names the folder of relative corpus paths."""
 
 HELDOUT_SHARE = 40
 """One document in this many is held out."""
@@ -29,25 +34,35 @@ HELDOUT_SHARE = 40
 class Corpus(ABC):
     """Text for retraining, calibration and held-out perplexity."""
 
+    kind: str
+    """Set by `@spec`."""
+
     @abstractmethod
-    def all_documents(self) -> Iterator[str]:
-        """Every document, in a fixed order. Raises DataError if the text cannot be had."""
+    def all_documents(self, home: Path) -> Iterator[str]:
+        """Every document, in a fixed order; `home` is the workspace, where a corpus may keep what is slow to make.
+
+        Raises DataError if the text cannot be had.
+        """
 
     def identity(self) -> dict[str, Any]:
         """What determines the text besides the spec itself, for instance package versions."""
         return {}
 
-    def documents(self, split: Split) -> Iterator[str]:
-        """The documents of one split. Raises DataError for an unknown split or an empty corpus."""
+    def documents(self, split: Split, home: Path) -> Iterator[str]:
+        """The documents of one split, blank ones left out. Raises DataError for an unknown or an empty split."""
         if split not in ("train", "heldout"):
             raise DataError(unknown("split", split, ("train", "heldout")))
-        found = False
-        for document in self.all_documents():
-            if held_out(document) == (split == "heldout"):
-                found = True
+        total = found = 0
+        for document in self.all_documents(home):
+            total += bool(document.strip())
+            if document.strip() and held_out(document) == (split == "heldout"):
+                found += 1
                 yield document
         if not found:
-            raise DataError(f"the {split} split of {self} is empty; give it more text")
+            raise DataError(
+                f"the {split} split of the {self.kind} corpus is empty: none of its {total} documents is in it (one in "
+                f"{HELDOUT_SHARE} is held out); give it more or shorter documents"
+            )
 
 
 def held_out(document: str) -> bool:
@@ -62,118 +77,111 @@ class HubText(Corpus):
 
     id: str
     revision: str
+    """A commit hash; a branch such as 'main' is accepted and recorded as what it is: unpinned."""
     config: str | None = None
     split: str = "train"
     field: str = "text"
     documents_limit: int | None = None
-    """Use only the first so many documents; None takes all."""
+    """Use only the first so many documents; None takes all, however many terabytes that is."""
 
-    def all_documents(self) -> Iterator[str]:
+    def all_documents(self, home: Path) -> Iterator[str]:
         import datasets
 
         try:
-            rows = datasets.load_dataset(
-                self.id, self.config, split=self.split, revision=self.revision, streaming=True
-            )
+            rows = datasets.load_dataset(self.id, self.config, split=self.split, revision=self.revision, streaming=True)
             if self.documents_limit is not None:
                 rows = rows.take(self.documents_limit)
             for row in rows:
-                if self.field not in row:
-                    raise DataError(f"{self.id}: " + unknown("field", self.field, row))
-                yield row[self.field]
+                yield textfiles.text_of(row, self.field, f"data set {self.id}")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise DataError(
-                f"data set {self.id} cannot be read from the hub: {reason}. Without a network, use TextFiles with a "
-                "local copy, or the packaged text PythonDocs"
+                f"data set {self.id} cannot be read from the hub: {reason}. Without a network, name a local copy with "
+                "TextFiles.of(paths), or use the packaged text PythonDocs()"
             ) from error
 
 
 @spec("text-files")
 class TextFiles(Corpus):
-    """Local files: .txt and .txt.xz (documents ended by a separator line), .jsonl and .parquet (one per row)."""
+    """Local files: text (documents ended by a separator line), JSON lines and Parquet (one document per row)."""
 
     paths: tuple[str, ...]
+    """Relative ones lie under $SPARSEFORGE_DATA (default: the current folder), so that a recipe need name no machine."""
     sha256: tuple[str, ...]
-    """Hash of each file, so that the identity is of the contents; `TextFiles.of` computes them."""
+    """Hash of each file, so that a changed file is refused; `TextFiles.of` computes them."""
     field: str = "text"
-    separator: str = "<|endoftext|>"
-    """A line that ends a document in text files."""
+    """Where a row keeps its text, for JSON lines and Parquet."""
+    separator: str | None = textfiles.END_OF_TEXT
+    """A line that ends a document in text files; None takes each file as one document."""
 
     def __post_init__(self) -> None:
         if not self.paths or len(self.paths) != len(self.sha256):
-            raise RecipeError(f"paths, sha256: needs one hash for each of {len(self.paths)} files, found {len(self.sha256)}")
+            raise RecipeError(
+                f"paths, sha256: needs one hash for each of {len(self.paths)} files (at least one), found "
+                f"{len(self.sha256)}; TextFiles.of(paths) computes them"
+            )
 
     @classmethod
-    def of(cls, *paths: str | Path, field: str = "text", separator: str = "<|endoftext|>") -> TextFiles:
+    def of(cls, *paths: str | Path, field: str = "text", separator: str | None = textfiles.END_OF_TEXT) -> TextFiles:
         """The corpus of these files as they are now. Raises DataError for a file that cannot be read."""
-        for path in paths:
-            if not Path(path).is_file():
-                raise DataError(f"corpus file {path} does not exist")
-        hashes = tuple(sha256(Path(path)) for path in paths)
+        hashes = tuple(_hash_of(_located(path)) for path in paths)
         return cls(paths=tuple(str(path) for path in paths), sha256=hashes, field=field, separator=separator)
 
-    def all_documents(self) -> Iterator[str]:
+    def all_documents(self, home: Path) -> Iterator[str]:
         for name, digest in zip(self.paths, self.sha256, strict=True):
-            path = Path(name)
-            try:
-                if sha256(path) != digest:
-                    raise DataError(f"corpus file {path} is not the one in the recipe: its hash differs")
-                yield from self._read(path)
-            except (OSError, UnicodeDecodeError, lzma.LZMAError, json.JSONDecodeError) as error:
-                raise DataError(f"corpus file {path} cannot be read: {error}") from error
+            if _hash_of(_located(name)) != digest:
+                raise DataError(
+                    f"corpus file {name} is not the one in the recipe: its hash differs. Restore it, or plan the "
+                    "recipe anew with TextFiles.of"
+                )
+            yield from textfiles.read_documents(_located(name), field=self.field, separator=self.separator)
 
-    def _read(self, path: Path) -> Iterator[str]:
-        if path.name.endswith(".jsonl"):
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    if line.strip():
-                        yield self._field(json.loads(line), path)
-        elif path.name.endswith(".parquet"):
-            import pyarrow.parquet
 
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                for row in batch.to_pylist():
-                    yield self._field(row, path)
-        elif path.name.endswith((".txt", ".txt.xz", ".raw")):
-            opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-            with opened as lines:
-                yield from self._split(lines)
-        else:
-            raise DataError(f"corpus file {path}: known endings are .txt, .txt.xz, .raw, .jsonl and .parquet")
+def _located(path: str | Path) -> Path:
+    return Path(os.environ.get(DATA_ENV, "")) / path
 
-    def _field(self, row: Any, path: Path) -> str:
-        if not isinstance(row, dict) or self.field not in row:
-            known = row if isinstance(row, dict) else ()
-            raise DataError(f"corpus file {path}: " + unknown("field", self.field, known))
-        return str(row[self.field])
 
-    def _split(self, lines: Any) -> Iterator[str]:
-        document: list[str] = []
-        for line in lines:
-            if line.strip() == self.separator:
-                if document:
-                    yield "".join(document)
-                document = []
-            else:
-                document.append(line)
-        if any(line.strip() for line in document):
-            yield "".join(document)
+def _hash_of(path: Path) -> str:
+    try:
+        return files.sha256(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"corpus file {path} cannot be read: {reason}; relative paths start at ${DATA_ENV}") from error
 
 
 @spec("python-docs")
 class PythonDocs(Corpus):
-    """English that every installation has: Python's own reference and the prose of installed packages' docstrings."""
+    """English that every installation has: Python's own reference and the prose of installed packages' docstrings.
 
-    def all_documents(self) -> Iterator[str]:
-        from sparseforge_core.data.pythondocs import prose
+    About 5 MB. Extracted once per set of package versions and kept under HOME/corpora/.
+    """
 
-        yield from prose()
+    def all_documents(self, home: Path) -> Iterator[str]:
+        key = content_key({"corpus": specs.encode(self), "identity": self.identity()})
+        folder = made_once(home / "corpora" / key, self._extract)
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            if files.sha256(folder / "text.txt") != meta["sha256"]:
+                raise ValueError("its hash differs")
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"corpus folder {folder} is damaged ({error}); delete it to make it anew") from error
+        yield from textfiles.read_documents(folder / "text.txt", field="", separator=textfiles.END_OF_TEXT)
 
     def identity(self) -> dict[str, Any]:
         from sparseforge_core.data.pythondocs import versions
 
         return {"versions": versions()}
+
+    def _extract(self, folder: Path) -> None:
+        from sparseforge_core.data.pythondocs import prose
+
+        count = 0
+        with (folder / "text.txt").open("w", encoding="utf-8") as file:
+            for document in prose():
+                file.write(f"{document}{textfiles.END_OF_TEXT}\n")
+                count += 1
+        meta = {**self.identity(), "documents": count, "sha256": files.sha256(folder / "text.txt")}
+        files.write_json(folder / "meta.json", meta)
 
 
 @spec("synthetic")
@@ -181,9 +189,11 @@ class Synthetic(Corpus):
     """Sentences of a small random grammar: for tests, learnable and free of any download."""
 
     documents_count: int = 200
+    """About 70 words each."""
     seed: int = 0
+    """Of the sentences, not of the cell."""
 
-    def all_documents(self) -> Iterator[str]:
+    def all_documents(self, home: Path) -> Iterator[str]:
         draw = random.Random(self.seed)
         nouns, verbs = ("fox", "dog", "river", "stone", "child", "garden"), ("sees", "finds", "follows", "leaves")
         adjectives = ("old", "quick", "quiet", "green", "small")
@@ -195,8 +205,12 @@ class Synthetic(Corpus):
             yield " ".join(sentences)
 
 
-C4 = HubText(id="allenai/c4", revision="main", config="en")
-"""C4 English, in the hub's order."""
+C4 = HubText(
+    id="allenai/c4", revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2", config="en", documents_limit=12_000_000
+)
+"""C4 English, the first 34 of its 1,024 shards: about 5.5 billion tokens, more than any budget of the paper."""
 
-DOLMINO = HubText(id="allenai/dolmino-mix-1124", revision="main")
-"""Dolmino-mix-1124, the paper's corpus for LLaMA-2-7B."""
+DOLMINO = HubText(
+    id="allenai/dolmino-mix-1124", revision="a319f19eef1e257417b11ea8c30da266ae175557", documents_limit=12_000_000
+)
+"""Dolmino-mix-1124, the paper's corpus for LLaMA-2-7B, in the hub's order, which begins with its web pages."""

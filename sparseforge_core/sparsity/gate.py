@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparseforge_core.sparsity.patterns import keep_top
+from sparseforge_core.sparsity.patterns import SMALL, keep_top, ranks
 
 Threshold = Literal["midpoint", "nth"]
 
@@ -33,9 +33,19 @@ def threshold(z: Tensor, keep: int, mode: Threshold) -> Tensor:
     'nth' is the N-th largest score, eq. (3) to the letter: that survivor then sits exactly at 0.5. 'midpoint'
     lies halfway to the next score, so that the N survivors are above 0.5 and the others below.
     """
-    top = z.topk(keep + 1, dim=-1).values
-    nth, following = top[..., keep - 1 : keep], top[..., keep : keep + 1]
-    return nth if mode == "nth" else 0.5 * (nth + following)
+    place = ranks(z)
+    nth = _at_rank(z, place, keep - 1)
+    return nth if mode == "nth" else 0.5 * (nth + _at_rank(z, place, keep))
+
+
+def _at_rank(z: Tensor, place: Tensor, rank: int) -> Tensor:
+    """The entry of each group that has this rank, `[..., tiles, 1]`; exactly one has."""
+    if z.shape[-1] > SMALL:
+        return (z * (place == rank)).sum(-1, keepdim=True)
+    entry = torch.zeros_like(z[..., 0])
+    for column, at in zip(z.unbind(-1), place.unbind(-1), strict=True):
+        entry = torch.where(at == rank, column, entry)
+    return entry.unsqueeze(-1)
 
 
 def soft_gate(z: Tensor, keep: int, temperature: float, mode: Threshold) -> Tensor:

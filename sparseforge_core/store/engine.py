@@ -1,156 +1,143 @@
-"""Connecting: engines that behave, migrations that run once, and a sentence for everything that can be wrong."""
+"""Connecting: engines that behave alike on SQLite and PostgreSQL, and a sentence for everything that can be wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import os
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import event
 
-from alembic import command
 from sparseforge_core.errors import StoreError
 
-LOCK_SECONDS = 30
-ADVISORY_LOCK = 5_206_402
-"""PostgreSQL advisory lock held while migrating."""
-FILL = "`make demo` or `sparseforge run GRID`"
+LOCK_SECONDS = 30.0
+"""How long a transaction waits for another one before it gives up."""
+
+CONNECT_SECONDS = 10
+"""How long a server may take to answer."""
+
+HINTS = (
+    ("is locked", "another process has held it for too long; wait for it or end it"),
+    ("lock timeout", "another transaction has held it for too long; wait for it or end it"),
+    ("read-only", "it cannot be written; give write permission or name another store with --db"),
+    ("readonly", "the file or its folder is read-only; give write permission or name another store with --db"),
+    ("unable to open", "the folder is missing or may not be read; name another store with --db"),
+    ("full", "the disk is full; free some space and run the same command again, nothing recorded is lost"),
+    ("no space", "the disk is full; free some space and run the same command again, nothing recorded is lost"),
+    ("permission denied", "this database user may not do that; grant it the database, or name another store with --db"),
+    ("not a database", "this file is damaged or no SQLite database; name another store with --db"),
+    ("malformed", "this file is damaged; restore a copy or name another store with --db"),
+    ("connect", "is the server running, and are host, port, database, user and password right?"),
+)
+"""What to do, by a word of what the database says; the first that fits counts."""
 
 
-def make_engine(url: str, *, writable: bool = True) -> sa.Engine:
-    """An engine for a SQLite or PostgreSQL URL. Raises StoreError for any other.
+def make_engine(url: str, *, writable: bool = True, lock_seconds: float = LOCK_SECONDS) -> sa.Engine:
+    """An engine for a SQLite file or a PostgreSQL database. Raises StoreError for any other URL.
 
-    A read-only SQLite engine never creates a file and takes no write lock.
+    Transactions that write take SQLite's write lock when they begin: the driver's own habit of taking it at the first
+    write loses updates between processes without an error. An engine that is not writable creates and changes nothing.
     """
-    try:
-        parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
-        raise StoreError(f"{url!r} is no database URL; examples: sqlite:///runs/store.db, postgresql://user@host/sparseforge") from error
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise StoreError(f"database {parsed.get_backend_name()!r} is not supported; use a sqlite:/// or postgresql:// URL")
+    parsed = _parse(url)
     if parsed.get_backend_name() == "postgresql":
-        return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        return _postgresql(parsed, lock_seconds)
     if not writable:
-        if not parsed.database or not Path(parsed.database).is_file():
-            raise StoreError(f"there is no store at {url}; {FILL} makes one, --db names another")
-        return sa.create_engine(parsed.set(database=f"file:{parsed.database}", query={"mode": "ro", "uri": "true"}))
-    engine = sa.create_engine(parsed, connect_args={"timeout": LOCK_SECONDS})
-    event.listen(engine, "connect", _sqlite_pragmas)
-    # The driver's default defers BEGIN, which loses updates between processes without an error.
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        parsed = _read_only_file(parsed)
+    engine = sa.create_engine(parsed, connect_args={"timeout": lock_seconds})
+
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours to say
+        for pragma in (f"busy_timeout={int(lock_seconds * 1000)}", "foreign_keys=ON", "synchronous=NORMAL"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    def begin(connection: sa.Connection) -> None:
+        reading = not writable or connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
     return engine
 
 
-def _sqlite_pragmas(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None
-    for pragma in (f"busy_timeout={LOCK_SECONDS * 1000}", "foreign_keys=ON", "synchronous=NORMAL"):
-        connection.execute(f"PRAGMA {pragma}")
+@contextlib.contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that sees one state of the store in all its statements and holds up no writer."""
+    options: dict[str, Any] = {"reading": True}
+    if engine.dialect.name == "postgresql":
+        options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    with readable_errors(engine), engine.connect().execution_options(**options) as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that is committed when the block ends well and leaves nothing otherwise."""
+    with readable_errors(engine), engine.begin() as connection:
+        yield connection
 
 
 @contextlib.contextmanager
 def readable_errors(engine: sa.Engine) -> Iterator[None]:
-    """Turn what the database says into a StoreError: unreachable, locked, read-only, full."""
-    where = engine.url.render_as_string(hide_password=True)
+    """Turn what the database says about itself into a StoreError; broken constraints and our own bugs pass."""
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InternalError) as error:
-        reason = str(error.orig).strip().splitlines()[0]
-        hints = {
-            "locked": f"another process has held it for over {LOCK_SECONDS} s; wait for it or end it",
-            "readonly": "the file or its folder is read-only; give write permission or name another store with --db",
-            "read-only": "the server or the file is read-only; name another store with --db",
-            "unable to open": "the folder is missing or may not be read; name another store with --db",
-            "full": "the disk is full; free some space and run the same command again, nothing recorded is lost",
-            "connect": "is the server running, and are host, port, user and password right?",
-        }
-        hint = next((text for word, text in hints.items() if word in reason.lower()), "see the database's own log")
-        raise StoreError(f"store {where}: {reason}; {hint}") from error
-    except sa.exc.DatabaseError as error:
-        if "not a database" in str(error.orig) or "malformed" in str(error.orig):
-            raise StoreError(f"store {where}: {error.orig}; this file is damaged or no SQLite database") from error
+    except sa.exc.IntegrityError:
         raise
+    except sa.exc.DBAPIError as error:
+        reason = (str(error.orig).strip().splitlines() or [type(error.orig).__name__])[0]
+        hint = next((text for word, text in HINTS if word in reason.lower()), None)
+        if hint is None and not isinstance(error, (sa.exc.OperationalError, sa.exc.InternalError)):
+            raise
+        raise StoreError(f"store {where(engine)}: {reason}; {hint or 'see the log of the database'}") from error
 
 
-def _config(connection: sa.Connection) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
-    return config
+def where(engine: sa.Engine) -> str:
+    """The store's URL as it may be shown: without the password."""
+    return engine.url.render_as_string(hide_password=True)
 
 
-def newest_revision() -> str:
-    """The schema revision that this code writes."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    head = ScriptDirectory.from_config(config).get_current_head()
-    assert head is not None
-    return head
-
-
-def check_revision(engine: sa.Engine, *, writable: bool) -> str | None:
-    """The store's revision, or None for an empty database.
-
-    Raises StoreError for one of a newer schema, or a database that holds something else.
-    """
-    where = engine.url.render_as_string(hide_password=True)
-    with readable_errors(engine), engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-        tables = set(sa.inspect(connection).get_table_names()) - {"alembic_version"}
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if current is None and tables:
-        raise StoreError(f"store {where} is another program's database (tables {', '.join(sorted(tables)[:3])}); name another with --db")
-    if current is not None and current not in known:
-        raise StoreError(
-            f"store {where} has schema {current}, this code knows up to {newest_revision()}; use the newer SparseForge "
-            "that wrote it, or another store with --db"
-        )
-    if not writable and current != newest_revision():
-        state = "is empty" if current is None else f"has the older schema {current}"
-        raise StoreError(f"store {where} {state}; fill or upgrade it with {FILL}")
-    return current
-
-
-def upgrade(engine: sa.Engine) -> None:
-    """Bring the store to the newest schema, once, however many processes ask at the same time."""
-    with _creation_lock(engine):
-        if check_revision(engine, writable=True) == newest_revision():
-            return
-        with readable_errors(engine):
-            if engine.dialect.name == "sqlite":
-                with engine.connect() as connection:
-                    # Persistent, and the reason that readers never wait for a writer.
-                    connection.connection.execute("PRAGMA journal_mode=WAL")  # type: ignore[attr-defined]
-            with engine.begin() as connection:
-                command.upgrade(_config(connection), "head")
-
-
-@contextlib.contextmanager
-def _creation_lock(engine: sa.Engine) -> Iterator[None]:
-    if engine.dialect.name == "postgresql":
-        with readable_errors(engine), engine.connect() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_lock(ADVISORY_LOCK)))
-            try:
-                yield
-            finally:
-                connection.execute(sa.select(sa.func.pg_advisory_unlock(ADVISORY_LOCK)))
-        return
-    file = engine.url.database
-    if not file or file == ":memory:":
-        yield
-        return
+def _parse(url: str) -> sa.URL:
+    examples = "sqlite:///runs/store.db, postgresql://user@host/sparseforge"
     try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        lock = Path(f"{file}.lock").open("w")
-    except OSError as error:
-        raise StoreError(f"store {engine.url}: its folder cannot be written ({error}); name another store with --db") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise StoreError(f"{url!r} is no database URL ({error}); examples: {examples}") from error
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql"):
+        raise StoreError(f"database {backend!r} is not supported; use SQLite or PostgreSQL, for example {examples}")
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise StoreError(f"{url!r} is in memory, where results would be lost; name a file, for example {examples}")
+    return parsed
+
+
+def _postgresql(url: sa.URL, lock_seconds: float) -> sa.Engine:
+    arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": "sparseforge"}
+    settings = {name: value for name, value in arguments.items() if name not in url.query}
+    engine = sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=settings)
+
+    def prepare(connection: Any, _record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET lock_timeout = {int(lock_seconds * 1000)}")
+        connection.commit()
+
+    event.listen(engine, "connect", prepare)
+    return engine
+
+
+def _read_only_file(url: sa.URL) -> sa.URL:
+    """The URL that opens an existing file for reading only. Raises StoreError if there is none."""
+    file = Path(str(url.database))
+    if not file.is_file():
+        raise StoreError(
+            f"there is no store at {file}; make one with `make demo` or `sparseforge run demo`, or use --db"
+        )
+    options = {"mode": "ro", "uri": "true"}
+    log = Path(f"{file}-wal")
+    if not os.access(file.parent, os.W_OK, effective_ids=True) and not (log.exists() and log.stat().st_size):
+        # SQLite cannot share a file without writing beside it; where nobody can write, nobody need be watched for.
+        options["immutable"] = "1"
+    return url.set(database=f"file:{urllib.parse.quote(str(file))}", query=options)

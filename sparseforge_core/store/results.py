@@ -6,6 +6,7 @@ Row order is fixed in Python, so that SQLite and PostgreSQL give the same frames
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,14 +14,17 @@ import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
-from sparseforge_core.store.engine import check_revision, make_engine, readable_errors
-from sparseforge_core.store.store import stage_states
+from sparseforge_core.store.engine import make_engine, reading
+from sparseforge_core.store.migrate import require_newest
+from sparseforge_core.store.states import stage_states
 
 MEASUREMENT_COLUMNS = [
     "exhibit", "row", "label", "position", "recipe_key", "cell_key", "seed", "model", "family", "pattern", "method",
     "variant", "tokens", "stage", "suite", "metric", "value", "stderr", "n", "detail", "context",
 ]  # fmt: skip
-SLOT_COLUMNS = ["exhibit", "row", "label", "position", "recipe_key", "seeds", "suite_keys", "note", "model", "tokens", "method"]
+SLOT_COLUMNS = [
+    "exhibit", "row", "label", "position", "recipe_key", "seeds", "suite_keys", "note", "model", "tokens", "method",
+]  # fmt: skip
 MISSING_COLUMNS = ["exhibit", "row", "cell_key", "stage", "status"]
 
 
@@ -29,18 +33,22 @@ class Results:
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url, writable=False)
-        check_revision(self.engine, writable=False)
+        require_newest(self.engine)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
 
     def grids(self) -> list[str]:
         """Names of the planned grids, the most recently planned last."""
-        grid = schema.grid
-        return [row.name for row in self._rows(sa.select(grid.c.name).order_by(grid.c.planned_at, grid.c.name))]
+        rows = self._rows(sa.select(schema.grid.c.name, schema.grid.c.planned_at))
+        return [row.name for row in sorted(rows, key=lambda row: (row.planned_at, row.name))]
 
     def grid(self, name: str | None) -> dict[str, Any]:
         """One grid's name, title and whether it shows published numbers; None is the last planned one."""
         names = self.grids()
         if not names:
-            raise StoreError("the store holds no grid yet; fill it with `make demo` or `sparseforge run GRID`")
+            raise StoreError("the store holds no grid yet; fill it with `make demo` or `sparseforge run demo`")
         chosen = name or names[-1]
         if chosen not in names:
             raise StoreError(unknown("grid in this store", chosen, names))
@@ -48,52 +56,51 @@ class Results:
         return {"name": row.name, "title": row.title, "published": bool(row.published)}
 
     def slots(self, grid: str) -> pd.DataFrame:
-        """Rows of every exhibit of a grid, with what a listing shows of their recipes."""
-        slot, recipe = schema.slot, schema.recipe
-        rows = self._rows(
-            sa.select(slot, recipe.c.model, recipe.c.tokens, recipe.c.method)
-            .outerjoin(recipe, recipe.c.key == slot.c.recipe_key)
-            .where(slot.c.grid == grid)
-        )
-        frame = pd.DataFrame([dict(row._mapping) for row in rows], columns=["grid", *SLOT_COLUMNS])
-        return frame[SLOT_COLUMNS].sort_values(["exhibit", "position", "row"], ignore_index=True)
+        """Rows of every exhibit of a grid, with what a listing shows of their recipes; a caption has no recipe."""
+        frame = pd.DataFrame(self._slots(grid), columns=SLOT_COLUMNS)
+        # pandas would make NaN of a missing key
+        frame["recipe_key"] = frame["recipe_key"].astype(object).where(frame["recipe_key"].notna(), None)
+        return frame.sort_values(["exhibit", "position", "row"], ignore_index=True)
 
     def measurements(self, grid: str) -> pd.DataFrame:
-        """Measurements of done stages, once for each slot that shows their cell and suite (train stages: always)."""
-        slots = self.slots(grid)
-        recorded = self._measurements()
+        """Measurements of done stages, once for each slot that shows their recipe, seed and suite.
+
+        The train stage counts for every slot of its cell. Seeds that only another grid planned are left out. `value`
+        is NaN where `detail` says that the run diverged.
+        """
+        recorded = self._measurements(grid)
         suites = self.suites()
         rows = []
-        for slot in slots.itertuples():
-            if slot.recipe_key is None or pd.isna(slot.recipe_key):
-                continue
-            for record in recorded.get(slot.recipe_key, []):
-                if record["stage"] == "train" or record["stage"] in slot.suite_keys:
-                    shown = {"exhibit": slot.exhibit, "row": slot.row, "label": slot.label, "position": slot.position}
-                    rows.append({**record, **shown, "suite": suites.get(record["stage"], "train")})
-        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS)
+        for slot in self._slots(grid):
+            shown = {name: slot[name] for name in ("exhibit", "row", "label", "position")}
+            stages = {"train", *slot["suite_keys"]}
+            rows += [
+                {**record, **shown, "suite": suites.get(record["stage"], record["stage"])}
+                for record in recorded.get(slot["recipe_key"], [])
+                if record["stage"] in stages and record["seed"] in slot["seeds"]
+            ]
+        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS).astype({"value": float, "stderr": float})
         return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
 
     def missing(self, grid: str) -> pd.DataFrame:
-        """Planned (slot, cell, stage) combinations that are not done, with their state."""
-        with readable_errors(self.engine), self.engine.connect() as connection:
-            states = {(s.cell_key, s.stage): s.status for s in stage_states(connection, grid)}
+        """What slots show and is not done: one row for each (slot, cell, stage), with its state."""
+        states = self.stage_statuses(grid)
+        cell = schema.cell
+        known = self._rows(sa.select(cell.c.key, cell.c.recipe_key, cell.c.seed))
+        cells = {(row.recipe_key, row.seed): row.key for row in known}
         rows = []
-        for slot in self.slots(grid).itertuples():
-            if slot.recipe_key is None or pd.isna(slot.recipe_key):
-                continue
-            for seed in slot.seeds:
-                key = f"{slot.recipe_key}-s{seed}"
-                for stage in ("train", *slot.suite_keys):
-                    status = states.get((key, stage), "unplanned")
-                    if status != "done":
-                        rows.append([slot.exhibit, slot.row, key, stage, status])
+        for slot in sorted(self._slots(grid), key=lambda slot: (slot["exhibit"], slot["position"], slot["row"])):
+            for seed in slot["seeds"]:
+                key = cells.get((slot["recipe_key"], seed), f"{slot['recipe_key']}-s{seed}")
+                for stage in ("train", *slot["suite_keys"]):
+                    if (status := states.get((key, stage), "unplanned")) != "done":
+                        rows.append([slot["exhibit"], slot["row"], key, stage, status])
         return pd.DataFrame(rows, columns=MISSING_COLUMNS)
 
     def stage_statuses(self, grid: str | None = None) -> dict[tuple[str, str], str]:
         """State of every planned stage, of one grid or of all, by (cell key, stage)."""
         names = self.grids() if grid is None else [grid]
-        with readable_errors(self.engine), self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             return {(s.cell_key, s.stage): s.status for name in names for s in stage_states(connection, name)}
 
     def published(self, exhibit: str) -> pd.DataFrame:
@@ -111,21 +118,43 @@ class Results:
         """The whole suites by key."""
         return {row.key: json.loads(row.spec) for row in self._rows(sa.select(schema.suite.c.key, schema.suite.c.spec))}
 
-    def _measurements(self) -> dict[str, list[dict[str, Any]]]:
+    def _slots(self, grid: str) -> list[dict[str, Any]]:
+        slot, recipe = schema.slot, schema.recipe
+        rows = self._rows(
+            sa.select(*(column for column in slot.columns if column.name != "grid"))
+            .add_columns(recipe.c.model, recipe.c.tokens, recipe.c.method)
+            .outerjoin(recipe, recipe.c.key == slot.c.recipe_key)
+            .where(slot.c.grid == grid)
+        )
+        return [dict(row._mapping) for row in rows]
+
+    def _measurements(self, grid: str) -> dict[str, list[dict[str, Any]]]:
+        """Done measurements of every recipe that a slot of the grid shows, by recipe key."""
         m, a, c, r = schema.measurement, schema.attempt, schema.cell, schema.recipe
+        slot = schema.slot
+        shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
         rows = self._rows(
             sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.detail, a.c.context)
-            .add_columns(c.c.seed, c.c.recipe_key, r.c.model, r.c.family, r.c.pattern, r.c.method, r.c.variant, r.c.tokens)
+            .add_columns(c.c.seed, c.c.recipe_key, r.c.model, r.c.family, r.c.pattern, r.c.method)
+            .add_columns(r.c.variant, r.c.tokens)
             .join(a, a.c.id == m.c.attempt_id)
             .join(c, c.c.key == m.c.cell_key)
             .join(r, r.c.key == c.c.recipe_key)
-            .where(a.c.status == "done")
+            .where(a.c.status == "done", r.c.key.in_(shown))
         )
         grouped: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            grouped.setdefault(row.recipe_key, []).append(dict(row._mapping))
+            record = {**row._mapping, "detail": _sorted(row.detail), "context": _sorted(row.context)}
+            grouped.setdefault(row.recipe_key, []).append(record)
         return grouped
 
-    def _rows(self, statement: Any) -> list[Any]:
-        with readable_errors(self.engine), self.engine.connect() as connection:
-            return list(connection.execute(statement).all())
+    def _rows(self, statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        with reading(self.engine) as connection:
+            return connection.execute(statement).all()
+
+
+def _sorted(body: Any) -> Any:
+    """The same JSON with sorted keys: PostgreSQL keeps another order than SQLite."""
+    if isinstance(body, dict):
+        return {key: _sorted(body[key]) for key in sorted(body)}
+    return [_sorted(part) for part in body] if isinstance(body, list) else body

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["pending", "running", "done", "failed", "lost", "interrupted"]
+AttemptStatus = Literal["running", "done", "failed", "lost", "interrupted"]
+Status = Literal["pending"] | AttemptStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +108,34 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttemptRecord:
+    """All that the store keeps of one try at a stage."""
+
+    id: int
+    cell_key: str
+    stage: str
+    status: AttemptStatus
+    started: datetime.datetime
+    heartbeat: datetime.datetime
+    finished: datetime.datetime | None
+    error: str
+    items_sha256: str | None
+    """Hash of the file of per-item results behind the measurements."""
+    context: dict[str, Any] | None
+    """Circumstances of a finished attempt: device, dtype, versions, wall seconds."""
+    provenance: Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageState:
     """One stage of one planned cell as the store sees it now."""
 
     cell_key: str
     stage: str
     status: Status
+    """That of the live attempt, else of the last one; 'pending' if there was none."""
     attempts: int
+    """How many tries were made, without those that were interrupted on purpose."""
     error: str
     requires: tuple[str, ...]
     pool: str

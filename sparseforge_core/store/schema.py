@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
+
+REVISIONS = ("0001",)
+"""Schema revisions that this code knows, oldest first; a new file in `migrations/versions` adds one."""
 
 NAMES = {
     "ix": "ix_%(column_0_label)s",
@@ -16,6 +21,22 @@ NAMES = {
 metadata = sa.MetaData(naming_convention=NAMES)
 
 JSON = sa.JSON().with_variant(JSONB(), "postgresql")
+
+
+class UtcTime(sa.types.TypeDecorator[datetime.datetime]):
+    """A moment, always with its time zone: SQLite forgets the zone, so it is UTC on the way in and out."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime.datetime | None, dialect: sa.Dialect) -> datetime.datetime | None:
+        return None if value is None else value.astimezone(datetime.UTC)
+
+    def process_result_value(self, value: datetime.datetime | None, dialect: sa.Dialect) -> datetime.datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=datetime.UTC) if value.tzinfo is None else value.astimezone(datetime.UTC)
+
 
 recipe = sa.Table(
     "recipe",
@@ -55,7 +76,7 @@ grid = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("title", sa.Text, nullable=False),
     sa.Column("published", sa.Boolean, nullable=False),
-    sa.Column("planned_at", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("planned_at", UtcTime, nullable=False),
 )
 
 stage = sa.Table(
@@ -82,9 +103,9 @@ attempt = sa.Table(
     sa.Column("cell_key", sa.ForeignKey("cell.key"), nullable=False),
     sa.Column("stage", sa.Text, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
-    sa.Column("started", sa.DateTime(timezone=True), nullable=False),
-    sa.Column("heartbeat", sa.DateTime(timezone=True), nullable=False),
-    sa.Column("finished", sa.DateTime(timezone=True)),
+    sa.Column("started", UtcTime, nullable=False),
+    sa.Column("heartbeat", UtcTime, nullable=False),
+    sa.Column("finished", UtcTime),
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("items_sha256", sa.Text),
     sa.Column("context", JSON),

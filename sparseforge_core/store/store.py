@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from sparseforge_core.errors import CellTaken, RecipeDrift, StoreError
-from sparseforge_core.store import schema
-from sparseforge_core.store.engine import make_engine, readable_errors, upgrade
+from sparseforge_core.errors import CellTaken, StoreError
+from sparseforge_core.store import planning, schema
+from sparseforge_core.store.engine import LOCK_SECONDS, make_engine, reading, writing
+from sparseforge_core.store.health import problems
+from sparseforge_core.store.migrate import upgrade
 from sparseforge_core.store.rows import (
     Attempt,
+    AttemptRecord,
     Measurement,
     PlannedCell,
     PlannedSlot,
@@ -29,19 +32,27 @@ from sparseforge_core.store.rows import (
     PublishedNumber,
     StageState,
 )
+from sparseforge_core.store.states import stage_states
 
-CHUNK = 500
-"""Rows per statement, below the parameter limits of both databases."""
+log = logging.getLogger(__name__)
 
 
 class ResultStore:
-    """Everything that writes. Opening it creates or upgrades the schema."""
+    """Everything that writes. Opening it creates or upgrades the schema; threads may share one, processes may not.
 
-    def __init__(self, url: str) -> None:
-        self.engine = make_engine(url)
-        upgrade(self.engine)
+    `url` is a SQLite file or a PostgreSQL database; `lock_seconds` is how long to wait for another writer. Every
+    method raises StoreError when the database is unreachable, locked, read-only, full or not ours.
+    """
 
-    # ---------------------------------------------------------------- planning
+    def __init__(self, url: str, *, lock_seconds: float = LOCK_SECONDS) -> None:
+        self.engine = make_engine(url, lock_seconds=lock_seconds)
+        upgrade(self.engine, lock_seconds=lock_seconds)
+
+    def close(self) -> None:
+        """Close every connection; the store opens new ones if it is used again."""
+        self.engine.dispose()
+
+    # ---------------------------------------------------------------- what is wanted, and what is to be done
 
     def plan(
         self,
@@ -56,132 +67,71 @@ class ResultStore:
     ) -> None:
         """Record what a grid wants; its earlier slots and stages are replaced, results stay.
 
-        Raises RecipeDrift if a recipe of the same key resolves differently now than when it was stored.
+        `stages` holds stage names by cell key. Quoted numbers are replaced only if some are given. Raises RecipeDrift
+        if a recipe or suite of the same key resolves differently now than when it was stored; then nothing is written.
         """
-        with readable_errors(self.engine), self.engine.begin() as connection:
-            self._refuse_drift(connection, cells)
-            now = _now()
-            row = {"name": grid, "title": title, "published": bool(published), "planned_at": now}
-            self._upsert(connection, schema.grid, [row], ["name"])
-            recipes = {
-                c.recipe_key: {
-                    "key": c.recipe_key,
-                    "model": c.model,
-                    "family": c.family,
-                    "pattern": c.pattern,
-                    "method": c.method,
-                    "variant": c.variant,
-                    "tokens": c.tokens,
-                    "spec": c.spec_json,
-                }
-                for c in cells
-            }
-            self._upsert(connection, schema.recipe, list(recipes.values()), ["key"])
-            bodies = [
-                {
-                    "key": c.key,
-                    "recipe_key": c.recipe_key,
-                    "seed": c.seed,
-                    "body": c.cell_json,
-                    "pool": c.pool,
-                    "cost_hours": c.cost_hours,
-                }
-                for c in cells
-            ]
-            self._upsert(connection, schema.cell, bodies, ["key"])
-            needs = [{"cell_key": c.key, "required_key": r} for c in cells for r in c.requires]
-            self._upsert(connection, schema.requirement, needs, ["cell_key", "required_key"])
-            self._upsert(
-                connection, schema.suite, [{"key": s.key, "name": s.name, "spec": s.spec_json} for s in suites], ["key"]
-            )
-            for table in (schema.stage, schema.slot):
-                connection.execute(sa.delete(table).where(table.c.grid == grid))
-            work = [(key, name) for key, names in stages.items() for name in names]
-            rows = [{"grid": grid, "cell_key": k, "stage": n, "position": i} for i, (k, n) in enumerate(work)]
-            self._upsert(connection, schema.stage, rows, ["grid", "cell_key", "stage"])
-            slot_rows = [{**asdict(s), "seeds": list(s.seeds), "suite_keys": list(s.suite_keys)} for s in slots]
-            self._upsert(connection, schema.slot, slot_rows, ["grid", "exhibit", "row"])
+        with writing(self.engine) as connection:
+            planning.write_grid(connection, grid, title, published=bool(published))
+            planning.write_cells(connection, cells)
+            planning.write_suites(connection, suites)
+            planning.replace_stages(connection, grid, stages)
+            planning.replace_slots(connection, grid, slots)
             if published:
-                connection.execute(sa.delete(schema.published))
-                self._upsert(
-                    connection, schema.published, [asdict(p) for p in published], ["exhibit", "row", "column"]
-                )
-
-    def _refuse_drift(self, connection: sa.Connection, cells: Sequence[PlannedCell]) -> None:
-        wanted = {c.recipe_key: c.spec_json for c in cells}
-        known = connection.execute(sa.select(schema.recipe.c.key, schema.recipe.c.spec))
-        for key, spec in known:
-            if key in wanted and spec != wanted[key]:
-                changes = "; ".join(_differences(json.loads(spec), json.loads(wanted[key]))[:5])
-                raise RecipeDrift(
-                    f"recipe {key} was stored differently from what it resolves to now, under the same key: {changes}. A "
-                    "default has changed: restore it, or bump the part's revision to make this a new recipe"
-                )
-
-    def _upsert(
-        self, connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]], key: list[str]
-    ) -> None:
-        insert: Any = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
-        columns = [column.name for column in table.columns if column.name not in key]
-        for start in range(0, len(rows), CHUNK):
-            statement = insert(table).values(list(rows[start : start + CHUNK]))
-            if columns:
-                update = {name: statement.excluded[name] for name in columns}
-                statement = statement.on_conflict_do_update(index_elements=key, set_=update)
-            else:
-                statement = statement.on_conflict_do_nothing(index_elements=key)
-            connection.execute(statement)
-
-    # ---------------------------------------------------------------- what is to be done
+                planning.replace_published(connection, published)
 
     def work(self, grid: str) -> list[StageState]:
         """Every planned stage of a grid with its present state, in planned order."""
-        with readable_errors(self.engine), self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             return stage_states(connection, grid)
 
     def cell_body(self, cell_key: str) -> str:
         """The cell file of a planned cell. Raises StoreError for a key that was never planned."""
-        return self._body(schema.cell, cell_key, "cell")
+        return self._text(schema.cell.c.body, cell_key)
 
     def suite_spec(self, suite_key: str) -> str:
         """The JSON of a planned suite. Raises StoreError for a key that was never planned."""
-        return self._body(schema.suite, suite_key, "suite")
+        return self._text(schema.suite.c.spec, suite_key)
 
-    def _body(self, table: sa.Table, key: str, what: str) -> str:
-        column = table.c.body if what == "cell" else table.c.spec
-        with readable_errors(self.engine), self.engine.connect() as connection:
-            found = connection.execute(sa.select(column).where(table.c.key == key)).scalar()
+    def _text(self, column: sa.Column[str], key: str) -> str:
+        with reading(self.engine) as connection:
+            found = connection.execute(sa.select(column).where(column.table.c.key == key)).scalar()
         if found is None:
-            raise StoreError(f"the store has no {what} {key!r}; plan its grid first")
+            raise StoreError(f"the store has no {column.table.name} {key!r}; plan a grid that has it first")
         return str(found)
 
     # ---------------------------------------------------------------- attempts
 
     def claim(self, cell_key: str, stage: str, provenance: Provenance) -> Attempt:
-        """Take a stage. Raises CellTaken if it is done or another attempt holds it."""
+        """Take a stage. Raises CellTaken if it is done or held, StoreError if no grid plans it."""
         now = _now()
-        values = {
-            "cell_key": cell_key,
-            "stage": stage,
-            "status": "running",
-            "started": now,
-            "heartbeat": now,
-            "error": "",
-            **asdict(provenance),
-        }
+        values = {"status": "running", "started": now, "heartbeat": now, "error": "", **asdict(provenance)}
+        planned = schema.stage
+        wanted = (planned.c.cell_key == cell_key) & (planned.c.stage == stage)
         try:
-            with readable_errors(self.engine), self.engine.begin() as connection:
-                result = connection.execute(sa.insert(schema.attempt).values(**values))
-                assert result.inserted_primary_key is not None
-                number = int(result.inserted_primary_key[0])
+            with writing(self.engine) as connection:
+                if connection.execute(sa.select(sa.func.count()).select_from(planned).where(wanted)).scalar() == 0:
+                    raise StoreError(f"no grid in the store plans stage {stage!r} of cell {cell_key!r}; plan it first")
+                insert = sa.insert(schema.attempt).values(cell_key=cell_key, stage=stage, **values)
+                key = connection.execute(insert).inserted_primary_key
         except sa.exc.IntegrityError as error:
-            raise CellTaken(f"stage {stage} of cell {cell_key} is done or held by another attempt") from error
-        return Attempt(id=number, cell_key=cell_key, stage=stage)
+            raise CellTaken(f"stage {stage} of cell {cell_key} is {self._holder(cell_key, stage)}") from error
+        assert key is not None
+        return Attempt(id=int(key[0]), cell_key=cell_key, stage=stage)
+
+    def _holder(self, cell_key: str, stage: str) -> str:
+        live = [a for a in self.attempts(cell_key) if a.stage == stage and a.status in ("running", "done")]
+        if not live:
+            return "held by an attempt that has just ended; try again"
+        if live[0].status == "done":
+            return f"done (attempt {live[0].id}); nothing to run"
+        silent = (_now() - live[0].heartbeat).total_seconds()
+        origin = live[0].provenance
+        return f"held by attempt {live[0].id}, process {origin.pid} on {origin.host}, last heard of {silent:.0f} s ago"
 
     def heartbeat(self, attempt: Attempt) -> bool:
         """Say that an attempt is alive; False if it is no longer the live one and must stop."""
-        with readable_errors(self.engine), self.engine.begin() as connection:
-            return self._touch(connection, attempt, heartbeat=_now())
+        with writing(self.engine) as connection:
+            return _touch(connection, attempt, heartbeat=_now())
 
     def finish(
         self,
@@ -192,115 +142,102 @@ class ResultStore:
     ) -> None:
         """Commit an attempt's measurements and mark it done, in one transaction.
 
-        Raises CellTaken if the attempt is no longer the live one; then nothing is written.
+        Finishing the same attempt again changes nothing. Raises CellTaken if another attempt has taken its place, and
+        StoreError for measurements that cannot be stored; then nothing is written.
         """
-        rows = [_measurement_row(attempt, m) for m in measurements]
-        with readable_errors(self.engine), self.engine.begin() as connection:
-            now = _now()
-            done = {"status": "done", "heartbeat": now, "finished": now, "context": context, "items_sha256": items_sha256}
-            if not self._touch(connection, attempt, **done):
+        rows = _measurement_rows(attempt, measurements)
+        _require_json(context, f"context of stage {attempt.stage} of cell {attempt.cell_key}")
+        now = _now()
+        done = {"status": "done", "heartbeat": now, "finished": now, "context": context, "items_sha256": items_sha256}
+        table, tries = schema.measurement, schema.attempt
+        with writing(self.engine) as connection:
+            if not _touch(connection, attempt, **done):
+                status = connection.execute(sa.select(tries.c.status).where(tries.c.id == attempt.id)).scalar()
+                if status == "done":
+                    log.info("attempt %d of cell %s was recorded before", attempt.id, attempt.cell_key)
+                    return
                 raise CellTaken(
-                    f"attempt {attempt.id} of stage {attempt.stage} of cell {attempt.cell_key} is no longer the live one; "
-                    "its results were not recorded"
+                    f"attempt {attempt.id} of stage {attempt.stage} of cell {attempt.cell_key} is {status or 'unknown'}"
+                    " and no longer the live one; its results were not recorded"
                 )
-            table = schema.measurement
             own = (table.c.cell_key == attempt.cell_key) & (table.c.stage == attempt.stage)
             connection.execute(sa.delete(table).where(own))
-            self._upsert(connection, table, rows, ["cell_key", "stage", "metric"])
+            planning.upsert(connection, table, rows)
 
-    def fail(self, attempt: Attempt, error: str, *, status: str = "failed") -> None:
-        """End an attempt as 'failed' or 'interrupted', with its error text; a stale attempt is left as it is."""
-        with readable_errors(self.engine), self.engine.begin() as connection:
-            self._touch(connection, attempt, status=status, finished=_now(), error=error)
+    def fail(self, attempt: Attempt, error: str, *, status: Literal["failed", "interrupted"] = "failed") -> None:
+        """End an attempt with its error text; one that is no longer live is left as it is."""
+        text = error.replace("\0", "\\0")  # PostgreSQL stores no NUL
+        with writing(self.engine) as connection:
+            _touch(connection, attempt, status=status, finished=_now(), error=text)
 
     def expire(self, older_than: datetime.timedelta) -> int:
         """Mark running attempts without a heartbeat for that long as lost; returns how many."""
-        limit = _now() - older_than
-        return self._lose(schema.attempt.c.heartbeat < limit, "no heartbeat")
+        return self._lose(schema.attempt.c.heartbeat < _now() - older_than, "no heartbeat")
 
     def release_dead(self, host: str, alive: Callable[[int], bool]) -> int:
         """Mark running attempts of this host whose process is gone as lost; returns how many."""
         table = schema.attempt
-        with readable_errors(self.engine), self.engine.connect() as connection:
-            running = connection.execute(
-                sa.select(table.c.id, table.c.pid).where(table.c.status == "running", table.c.host == host)
-            ).all()
+        held = sa.select(table.c.id, table.c.pid).where(table.c.status == "running", table.c.host == host)
+        with reading(self.engine) as connection:
+            running = connection.execute(held).all()
         dead = [row.id for row in running if not alive(row.pid)]
         return self._lose(table.c.id.in_(dead), "its process is gone") if dead else 0
 
-    def _lose(self, which: Any, why: str) -> int:
+    def _lose(self, which: sa.ColumnElement[bool], why: str) -> int:
         table = schema.attempt
         update = sa.update(table).where(table.c.status == "running", which)
-        with readable_errors(self.engine), self.engine.begin() as connection:
-            return int(connection.execute(update.values(status="lost", finished=_now(), error=why)).rowcount)
+        with writing(self.engine) as connection:
+            return connection.execute(update.values(status="lost", finished=_now(), error=why)).rowcount
 
-    def _touch(self, connection: sa.Connection, attempt: Attempt, **values: Any) -> bool:
+    # ---------------------------------------------------------------- looking back
+
+    def attempts(self, cell_key: str) -> list[AttemptRecord]:
+        """Every try at the stages of a cell, oldest first."""
         table = schema.attempt
-        live = sa.update(table).where(table.c.id == attempt.id, table.c.status == "running")
-        return connection.execute(live.values(**values)).rowcount == 1
+        with reading(self.engine) as connection:
+            rows = connection.execute(sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)).all()
+        return [_record(dict(row._mapping)) for row in rows]
+
+    def fsck(self) -> list[str]:
+        """What in the store contradicts itself, one sentence each; an empty list is a sound store."""
+        with reading(self.engine) as connection:
+            return problems(connection)
 
 
-def stage_states(connection: sa.Connection, grid: str) -> list[StageState]:
-    """The state of each planned stage: a live attempt's if there is one, else that of the last attempt."""
-    stage, cell, recipe, attempt = schema.stage, schema.cell, schema.recipe, schema.attempt
-    planned = connection.execute(
-        sa.select(stage, cell.c.seed, cell.c.pool, cell.c.cost_hours, recipe.c.model, recipe.c.method, recipe.c.variant)
-        .add_columns(recipe.c.tokens)
-        .join(cell, cell.c.key == stage.c.cell_key)
-        .join(recipe, recipe.c.key == cell.c.recipe_key)
-        .where(stage.c.grid == grid)
-        .order_by(stage.c.position)
-    ).all()
-    requires: dict[str, list[str]] = {}
-    for key, needed in connection.execute(sa.select(schema.requirement)):
-        requires.setdefault(key, []).append(needed)
-    history: dict[tuple[str, str], list[Any]] = {}
-    attempts = sa.select(attempt.c.cell_key, attempt.c.stage, attempt.c.status, attempt.c.error).order_by(attempt.c.id)
-    for row in connection.execute(attempts):
-        history.setdefault((row.cell_key, row.stage), []).append(row)
-    states = []
-    for row in planned:
-        tries = history.get((row.cell_key, row.stage), [])
-        live = next((t for t in tries if t.status in ("running", "done")), tries[-1] if tries else None)
-        states.append(
-            StageState(
-                cell_key=row.cell_key,
-                stage=row.stage,
-                status=live.status if live else "pending",
-                attempts=sum(t.status in ("failed", "lost", "running", "done") for t in tries),
-                error=live.error if live else "",
-                requires=tuple(sorted(requires.get(row.cell_key, []))),
-                pool=row.pool,
-                cost_hours=row.cost_hours,
-                model=row.model,
-                method=row.method,
-                variant=row.variant,
-                seed=row.seed,
-                tokens=row.tokens,
-            )
-        )
-    return states
+def _touch(connection: sa.Connection, attempt: Attempt, **values: Any) -> bool:
+    """Change an attempt if it is still the live one, and say whether it was: the fence against stale writers."""
+    table = schema.attempt
+    live = sa.update(table).where(table.c.id == attempt.id, table.c.status == "running")
+    return connection.execute(live.values(**values)).rowcount == 1
 
 
-def _measurement_row(attempt: Attempt, m: Measurement) -> dict[str, Any]:
-    if m.value is None or not math.isfinite(m.value):
-        if m.detail.get("status") != "diverged":
-            raise StoreError(f"measurement {m.metric} of cell {attempt.cell_key} is {m.value} without being marked diverged")
-        return {**asdict(m), "value": None, "stderr": None, **_place(attempt)}
-    return {**asdict(m), **_place(attempt)}
+def _record(row: dict[str, Any]) -> AttemptRecord:
+    provenance = Provenance(**{f.name: row.pop(f.name) for f in fields(Provenance)})
+    return AttemptRecord(**row, provenance=provenance)
 
 
-def _place(attempt: Attempt) -> dict[str, Any]:
-    return {"cell_key": attempt.cell_key, "stage": attempt.stage, "attempt_id": attempt.id}
+def _measurement_rows(attempt: Attempt, measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for m in measurements:
+        about = f"measurement {m.metric} of stage {attempt.stage} of cell {attempt.cell_key}"
+        if m.metric in rows:
+            raise StoreError(f"{about} comes twice; each metric of a stage has one value")
+        diverged = m.value is None or not math.isfinite(m.value)
+        if diverged and m.detail.get("status") != "diverged":
+            raise StoreError(f"{about} is {m.value} without being marked diverged")
+        _require_json(m.detail, f"detail of {about}")
+        stderr = None if diverged or m.stderr is None or not math.isfinite(m.stderr) else m.stderr
+        place = {"cell_key": attempt.cell_key, "stage": attempt.stage, "attempt_id": attempt.id}
+        rows[m.metric] = {**asdict(m), "value": None if diverged else m.value, "stderr": stderr, **place}
+    return list(rows.values())
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for name in sorted(set(old) | set(new)):
-            lines += _differences(old.get(name, "(absent)"), new.get(name, "(absent)"), f"{path}.{name}" if path else name)
-        return lines
-    return [] if old == new else [f"{path}: was {old!r}, now {new!r}"]
+def _require_json(body: dict[str, Any], about: str) -> None:
+    """Both databases must be able to keep it: SQLite would take a NaN that PostgreSQL refuses."""
+    try:
+        json.dumps(body, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{about} is no JSON ({error}); write numbers that are not finite as null") from error
 
 
 def _now() -> datetime.datetime:

@@ -1,29 +1,46 @@
 """The mirror in MLflow: one run a cell, copied from the cell's journal and measurements. The only door to mlflow.
 
 Mirroring is idempotent (a cursor beside the journal says what MLflow has), so an outage costs nothing: the next
-mirror fills in what is missing.
+mirror fills in what is missing. The process that trains never comes here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import logging
+import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sparseforge_core import files
 from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.tracking.histograms import write_histograms
 from sparseforge_core.tracking.tracker import read_journal
 
 log = logging.getLogger(__name__)
 
 CURSOR = "mlflow.json"
 BATCH = 1000
-"""Values in one request."""
-LONGEST_PARAMETER = 500
+"""Metrics in one request, which is all that a server takes."""
+PARAMETERS = 100
+"""Parameters in one request."""
+LONGEST_PARAMETER = 6000
+"""Characters of a parameter that MLflow keeps; we cut, so that it need not warn."""
+
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""A server that is away is asked again after the next cell, not waited for: MLflow's own default is minutes."""
+
+TROUBLE = {"mlflow", "sqlalchemy", "alembic", "sqlite3", "psycopg", "requests", "urllib3"}
+"""Packages whose exceptions mean that MLflow did not take something."""
+
+Status = Literal["RUNNING", "FINISHED", "FAILED"]
+
+_prepared: set[str] = set()
 
 
 class MirrorError(SparseForgeError):
@@ -47,52 +64,252 @@ class About(Protocol):
     def tokens(self) -> int: ...
 
 
-def prepare(uri: str) -> None:
-    """Make or upgrade MLflow's own database once; processes that race on a fresh file would crash each other."""
-    import mlflow.store.db.utils as database
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+def prepare(uri: str, home: Path) -> None:
+    """Open MLflow once in this process, making its own database if need be, one process of a home at a time.
 
+    Processes that race on a fresh database would crash each other. Raises MirrorError if it cannot be opened.
+    """
+    if uri in _prepared:
+        return
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        SqlAlchemyStore(uri, default_artifact_root=str(artifact_root(uri)))
-    elif not uri.startswith(("http://", "https://")):
-        database._upgrade_db(database.create_sqlalchemy_engine_with_retry(uri))
+    with files.only_one(home / "mlflow"), _refusals(uri):
+        _client(uri).search_experiments(max_results=1)
+    _prepared.add(uri)
 
 
-def artifact_root(uri: str) -> Path:
-    """Where artifacts live beside a SQLite MLflow."""
-    return Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
-
-
-def mirror_cell(uri: str, home: Path, folder: Path, grid: str, about: About) -> str:
+def mirror_cell(
+    uri: str,
+    home: Path,
+    folder: Path,
+    grid: str,
+    about: About,
+    *,
+    status: Status = "FINISHED",
+    tags: Mapping[str, str] | None = None,
+) -> str:
     """Copy what MLflow lacks of a cell's journal, histograms and measurements; returns the run's id.
 
-    Raises MirrorError if MLflow cannot be reached; nothing is lost then.
+    A cell that still runs may be mirrored too (status RUNNING): its histograms come when it ends. `tags` are further
+    tags, such as the commit. Raises MirrorError if MLflow cannot be reached; nothing is lost then.
     """
-    from mlflow.exceptions import MlflowException
+    prepare(uri, home)
+    with files.only_one(folder / CURSOR), _refusals(uri):
+        client = _client(uri)
+        run_id = _open_run(client, uri, home, about, folder)
+        _Copy(client, run_id, uri, folder).up_to_now(status, _tags(about, folder, grid) | dict(tags or {}))
+    return run_id
+
+
+def is_mirrored(folder: Path, stages: Sequence[str], uri: str) -> bool:
+    """Whether the cursor says that this MLflow has all of these stages; reads one small file and asks nobody."""
+    cursor = _read_cursor(folder / CURSOR)
+    return cursor.get("uri") == uri and cursor.get("status") == "FINISHED" and set(stages) <= set(cursor["stages"])
+
+
+class _Copy:
+    """One cell on its way into its run; the cursor is written after each part, so that no part is sent twice."""
+
+    def __init__(self, client: Any, run_id: str, uri: str, folder: Path) -> None:
+        self.client, self.run_id, self.folder = client, run_id, folder
+        self.cursor = _read_cursor(folder / CURSOR)
+        if self.cursor.get("run") != run_id or self.cursor.get("uri") != uri:
+            self.cursor = {"run": run_id, "uri": uri, "step": 0, "stages": [], "pictured": 0, "status": None}
+
+    def up_to_now(self, status: Status, tags: dict[str, str]) -> None:
+        lines, _ = read_journal(self.folder / "train" / "journal.jsonl")
+        self._scalars([line for line in lines if line.get("scalars") and line["step"] > self.cursor["step"]])
+        if status != "RUNNING":
+            self._histograms([line for line in lines if "histogram" in line])
+        for path in sorted(self.folder.glob("*/measurements.json")):
+            if path.parent.name not in self.cursor["stages"]:
+                self._measurements(path)
+        if tags != self.cursor.get("tags"):
+            for name, value in tags.items():
+                self.client.set_tag(self.run_id, name, value)
+            self._move(tags=tags)
+        if status != self.cursor["status"]:
+            if status == "RUNNING":
+                self.client.update_run(self.run_id, status="RUNNING")
+            else:
+                self.client.set_terminated(self.run_id, status)
+            self._move(status=status)
+
+    def _scalars(self, lines: list[dict[str, Any]]) -> None:
+        for some in _batches(lines, lambda line: len(line["scalars"])):
+            rows = [(name, value, line) for line in some for name, value in line["scalars"].items()]
+            metrics = [(_metric_name(n), v, _milliseconds(ln["t"]), ln["step"]) for n, v, ln in rows if v is not None]
+            self._log(metrics)
+            self._move(step=some[-1]["step"])
+
+    def _histograms(self, lines: list[dict[str, Any]]) -> None:
+        if len(lines) <= self.cursor["pictured"]:
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            write_histograms(Path(temporary), lines)
+            self.client.log_artifacts(self.run_id, temporary, "mask_histogram")
+        self._move(pictured=len(lines))
+
+    def _measurements(self, path: Path) -> None:
+        body = json.loads(path.read_text())
+        stage = path.parent.name
+        suite = stage if body["suite"] is None else body["suite"]["name"]
+        now = int(path.stat().st_mtime * 1000)
+        rows = body["measurements"]
+        self._log([(f"eval/{_metric_name(suite + '/' + r['metric'])}", r["value"], now, 0) for r in _finite(rows)])
+        diverged = [row["metric"] for row in rows if row["value"] is None]
+        if diverged:
+            self.client.set_tag(self.run_id, "diverged", ", ".join(diverged)[:LONGEST_PARAMETER])
+        self.client.log_artifact(self.run_id, str(path), f"measurements/{stage}")
+        self._move(stages=[*self.cursor["stages"], stage])
+
+    def _log(self, metrics: list[tuple[str, float, int, int]]) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(self.run_id, metrics=[Metric(*row) for row in metrics[start : start + BATCH]])
+
+    def _move(self, **changes: Any) -> None:
+        self.cursor |= changes
+        files.write_json(self.folder / CURSOR, self.cursor)
+
+
+@contextlib.contextmanager
+def _refusals(uri: str) -> Iterator[None]:
+    """Whatever MLflow, its database or its connection raises becomes a MirrorError; our own mistakes do not."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in TROUBLE:
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise MirrorError(f"MLflow at {uri} did not take it: {said}") from error
+
+
+def _client(uri: str) -> Any:
     from mlflow.tracking import MlflowClient
 
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        cursor = _read_cursor(folder / CURSOR)
-        run_id = _open_run(client, uri, grid, about, folder)
-        if cursor.get("run") != run_id:
-            cursor = {"run": run_id, "offset": 0, "stages": []}
-        lines, offset = read_journal(folder / "train" / "journal.jsonl", int(cursor["offset"]))
-        _log_scalars(client, run_id, lines)
-        for line in lines:
-            if "histogram" in line:
-                _log_histogram(client, run_id, line)
-        cursor["offset"] = offset
-        for path in sorted(folder.glob("*/measurements.json")):
-            if path.parent.name not in cursor["stages"]:
-                _log_measurements(client, run_id, path)
-                cursor["stages"].append(path.parent.name)
-        client.set_terminated(run_id, "FINISHED")
-        files.write_json(folder / CURSOR, cursor)
-    except (MlflowException, OSError) as error:
-        raise MirrorError(f"MLflow at {uri} did not take it: {str(error).splitlines()[0]}") from error
-    return run_id
+    return MlflowClient(tracking_uri=uri)
+
+
+def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> str:
+    """The run tagged with this cell's key, made if there is none; experiments are models."""
+    experiment = _experiment(client, uri, home, about.model)
+    found = client.search_runs([experiment], f"tags.cell_key = '{about.cell_key}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    from mlflow.entities import Param
+
+    tags = {"cell_key": about.cell_key}
+    run = client.create_run(experiment, run_name=f"{_group(about)} · s{about.seed}", tags=tags)
+    parameters = [Param(name, value) for name, value in _parameters(folder / "cell.json")]
+    for start in range(0, len(parameters), PARAMETERS):
+        client.log_batch(run.info.run_id, params=parameters[start : start + PARAMETERS])
+    return str(run.info.run_id)
+
+
+def _experiment(client: Any, uri: str, home: Path, name: str) -> str:
+    """Id of the experiment of a model; artifacts go beside a database of ours, and where a server says otherwise."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        served = uri.startswith(("http://", "https://"))
+        place = None if served else (home / "mlartifacts" / re.sub(r"[^\w.-]+", "-", name)).resolve().as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException:  # another process may have been faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def _tags(about: About, folder: Path, grid: str) -> dict[str, str]:
+    """What runs are grouped and filtered by in the MLflow UI; `group` holds the seeds of one recipe together."""
+    return {
+        "cell_key": about.cell_key,
+        "recipe_key": about.cell_key.rpartition("-s")[0],
+        "group": _group(about),
+        "grid": grid,
+        "model": about.model,
+        "method": about.method,
+        "variant": about.variant,
+        "pattern": _pattern(folder / "cell.json"),
+        "seed": str(about.seed),
+        "tokens": str(about.tokens),
+    }
+
+
+def _group(about: About) -> str:
+    """Such as 'llama-tiny · SparseForge · 98k tokens': what the seeds of a recipe have in common, for people."""
+    amount = f" · {_short(about.tokens)} tokens" if about.tokens else ""
+    return f"{about.model} · {about.variant}{amount}"
+
+
+def _short(number: int) -> str:
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return str(number)
+
+
+def _pattern(cell_file: Path) -> str:
+    spec = _recipe(cell_file).get("pattern")
+    if not spec:
+        return "dense"
+    rows, cols, keep = (spec.get(name, 1) for name in ("rows", "cols", "keep"))
+    return f"{keep}:{cols}" if rows == 1 else f"{keep} of {rows}x{cols}"
+
+
+def _parameters(cell_file: Path) -> list[tuple[str, str]]:
+    """The whole recipe as dotted names, those of a model that another cell makes included."""
+    return list(_flat("", _recipe(cell_file)))
+
+
+def _recipe(cell_file: Path) -> dict[str, Any]:
+    if not cell_file.is_file():
+        return {}
+    recipe: dict[str, Any] = json.loads(cell_file.read_text())["cell"]["recipe"]
+    return recipe
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, item in sorted(value.items()):
+            yield from _flat(f"{prefix}.{name}" if prefix else name, item)
+    elif prefix:
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield prefix, text[:LONGEST_PARAMETER]
+
+
+def _metric_name(name: str) -> str:
+    """As MLflow takes it: letters, digits, and '_-. :/', without empty path parts."""
+    return re.sub(r"/{2,}", "/", re.sub(r"[^0-9A-Za-z_\-. :/]", "_", name)).strip("/")
+
+
+def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["value"] is not None]
+
+
+def _batches(lines: list[dict[str, Any]], size: Any) -> Iterator[list[dict[str, Any]]]:
+    """Consecutive lines that together hold at most BATCH values; a step is never cut in two."""
+    held: list[dict[str, Any]] = []
+    total = 0
+    for line in lines:
+        if held and total + size(line) > BATCH and line["step"] != held[-1]["step"]:
+            yield held
+            held, total = [], 0
+        held.append(line)
+        total += size(line)
+    if held:
+        yield held
+
+
+def _milliseconds(stamp: str) -> int:
+    return int(datetime.datetime.fromisoformat(stamp).timestamp() * 1000)
 
 
 def _read_cursor(path: Path) -> dict[str, Any]:
@@ -100,107 +317,3 @@ def _read_cursor(path: Path) -> dict[str, Any]:
         return {}
     cursor: dict[str, Any] = json.loads(path.read_text())
     return cursor
-
-
-def _open_run(client: Any, uri: str, grid: str, about: About, folder: Path) -> str:
-    """The run tagged with this cell's key, made if there is none; experiments are models."""
-    name = about.model
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        location = artifact_root(uri) / re.sub(r"\W+", "-", name) if uri.startswith("sqlite:///") else None
-        experiment_id = client.create_experiment(name, artifact_location=location.as_uri() if location else None)
-    else:
-        experiment_id = experiment.experiment_id
-    found = client.search_runs([experiment_id], f"tags.cell_key = '{about.cell_key}'", max_results=1)
-    if found:
-        return str(found[0].info.run_id)
-    tags = {
-        "cell_key": about.cell_key,
-        "recipe_key": about.cell_key.rpartition("-s")[0],
-        "model": about.model,
-        "method": about.method,
-        "variant": about.variant,
-        "seed": str(about.seed),
-        "tokens": str(about.tokens),
-        "grid": grid,
-    }
-    run = client.create_run(experiment_id, run_name=f"{about.variant} · seed {about.seed}", tags=tags)
-    parameters = list(_parameters(folder / "cell.json"))
-    from mlflow.entities import Param
-
-    for start in range(0, len(parameters), 100):
-        client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in parameters[start : start + 100]])
-    return str(run.info.run_id)
-
-
-def _parameters(cell_file: Path) -> Iterator[tuple[str, str]]:
-    """The whole recipe as dotted names; a model that another cell made is named by its parts of interest."""
-    if not cell_file.is_file():
-        return
-    cell = json.loads(cell_file.read_text())["cell"]
-    yield "seed", str(cell["seed"])
-    yield from _flat("", cell["recipe"])
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        if value.get("kind") == "trained":
-            yield prefix.rstrip("."), f"trained by another cell (seed {value.get('seed', 0)})"
-            return
-        for name, item in sorted(value.items()):
-            yield from _flat(f"{prefix}{name}.", item)
-        return
-    text = json.dumps(value) if isinstance(value, list) else str(value)
-    yield prefix.rstrip("."), text[:LONGEST_PARAMETER]
-
-
-def _log_scalars(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
-    from mlflow.entities import Metric
-
-    metrics = [
-        Metric(name, value, _milliseconds(line["t"]), line["step"])
-        for line in lines
-        for name, value in line.get("scalars", {}).items()
-        if value is not None
-    ]
-    for start in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-
-
-def _milliseconds(stamp: str) -> int:
-    import datetime
-
-    return int(datetime.datetime.fromisoformat(stamp).timestamp() * 1000)
-
-
-def _log_histogram(client: Any, run_id: str, line: dict[str, Any]) -> None:
-    """As data and as a picture, under mask_histogram/<kind>/."""
-    from matplotlib.figure import Figure
-
-    histogram, step = line["histogram"], int(line["step"])
-    kind = histogram["name"].rpartition("/")[2]
-    folder = f"mask_histogram/{kind}"
-    client.log_dict(run_id, histogram, f"{folder}/step_{step:06d}.json")
-    figure = Figure(figsize=(4.0, 2.4), layout="constrained")
-    axes = figure.add_subplot()
-    edges, counts = histogram["edges"], histogram["counts"]
-    total = max(sum(counts), 1)
-    axes.bar(edges[:-1], [count / total for count in counts], width=edges[1] - edges[0], align="edge", color="#0072B2")
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="mask value", ylabel="share of weights", title=f"{kind}, step {step}")
-    axes.spines[["top", "right"]].set_visible(False)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / f"step_{step:06d}.png"
-        figure.savefig(path, dpi=110)
-        client.log_artifact(run_id, str(path), folder)
-
-
-def _log_measurements(client: Any, run_id: str, path: Path) -> None:
-    from mlflow.entities import Metric
-
-    body = json.loads(path.read_text())
-    stage = path.parent.name.rpartition("-")[0] or path.parent.name
-    now = int(path.stat().st_mtime * 1000)
-    rows = [row for row in body["measurements"] if row["value"] is not None]
-    metrics = [Metric(f"eval/{stage}/{row['metric']}", row["value"], now, 0) for row in rows]
-    client.log_batch(run_id, metrics=metrics)
-    client.log_artifact(run_id, str(path), f"measurements/{path.parent.name}")

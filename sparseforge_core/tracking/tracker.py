@@ -40,6 +40,8 @@ class Journal:
         if resume_step is not None and path.is_file():
             kept = [line for line in read_journal(path)[0] if line.get("step", 0) <= resume_step]
             files.write_text(path, "".join(_dump(line) for line in kept))
+        elif _is_torn(path):
+            path.write_bytes(path.read_bytes() + b"\n")  # else our first line would be lost with the torn one
         self._file = path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -62,6 +64,22 @@ class Journal:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._file.write(_dump({"t": now, **body}))
         self._file.flush()
+
+
+class NullTracker:
+    """Takes everything and keeps nothing."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def histogram(self, step: int, name: str, edges: list[float], counts: list[int]) -> None:
+        """Nothing."""
+
+    def event(self, name: str, detail: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class MemoryTracker:
@@ -108,10 +126,16 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
     lines = []
     for raw in whole.splitlines():
         try:
-            lines.append(json.loads(raw))
-        except ValueError:  # a line torn in the middle of the file, by a crash before the last resume
+            line = json.loads(raw)
+        except ValueError:  # torn by a crash, or begun in the middle because a resume has cut the file back
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines, offset + len(whole)
+
+
+def _is_torn(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
 
 def _dump(line: dict[str, Any]) -> str:

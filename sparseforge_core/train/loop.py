@@ -40,6 +40,8 @@ class Run:
 
     recipe: Recipe
     model: Any
+    forward: Any
+    """What is called with token ids: the model itself, or its compiled form."""
     teacher: Any | None
     track: MaskTrack
     optimizer: torch.optim.Optimizer
@@ -112,7 +114,7 @@ def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
     for piece in pieces:
         share = piece.shape[0] / tokens.shape[0]
         with _autocast(run):
-            losses = batch_losses(run.model, run.teacher, run.recipe.objective, piece.to(run.device))
+            losses = batch_losses(run.forward, run.teacher, run.recipe.objective, piece.to(run.device))
         _refuse_divergence(losses, step)
         (losses.total * share).backward()  # type: ignore[no-untyped-call]
         parts = {"loss/total": losses.total, "loss/task": losses.task, "loss/kl": losses.kl}

@@ -66,6 +66,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
     return Run(
         recipe=recipe,
         model=model,
+        forward=model,
         teacher=teacher,
         track=recipe.method.start(around),
         optimizer=build_optimizer(model, sites, recipe.train),

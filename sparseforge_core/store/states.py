@@ -1,0 +1,59 @@
+"""The state of every planned stage, read in one query per table; used by the write side and the read side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from sparseforge_core.store import schema
+from sparseforge_core.store.rows import StageState
+
+
+def stage_states(connection: sa.Connection, grid: str) -> list[StageState]:
+    """Planned stages of a grid in planned order, each with the state of its live attempt, else of its last one."""
+    stage, cell, recipe = schema.stage, schema.cell, schema.recipe
+    planned = connection.execute(
+        sa.select(stage.c.cell_key, stage.c.stage, cell.c.seed, cell.c.pool, cell.c.cost_hours)
+        .add_columns(recipe.c.model, recipe.c.method, recipe.c.variant, recipe.c.tokens)
+        .join(cell, cell.c.key == stage.c.cell_key)
+        .join(recipe, recipe.c.key == cell.c.recipe_key)
+        .where(stage.c.grid == grid)
+        .order_by(stage.c.position)
+    ).all()
+    requires = _requirements(connection, grid)
+    history = _history(connection, grid)
+    return [_state(row, requires.get(row.cell_key, ()), history.get((row.cell_key, row.stage), ())) for row in planned]
+
+
+def _state(row: Any, requires: Sequence[str], tries: Sequence[Any]) -> StageState:
+    shown = next((t for t in tries if t.status in ("running", "done")), tries[-1] if tries else None)
+    return StageState(
+        **row._mapping,
+        status=shown.status if shown else "pending",
+        attempts=sum(t.status != "interrupted" for t in tries),
+        error=shown.error if shown else "",
+        requires=tuple(sorted(requires)),
+    )
+
+
+def _requirements(connection: sa.Connection, grid: str) -> dict[str, list[str]]:
+    table = schema.requirement
+    found: dict[str, list[str]] = {}
+    for row in connection.execute(sa.select(table).where(table.c.cell_key.in_(_cells(grid)))):
+        found.setdefault(row.cell_key, []).append(row.required_key)
+    return found
+
+
+def _history(connection: sa.Connection, grid: str) -> dict[tuple[str, str], list[Any]]:
+    attempt = schema.attempt
+    found: dict[tuple[str, str], list[Any]] = {}
+    columns = sa.select(attempt.c.cell_key, attempt.c.stage, attempt.c.status, attempt.c.error)
+    for row in connection.execute(columns.where(attempt.c.cell_key.in_(_cells(grid))).order_by(attempt.c.id)):
+        found.setdefault((row.cell_key, row.stage), []).append(row)
+    return found
+
+
+def _cells(grid: str) -> sa.Select[tuple[str]]:
+    return sa.select(schema.stage.c.cell_key).where(schema.stage.c.grid == grid)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import csv
+import io
+import struct
+from pathlib import Path
+
+import pytest
+
+from analysis.figures import accuracy_vs_tokens, chance, figure_csv, series, ticks
+from analysis.frames import ExhibitData, exhibit_data
+from analysis.make_tables import make_tables
+from sparseforge_core.store.results import Results
+from sparseforge_core.store.rows import PublishedNumber
+from tests.analysis.filled import Filled, curve, scores
+
+FIGURE = "accuracy-vs-tokens"
+
+
+def quoted(row: str, column: str, value: float, position: int) -> PublishedNumber:
+    return PublishedNumber(
+        exhibit=FIGURE, row=row, column=column, value=value, text=str(value), source="A Paper", position=position
+    )
+
+
+PUBLISHED = [
+    quoted("CAST/400000", "accuracy (zero-shot-7)", 57.0, 0),
+    quoted("CAST/400000", "perplexity", 22.0, 1),
+    quoted("CAST/800000", "accuracy (cast-7)", 58.0, 2),
+]
+
+
+def data_of(url: str) -> ExhibitData:
+    results = Results(url)
+    frames = results.slots("demo"), results.measurements("demo"), results.missing("demo"), results.published(FIGURE)
+    return exhibit_data(FIGURE, *frames, results.suite_specs())
+
+
+@pytest.fixture
+def data(sqlite_url: str) -> ExhibitData:
+    curve(Filled()).write(sqlite_url, PUBLISHED).close()
+    return data_of(sqlite_url)
+
+
+def test_one_series_a_method_in_order_of_tokens(data: ExhibitData) -> None:
+    drawn = series(data)
+    assert list(drawn) == ["Wanda", "SparseForge", "CAST"]
+    assert [point.tokens for point in drawn["SparseForge"]] == [50_000, 100_000, 200_000]
+    first = drawn["SparseForge"][0]
+    assert first.perplexity is not None
+    assert first.accuracy is not None
+    assert first.perplexity.mean == 40.5
+    assert first.accuracy.mean == pytest.approx(30.5)
+
+
+def test_a_quoted_accuracy_on_other_tasks_is_not_drawn_on_our_axis(data: ExhibitData) -> None:
+    first, second = series(data)["CAST"]
+    assert first.accuracy is not None
+    assert first.accuracy.mean == 57.0
+    assert (second.tokens, second.accuracy, second.perplexity) == (800_000, None, None)
+
+
+def test_quoted_points_are_hollow_and_ours_are_not(data: ExhibitData) -> None:
+    figure = accuracy_vs_tokens(data)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.containers}
+    faces = {label: container.lines[0].get_markerfacecolor() for label, container in lines.items()}
+    assert faces["CAST (published)"] == "white"
+    assert faces["SparseForge"] != "white"
+
+
+def test_the_axis_shows_every_budget_and_guessing(data: ExhibitData) -> None:
+    figure = accuracy_vs_tokens(data)
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["50k", "100k", "200k", "400k", "800k"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["Wanda", "SparseForge", "CAST (published)", "uniform guessing"]
+
+
+def test_labels_of_crowded_budgets_do_not_touch() -> None:
+    assert ticks([1_000, 2_000, 2_100, 2_200, 4_000, 8_000]) == [1_000, 2_000, 4_000, 8_000]
+    assert ticks([5_000]) == [5_000]
+
+
+def test_guessing_counts_each_task_by_its_answers() -> None:
+    assert chance(["arc_easy", "boolq"]) == 37.5
+
+
+def test_the_numbers_behind_the_figure(data: ExhibitData) -> None:
+    rows = list(csv.DictReader(io.StringIO(figure_csv(data))))
+    ours = [row for row in rows if row["method"] == "SparseForge" and row["quantity"] == "perplexity"]
+    assert [(row["tokens"], row["mean"], row["n"]) for row in ours] == [
+        ("50000", "40.5", "2"),
+        ("100000", "30.5", "2"),
+        ("200000", "25.5", "2"),
+    ]
+    assert {row["published in"] for row in rows if row["method"] == "CAST"} == {"A Paper"}
+
+
+def test_more_methods_than_colours_all_appear(sqlite_url: str) -> None:
+    grid = Filled()
+    for number in range(12):
+        grid.row(FIGURE, f"M{number}/50000", f"M{number}", scores([0.3], [0.4], [20.0 + number]), tokens=50_000)
+    grid.write(sqlite_url).close()
+    figure = accuracy_vs_tokens(data_of(sqlite_url))
+    styles = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
+    assert len(styles) == 12
+
+
+def test_a_figure_without_any_result_is_still_written(sqlite_url: str, tmp_path: Path) -> None:
+    grid = Filled()
+    grid.row(FIGURE, "SparseForge/50000", "SparseForge", {}, done=(), tokens=50_000)
+    grid.write(sqlite_url).close()
+    report = make_tables(Results(sqlite_url), None, tmp_path)
+    assert report.partial
+    png = (tmp_path / "figures" / f"{FIGURE}.png").read_bytes()
+    width, height = struct.unpack(">II", png[16:24])
+    assert (width, height) == (1480, 740)
+
+
+def test_files_carry_neither_date_nor_version(sqlite_url: str, tmp_path: Path) -> None:
+    curve(Filled()).write(sqlite_url).close()
+    make_tables(Results(sqlite_url), None, tmp_path)
+    assert b"Software" not in (tmp_path / "figures" / f"{FIGURE}.png").read_bytes()
+    svg = (tmp_path / "figures" / f"{FIGURE}.svg").read_text()
+    assert "<dc:date>" not in svg

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from analysis.aggregate import Estimate
+from analysis.render import escape_latex, escape_markdown, to_csv, to_latex, to_markdown
+from analysis.table import EMPTY, Cell, Column, Line, Table, marks
+
+PERCENT = Column("Acc_1", 100.0, better="high")
+PPL = Column("PPL", digits=None, better="low")
+
+
+def cell(mean: float, half: float | None = None, n: int = 1, planned: int = 1, diverged: int = 0) -> Cell:
+    return Cell(Estimate(mean, None, n, half), planned, diverged)
+
+
+def table(*lines: Line) -> Table:
+    return Table("table-9", "Table 9. A & B", "50 % of all.", "Method", [PERCENT, PPL], list(lines))
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [
+        (25.5, 6.3531, "25.50 6.35"),
+        (5.1983, 0.04, "5.198 0.040"),
+        (412.54, 12.0, "412.5 12.0"),
+        (54321.0, 9.4, "54,321 9"),
+    ],
+)
+def test_perplexity_has_four_digits_and_its_interval_as_many_decimals(value: float, half: float, text: str) -> None:
+    assert f"{PPL.number(value)} {PPL.number(half, beside=value)}" == text
+
+
+def test_differences_carry_a_sign_but_their_intervals_do_not() -> None:
+    column = Column("d", 100.0, signed=True)
+    assert (column.number(0.0123), column.number(0.02, beside=0.0123)) == ("+1.23", "2.00")
+
+
+def test_markdown_row() -> None:
+    text = to_markdown(
+        table(Line("a", "A|B", [cell(0.5, 0.01, 2, 2), cell(20.0)]), Line("b", "C", [cell(0.4), cell(30.0)]))
+    )
+    assert "| Method | Acc\\_1 | PPL |\n| :--- | ---: | ---: |\n" in text
+    assert "| A\\|B | **50.00** \u00b1 1.00 | **20.00** |\n| C | 40.00 | 30.00 |\n" in text
+
+
+def test_latex_escapes_everything_that_latex_acts_on() -> None:
+    assert escape_latex("a_b & 50 % #1 ${x} ~ ^ \\ <") == (
+        r"a\_b \& 50 \% \#1 \$\{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \textless{}"
+    )
+    text = to_latex(table(Line("a", "x_y", [cell(0.5, 0.01, 2, 2), EMPTY])))
+    assert r"\caption{Table 9. A \& B. 50 \% of all.}" in text
+    assert r"x\_y & 50.00 $\pm$ 1.00 & -- \\" in text
+    assert r"Method & Acc\_1 & PPL \\" in text
+    assert "\u00b1" not in text
+
+
+def test_markdown_escapes() -> None:
+    assert escape_markdown("a_b|c*d<e") == r"a\_b\|c\*d&lt;e"
+
+
+def test_partial_missing_and_diverged_cells_say_so() -> None:
+    lines = [
+        Line("a", "A", [cell(0.5, n=1, planned=2), Cell(planned=2)]),
+        Line("b", "B", [EMPTY, Cell(planned=2, diverged=2)]),
+        Line("c", "C", [cell(0.5, n=1, planned=2, diverged=1), cell(20.0)]),
+    ]
+    text = to_markdown(table(*lines))
+    assert "| A | 50.00\u2020 (1/2) | \u2013\u2020 |" in text
+    assert "| B | \u2013 | diverged |" in text
+    assert "| C | 50.00 (1 diverged) | 20.00 |" in text
+
+
+def test_best_is_marked_among_finished_sparse_rows_only() -> None:
+    cells = [cell(0.9), cell(0.8, planned=2), cell(0.7), cell(0.6)]
+    assert marks(PERCENT, cells, [False, True, True, True]) == {2}
+    assert marks(PPL, cells, [True, True, True, True]) == {3}
+
+
+def test_ties_in_print_share_the_mark_and_a_tie_of_all_has_none() -> None:
+    assert marks(PERCENT, [cell(0.50001), cell(0.50002), cell(0.4)], [True] * 3) == {0, 1}
+    assert marks(PERCENT, [cell(0.5), cell(0.5)], [True] * 2) == set()
+    assert marks(PERCENT, [cell(0.5)], [True]) == set()
+
+
+def test_csv_holds_unrounded_numbers_and_hidden_columns() -> None:
+    hidden = Column("norm", 100.0, in_print=False)
+    wide = Table(
+        "table-9", "T", "", "Method", [PERCENT, hidden], [Line("a", "A", [cell(1 / 3, 0.01, 2, 3), cell(0.5)])]
+    )
+    rows = list(csv.DictReader(io.StringIO(to_csv(wide))))
+    assert rows[0]["Acc_1"] == "33.3333333333"
+    assert (rows[0]["Acc_1 ci95"], rows[0]["Acc_1 n"], rows[0]["Acc_1 planned"]) == ("1", "2", "3")
+    assert rows[0]["norm"] == "50"
+    assert "norm" not in to_markdown(wide)
+
+
+def test_groups_are_set_apart_in_latex() -> None:
+    rows = [Line(name, name, [cell(0.5), EMPTY]) for name in ("m/dense", "m/sparse", "n/dense")]
+    assert to_latex(table(*rows)).count(r"\addlinespace") == 1
