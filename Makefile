@@ -22,7 +22,7 @@ demo: setup ## train, evaluate and tabulate the demo grid; goes on where it stop
 	@$(BIN)/sparseforge demo $(ARGS)
 
 test: setup-dev ## every test
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) --durations=15 --durations-min=5 $(ARGS)
 
 test-fast: setup-dev ## the tests that take less than five seconds each
 	@$(PYTEST) -m "not slow" $(ARGS)

@@ -1,15 +1,19 @@
 """The Prefect flows: thin shells around the cycle. The only door to prefect.
 
 `sparseforge` runs a grid: *here*, on warm workers of its own process, or on *pools*, by asking the workers of each
-Prefect work pool to drain the store. `sparseforge-cell` is what such a worker runs. Both show each cell as a task
-run. Prefect's records are for looking; what is done is decided by the store alone.
+Prefect work pool to drain the store. `sparseforge-cell` is what such a worker runs. Both show each stage of a cell as
+a task run. Prefect's records are for looking; what is done is decided by the store alone.
 """
 
 from __future__ import annotations
 
 import contextvars
+import datetime
+import logging
 import os
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prefect import flow, task
@@ -17,145 +21,236 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Completed, Failed, State
 
 from flows.cycle import ready
 from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
 from flows.pool import Outcome
+from flows.server import prefect_api
 from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.store.rows import StageState
+from sparseforge_core.store.store import ResultStore
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = 3.0
+LEASE = datetime.timedelta(minutes=5)
+"""A running attempt that was not heard of for so long is lost, on whatever machine it was."""
+MAX_DRAINS = 3
+"""Drains of one pool that may fail one after the other without finishing a stage."""
+RECORD_SECONDS = 15.0
+"""How long to wait until Prefect has written the task runs, which it does behind their backs."""
+
+
+Report = dict[str, Any]
+"""What a flow run returns: the grid, its cells, how many were executed now, and in which process."""
 
 
 class GridIncomplete(SparseForgeError):
-    """Cells of the grid failed or could not start; the store has the causes."""
-
-
-def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bool = False) -> Summary:
-    """Run a grid in this process under Prefect's own temporary server, without one to start by hand."""
-    found: list[Summary] = []
-    embedded = flow(name="sparseforge", flow_run_name=f"{grid}-embedded", validate_parameters=False)(
-        lambda: found.append(_run_here(home, grid, workers, quiet=quiet))
-    )
-    embedded()
-    return found[0]
+    """A grid cannot go on: nobody polls a pool that it needs, or its drains fail again and again."""
 
 
 @flow(name="sparseforge", flow_run_name="{grid}")
 def sparseforge(
     grid: str = "full", workers: int | None = None, dispatch: Literal["here", "pools"] = "pools"
-) -> dict[str, Any]:
-    """Run what is not done of a grid; the flow run fails, with the causes, if something could not be done."""
+) -> Report | State:
+    """Run what is not done of a grid; the flow run fails, with the causes, if something could not be done.
+
+    `dispatch="here"` runs the cells on this machine; "pools" asks the workers of the pools where the cells are placed.
+    `workers` is the number of processes of a run here, and of each CPU drain.
+    """
     home = Home.of()
     if dispatch == "here":
-        summary = _run_here(home, grid, workers, quiet=True)
-        return _report(summary)
-    return _report(_run_on_pools(home, grid))
+        return _reported(lambda: _run_here(home, grid, workers, quiet=True))
+    return _reported(lambda: _run_on_pools(home, grid, workers))
 
 
-@flow(name="sparseforge-cell", flow_run_name="{grid}-{pool}")
-def sparseforge_cell(grid: str, pool: str) -> dict[str, Any]:
-    """Drain the ready cells of one pool from the store, one after the other, in one warm process."""
-    return _report(_run_here(Home.of(), grid, 1, quiet=True, pool=pool), partial=True)
+@flow(name="sparseforge-cell", flow_run_name="{grid} on {pool}")
+def sparseforge_cell(grid: str, pool: str, workers: int | None = None) -> Report | State:
+    """Drain the ready cells of one pool from the store: one at a time on GPUs, `workers` at a time on the CPU."""
+    processes = workers if pool == "cpu" else 1
+    return _reported(lambda: _run_here(Home.of(), grid, processes, quiet=True, pool=pool), partial=True)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="{key}", persist_result=False)
-def cell(run: RunCell, key: str, stages: tuple[str, ...]) -> Outcome:
-    """One cell; a failed one fails its task run, and only that."""
-    outcome = run(key, stages)
-    if outcome.status == "failed":
-        raise GridIncomplete(f"cell {key}: {outcome.error}")
-    return outcome
+def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bool = False) -> Summary:
+    """Run a grid in this process as a flow run, under a Prefect server that needs no starting by hand.
+
+    Raises ServerError if Prefect cannot be had. Failing cells are in the summary, as they are in the store.
+    """
+    found: list[Summary] = []
+
+    def body() -> Report | State:
+        found.append(_run_here(home, grid, workers, quiet=quiet))
+        return _report(found[0])
+
+    logging.getLogger("prefect").setLevel(logging.CRITICAL)  # what failed is in the summary; once is enough
+    embedded = flow(name="sparseforge", flow_run_name=f"{grid}, embedded")(body)
+    with prefect_api(home) as api, temporary_settings({PREFECT_API_URL: api}):
+        state = embedded(return_state=True)
+        if not found:
+            state.result()  # raises what kept the grid from running
+        if not found[0].interrupted:
+            _wait_until_recorded(str(state.state_details.flow_run_id))
+    return found[0]
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{label}: {stage}")
+def run_stage(run: RunCell, key: str, stage: str, label: str) -> State:
+    """One stage of a cell in a warm worker; one that is not done fails its task run, and only that."""
+    outcome = run(key, (stage,))
+    if outcome.status == "done":
+        return Completed(message=f"cell {key}, stage {stage}")
+    return Failed(message=f"cell {key} ({label}), stage {stage} {outcome.status}: {outcome.error}")
 
 
 def _run_here(home: Home, grid: str, workers: int | None, *, quiet: bool, pool: str | None = None) -> Summary:
     flow_context = contextvars.copy_context()
 
     def wrap(run: RunCell) -> RunCell:
-        def as_task(key: str, stages: tuple[str, ...]) -> Outcome:
-            outcomes: list[Outcome] = []
+        store = ResultStore(home.store_url)
+        labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in store.work(grid)}
+        store.close()
+
+        def as_task_runs(key: str, stages: tuple[str, ...]) -> Outcome:
+            outcomes = [Outcome("failed", "Prefect did not start the task")]
 
             def remembered(key: str, stages: tuple[str, ...]) -> Outcome:
                 outcomes.append(run(key, stages))
                 return outcomes[-1]
 
-            # Cells run in threads of the pool; each gets its own copy of the flow's context.
-            flow_context.copy().run(cell, remembered, key, stages, return_state=True)
-            return outcomes[0] if outcomes else Outcome("failed", "Prefect did not start the task")
+            for stage in stages:
+                # Cells run in threads of the pool; each gets its own copy of the flow's context.
+                flow_context.copy().run(run_stage, remembered, key, stage, labels[key], return_state=True)
+                if outcomes[-1].status != "done":
+                    break
+            return outcomes[-1]
 
-        return as_task
+        return as_task_runs
 
-    return run_grid(home, grid, workers=workers, quiet=quiet, wrap=wrap, pool=pool, flow_run_id=_flow_run_id())
-
-
-def _flow_run_id() -> str:
-    return str(flow_run.id or "")
+    run_id = str(flow_run.id or "")
+    return run_grid(home, grid, workers=workers, quiet=quiet, wrap=wrap, pool=pool, flow_run_id=run_id)
 
 
-def _run_on_pools(home: Home, grid: str) -> Summary:
+@dataclass
+class _Pool:
+    """What was asked of the workers of one pool."""
+
+    active: list[Any] = field(default_factory=list)
+    failures: int = 0
+    """Drains that failed one after the other."""
+
+
+def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
     """Keep one drain in flight for each polling worker of each pool that has ready cells, until nothing is left."""
     store, states = open_grid(home, grid)
-    summary = Summary(grid, total=len({s.cell_key for s in states}))
-    drains: dict[str, list[Any]] = {}
-    while any(s.status != "done" for s in states):
+    pools: dict[str, _Pool] = {}
+    shown = -1
+    while True:
+        done = sum(s.status == "done" for s in states)
+        if done != shown:
+            _show(grid, states)
+            for pool in pools.values():
+                pool.failures = 0
+            shown = done
         waiting = {cell.key for cell in ready(states)}
-        pools = sorted({s.pool for s in states if s.cell_key in waiting})
-        for name in pools:
-            workers = _polling_workers(name)
-            active = [run for run in drains.get(name, []) if not _is_final(run)]
-            drains[name] = active + [_start_drain(grid, name) for _ in range(max(0, workers - len(active)))]
-        if not pools and all(_is_final(run) for runs in drains.values() for run in runs):
-            break  # nothing runs and nothing can start
-        _show(grid, states)
+        wanted = sorted({s.pool for s in states if s.cell_key in waiting})
+        for name, pool in pools.items():
+            _settle_drains(name, pool)
+        for name in wanted:
+            pool = pools.setdefault(name, _Pool())
+            missing = _polling_workers(name) - len(pool.active)
+            pool.active += [_start_drain(grid, name, workers) for _ in range(missing)]
+        if not wanted and not any(pool.active for pool in pools.values()):
+            return _summary(grid, states)
         time.sleep(POLL_SECONDS)
+        store.expire(LEASE)
         states = store.work(grid)
-    for state in states:
-        if state.status in ("failed", "lost"):
-            summary.failed[state.cell_key] = state.error
+
+
+def _settle_drains(name: str, pool: _Pool) -> None:
+    """Forget drains that ended. Raises GridIncomplete when they fail again and again without finishing a stage."""
+    with get_client(sync_client=True) as client:
+        runs = [client.read_flow_run(run.id) for run in pool.active]
+    pool.active = [run for run in runs if run.state is None or not run.state.is_final()]
+    failed = [run for run in runs if run.state is not None and run.state.is_final() and not run.state.is_completed()]
+    pool.failures += len(failed)
+    if pool.failures >= MAX_DRAINS:
+        raise GridIncomplete(
+            f"{pool.failures} runs of sparseforge-cell/{name} failed without finishing a stage; the last, "
+            f"{failed[-1].name!r}: {failed[-1].state.message}"
+        )
+
+
+def _summary(grid: str, states: Sequence[StageState]) -> Summary:
+    summary = Summary(grid, total=len({s.cell_key for s in states}))
+    summary.failed = {s.cell_key: s.error for s in states if s.status in ("failed", "lost")}
     summary.blocked = len({s.cell_key for s in states if s.status != "done"} - set(summary.failed))
-    _show(grid, states)
     return summary
 
 
-def _start_drain(grid: str, pool: str) -> Any:
-    return run_deployment(f"sparseforge-cell/{pool}", parameters={"grid": grid, "pool": pool}, timeout=0)
-
-
-def _is_final(run: Any) -> bool:
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(run.id).state
-    return state is not None and state.is_final()
+def _start_drain(grid: str, pool: str, workers: int | None) -> Any:
+    parameters = {"grid": grid, "pool": pool, "workers": workers}
+    return run_deployment(f"sparseforge-cell/{pool}", parameters=parameters, timeout=0)
 
 
 def _polling_workers(pool: str) -> int:
     """Workers of a pool that are online. Raises GridIncomplete, with the command to start one, if there is none."""
-    with get_client(sync_client=True) as client:
-        found = client.request("POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": pool}, json={})
-    online = [worker for worker in found.json() if worker["status"] == "ONLINE"]
+    try:
+        with get_client(sync_client=True) as client:
+            workers = client.read_workers_for_work_pool(pool)
+    except ObjectNotFound as error:
+        raise GridIncomplete(f"the server has no work pool {pool!r}; make the pools with: infra/register.sh") from error
+    online = sum(worker.status is not None and worker.status.value == "ONLINE" for worker in workers)
     if not online:
         raise GridIncomplete(f"no worker polls the work pool {pool!r}; start one with: infra/worker.sh {pool}")
-    return len(online)
+    return online
 
 
-def _show(grid: str, states: list[Any]) -> None:
+def _show(grid: str, states: Sequence[StageState]) -> None:
     """The grid as a table artifact of the flow run."""
     cells: dict[str, dict[str, Any]] = {}
-    for state in states:
+    for s in states:
         row = cells.setdefault(
-            state.cell_key,
-            {"cell": state.cell_key, "model": state.model, "variant": state.variant, "seed": state.seed, "done": 0, "stages": 0},
+            s.cell_key,
+            {"cell": s.cell_key, "model": s.model, "variant": s.variant, "seed": s.seed, "done": 0, "stages": 0},
         )
         row["stages"] += 1
-        row["done"] += state.status == "done"
+        row["done"] += s.status == "done"
     create_table_artifact(table=list(cells.values()), key=f"grid-{grid}", description=f"Cells of the grid {grid}")
 
 
-def _report(summary: Summary, *, partial: bool = False) -> dict[str, Any]:
-    """What the flow run returns. Raises GridIncomplete if something failed or (for a whole grid) is not done."""
+def _reported(run: Callable[[], Summary], *, partial: bool = False) -> Report | State:
+    """The report of a run; an error meant for a person fails the flow run with its sentence, without a traceback."""
+    try:
+        return _report(run(), partial=partial)
+    except SparseForgeError as error:
+        return Failed(message=f"{type(error).__name__}: {error}")
+
+
+def _report(summary: Summary, *, partial: bool = False) -> Report | State:
+    """What the flow run returns: a failed state if something failed or (for a whole grid) is not done."""
     if summary.failed:
         causes = "; ".join(f"{key}: {error}" for key, error in list(summary.failed.items())[:3])
-        raise GridIncomplete(f"{len(summary.failed)} cells of {summary.grid} failed: {causes}")
+        return Failed(message=f"{len(summary.failed)} cells of {summary.grid} failed: {causes}")
+    if summary.interrupted:
+        return Cancelled(message=f"{summary.grid} was stopped; nothing is lost, running it again goes on")
     if summary.blocked and not partial:
-        raise GridIncomplete(f"{summary.blocked} cells of {summary.grid} are not done: sparseforge status {summary.grid}")
+        what = f"{summary.blocked} cells of {summary.grid} are not done"
+        return Failed(message=f"{what}: `sparseforge status {summary.grid}` says why")
     return {"grid": summary.grid, "cells": summary.total, "executed": summary.executed, "pid": os.getpid()}
+
+
+def _wait_until_recorded(flow_run_id: str) -> None:
+    """Let Prefect write the task runs of a flow run that has ended: a server that stops now would lose some."""
+    unfinished = {
+        "flow_runs": {"id": {"any_": [flow_run_id]}},
+        "task_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "SCHEDULED"]}}},
+    }
+    deadline = time.monotonic() + RECORD_SECONDS
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < deadline:
+            time.sleep(1.0)
+            if client.request("POST", "/task_runs/count", json=unfinished).json() == 0:
+                return

@@ -38,5 +38,6 @@ write() {
   { grep '^#' "$file"; cat; } >"$scratch/lock"
   mv "$scratch/lock" "$file"
 }
-{ cat "$scratch/run"; printf '%s\n' "${data[@]}" "$conditional"; } | by_name | write requirements.lock
+# Of two lines for one package by_name keeps the first: the condition.
+{ printf '%s\n' "$conditional" "${data[@]}"; cat "$scratch/run"; } | by_name | write requirements.lock
 LC_ALL=C comm -13 <(LC_ALL=C sort "$scratch/run") <(LC_ALL=C sort "$scratch/all") | by_name | write requirements-dev.lock

@@ -14,10 +14,16 @@ case "${1:-}" in
   *) fail "unknown argument '$1'; the only one is --dev" ;;
 esac
 
-# A virtual environment holds absolute paths, so the folder is part of what the stamp says.
-state=$({ pwd; cat infra/setup.sh pyproject.toml "${locks[@]}"; } | sha256sum | cut -d' ' -f1)
+# What an environment was made from. It holds absolute paths, so the folder and the interpreter belong to that.
+state_of() {
+  { pwd; readlink -f .venv/bin/python; cat infra/setup.sh pyproject.toml "$@"; } 2>/dev/null | sha256sum | cut -d' ' -f1
+}
+other_python() {
+  [[ -n "${PYTHON:-}" && "$("$PYTHON" --version 2>&1)" != "$(.venv/bin/python --version 2>&1)" ]]
+}
 ready() {
-  [[ -x .venv/bin/python && ! -e .venv/.unfinished && "$(cat ".venv/.ready-$profile" 2>/dev/null)" == "$state" ]]
+  [[ -x .venv/bin/python && ! -e .venv/.unfinished ]] && ! other_python \
+    && [[ "$(cat ".venv/.ready-$profile" 2>/dev/null)" == "$(state_of "${locks[@]}")" ]]
 }
 if ready; then exit 0; fi
 
@@ -74,7 +80,11 @@ install_torch() {
 }
 
 # Scripts in a virtual environment begin with its path: after a move they would start another checkout's Python.
-if [[ -e .venv/.unfinished || ! -x .venv/bin/python ]] || ! head -n 3 .venv/bin/pip 2>/dev/null | grep -qF "$PWD/.venv/"; then
+usable() {
+  [[ ! -e .venv/.unfinished ]] && ! other_python && .venv/bin/python -m pip --version >/dev/null 2>&1 \
+    && head -n 3 .venv/bin/pip | grep -qF "$PWD/.venv/"
+}
+if ! usable; then
   python=$(find_python)
   say "creating .venv with $("$python" --version)"
   find .venv -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
@@ -92,8 +102,6 @@ for lock in "${locks[@]}"; do
 done
 pip_install --no-deps --no-build-isolation --editable .
 rm .venv/.unfinished
-echo "$state" >".venv/.ready-$profile"
-if [[ "$profile" == dev ]]; then
-  { pwd; cat infra/setup.sh pyproject.toml requirements.lock; } | sha256sum | cut -d' ' -f1 >.venv/.ready-run
-fi
+state_of "${locks[@]}" >".venv/.ready-$profile"
+if [[ "$profile" == dev ]]; then state_of requirements.lock >.venv/.ready-run; fi
 say "ready"

@@ -74,7 +74,24 @@ def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTra
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise UnsupportedModel(f"{what}: the checkpoint lacks {sorted(info['missing_keys'])[:3]} and would be random")
+    if "gguf_file" in location:
+        model = _without_quantizer(model, dtype)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _without_quantizer(model: Any, dtype: torch.dtype) -> Any:
+    """The same weights in a model that was never quantised: one that comes from a GGUF file refuses to be saved."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
+        owner, _, attribute = name.rpartition(".")
+        plain.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    return plain
 
 
 def describe(source: ModelSource) -> str:

@@ -32,8 +32,13 @@ PARAMETERS = 100
 LONGEST_PARAMETER = 6000
 """Characters of a parameter that MLflow keeps; we cut, so that it need not warn."""
 
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""A server that is away is asked again after the next cell, not waited for: MLflow's own default is minutes."""
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+"""How we use MLflow's client, unless the user says otherwise. A server that is away is asked again after the next cell
+and not waited for (the default is minutes), and it says only what went wrong."""
 
 TROUBLE = {"mlflow", "sqlalchemy", "alembic", "sqlite3", "psycopg", "requests", "urllib3"}
 """Packages whose exceptions mean that MLflow did not take something."""
@@ -71,7 +76,7 @@ def prepare(uri: str, home: Path) -> None:
     """
     if uri in _prepared:
         return
-    for name, value in PATIENCE.items():
+    for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
