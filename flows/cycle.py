@@ -1,4 +1,4 @@
-"""The cycle as plain functions: plan a grid, see what is ready, execute a cell's stages, record what they measured.
+"""The cycle as plain functions: plan a grid, see what is ready, execute a stage, record what it measured.
 
 Nothing here knows Prefect, processes or terminals; the embedded loop and the flows call the same functions.
 """
@@ -6,23 +6,31 @@ Nothing here knows Prefect, processes or terminals; the embedded loop and the fl
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.home import Home
-from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, SparseForgeError
+from sparseforge_core import files
+from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError, SparseForgeError
 from sparseforge_core.store.rows import Attempt, Measurement, Provenance, StageState
 from sparseforge_core.store.store import ResultStore
 
 log = logging.getLogger(__name__)
 
+TRAIN = "train"
 MAX_ATTEMPTS = 3
 HEARTBEAT_SECONDS = 15.0
+LEASE = datetime.timedelta(minutes=5)
+"""A running attempt that was not heard of for so long is lost, on whatever machine it was."""
+
+Key = tuple[str, str]
+"""A stage: cell key and stage name."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,17 @@ class ReadyCell:
 
     key: str
     stages: tuple[str, ...]
-    """Stages that are not done, in order."""
+    """Stages to do, in order: training first, then the suites, those that failed before last."""
     cost_hours: float
     wanted: int
     """How many unfinished cells wait for this one."""
 
 
-def plan_grid(store: ResultStore, name: str) -> None:
-    """Expand a grid and record it. Raises RecipeError for an unknown name, RecipeDrift for changed defaults."""
+def plan_grid(store: ResultStore | Callable[[], ResultStore], name: str) -> ResultStore:
+    """Expand a grid and record it; `store` may be how to open it, so that a wrong name opens none.
+
+    Raises RecipeError for an unknown name, RecipeDrift for changed defaults.
+    """
     from flows.grids import grid_named
     from flows.grids.planned import expand
     from flows.grids.published import PUBLISHED
@@ -46,81 +57,132 @@ def plan_grid(store: ResultStore, name: str) -> None:
     grid = grid_named(name)
     plan = expand(grid)
     published = PUBLISHED if grid.published else ()
-    store.plan(grid.name, grid.title, plan.cells, plan.suites, plan.slots, plan.stages, published=published)
+    opened = store if isinstance(store, ResultStore) else store()
+    opened.plan(grid.name, grid.title, plan.cells, plan.suites, plan.slots, plan.stages, published=published)
+    return opened
 
 
 def ready(
     states: Sequence[StageState],
     *,
     busy: frozenset[str] = frozenset(),
-    skip: frozenset[str] = frozenset(),
+    skip: frozenset[Key] = frozenset(),
     alone: frozenset[str] = frozenset(),
+    earlier: Mapping[Key, int] | None = None,
 ) -> list[ReadyCell]:
-    """Cells that may run now: something is not done, nothing gave up, and every required cell is trained.
+    """Cells that may run now, best first: trained requirements, nothing of them running, attempts left.
 
-    `busy` cells run already, `skip` ones are given up. Cells that others wait for come first, then the costly ones, so that the last minutes are not one long cell.
-    Stages in `alone` measure time: they run one by one, when nothing else is left to run.
+    Cells that others wait for come first, then the costly ones, so that the last minutes are not one long cell.
+
+    Args:
+        busy: cells that run already.
+        skip: stages that were given up or belong to somebody else.
+        alone: suites that measure time; they run one by one, when nothing else is left to run.
+        earlier: attempts that do not count, such as those of earlier runs.
     """
-    shared = _ready([state for state in states if state.stage not in alone or state.status == "done"], busy | skip)
+    spent = earlier or {}
+    limit = {(s.cell_key, s.stage) for s in states if s.attempts - spent.get((s.cell_key, s.stage), 0) >= MAX_ATTEMPTS}
+    shared = _ready(states, busy, skip | limit, alone)
     if shared or busy:
         return shared
-    return _ready(states, skip)[:1]
+    return _ready(states, busy, skip | limit, frozenset())[:1]
 
 
-def _ready(states: Sequence[StageState], busy: frozenset[str]) -> list[ReadyCell]:
-    trained = {s.cell_key for s in states if s.stage == "train" and s.status == "done"}
-    open_stages: dict[str, list[StageState]] = {}
-    for state in states:
-        if state.status != "done":
-            open_stages.setdefault(state.cell_key, []).append(state)
+def _ready(
+    states: Sequence[StageState], busy: frozenset[str], skip: frozenset[Key] | set[Key], later: frozenset[str]
+) -> list[ReadyCell]:
+    trained = {s.cell_key for s in states if s.stage == TRAIN and s.status == "done"}
+    taken = busy | {s.cell_key for s in states if s.status == "running"}
+    unfinished: dict[str, list[StageState]] = {}
     waiting: dict[str, int] = {}
-    for unfinished in open_stages.values():
-        for required in unfinished[0].requires:
+    for state in states:
+        if state.status != "done" and (state.cell_key, state.stage) not in skip and state.stage not in later:
+            unfinished.setdefault(state.cell_key, []).append(state)
+    for stages in unfinished.values():
+        for required in stages[0].requires:
             waiting[required] = waiting.get(required, 0) + 1
-    cells = [
-        ReadyCell(key, tuple(s.stage for s in unfinished), unfinished[0].cost_hours, waiting.get(key, 0))
-        for key, unfinished in open_stages.items()
-        if key not in busy
-        and all(s.attempts < MAX_ATTEMPTS and s.status != "running" for s in unfinished)
-        and all(required in trained for required in unfinished[0].requires)
-    ]
+    cells = []
+    for key, stages in unfinished.items():
+        trainable = key in trained or any(s.stage == TRAIN for s in stages)
+        if key not in taken and trainable and all(required in trained for required in stages[0].requires):
+            stages.sort(key=lambda s: (s.stage != TRAIN, s.attempts))
+            names = tuple(s.stage for s in stages)
+            cells.append(ReadyCell(key, names, stages[0].cost_hours, waiting.get(key, 0)))
     return sorted(cells, key=lambda cell: (-cell.wanted, -cell.cost_hours, cell.key))
+
+
+def attempts_so_far(states: Sequence[StageState]) -> dict[Key, int]:
+    """How often each stage was tried: what a new run passes to `ready` as `earlier`, so that it tries anew."""
+    return {(s.cell_key, s.stage): s.attempts for s in states if s.attempts}
 
 
 def timed_stages(store: ResultStore, states: Sequence[StageState]) -> frozenset[str]:
     """Stages whose suite measures time, and which therefore must have the machine to themselves."""
-    suites = {state.stage for state in states if state.stage != "train"}
+    suites = {state.stage for state in states if state.stage != TRAIN}
     return frozenset(key for key in suites if json.loads(store.suite_spec(key))["kind"] == "throughput")
 
 
-def execute_cell(
+def execute_stage(
     store: ResultStore,
     home: Home,
     key: str,
-    stages: Sequence[str],
+    stage: str,
     provenance: Provenance,
     *,
     on_step: Callable[[Any], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Run the stages of a cell in this process, one after the other, and record each.
+    """Claim a stage, run it in this process, record what it measured. One that is done already is passed over.
 
-    Raises what a stage raised, after recording it; a stage that somebody else finished meanwhile is passed over.
+    What an earlier process finished on disk and could not record any more is verified and recorded, not run again.
+    Raises CellTaken if another process holds the stage, else what the stage raised, after recording that.
     """
-    for stage in stages:
-        if should_stop is not None and should_stop():
-            raise Interrupted(f"stopped before stage {stage} of cell {key}")
-        try:
-            attempt = store.claim(key, stage, provenance)
-        except CellTaken:
-            log.info("stage %s of cell %s is taken or done", stage, key)
-            continue
-        with _recorded(store, attempt), _beating(store, attempt):
-            path = _run_stage(store, home, key, stage, on_step, should_stop)
-            body = json.loads(path.read_text())
-            _check_file(body, key, stage, path)
-            measurements = [Measurement(**row) for row in body["measurements"]]
-            store.finish(attempt, measurements, body["context"], body["items_sha256"])
+    try:
+        attempt = store.claim(key, stage, provenance)
+    except CellTaken:
+        if any(a.stage == stage and a.status == "done" for a in store.attempts(key)):
+            return
+        raise
+    with recorded(store, attempt), _beating(store, attempt) as lost:
+
+        def stop() -> bool:
+            return lost.is_set() or (should_stop is not None and should_stop())
+
+        path = _finished(store, home, key, stage) or _run_stage(store, home, key, stage, on_step, stop)
+        record(store, attempt, path)
+
+
+def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
+    """Commit a measurements file. Raises CheckpointMismatch if it is of another stage or its items were altered."""
+    body = _read(path)
+    found = (body.get("cell"), body.get("stage"))
+    if found != (attempt.cell_key, attempt.stage):
+        wanted = f"cell {attempt.cell_key}, stage {attempt.stage}"
+        raise CheckpointMismatch(f"{path} is of cell {found[0]}, stage {found[1]}; wanted {wanted}")
+    items, digest = path.with_name("items.jsonl"), body["items_sha256"]
+    if digest is not None and (not items.is_file() or files.sha256(items) != digest):
+        raise CheckpointMismatch(f"{items} is missing or was altered; delete {path.parent} to measure again")
+    measurements = [Measurement(**row) for row in body["measurements"]]
+    store.finish(attempt, measurements, body["context"], digest)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        body: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointMismatch(f"{path} cannot be read ({error}); delete {path.parent} to make it anew") from error
+    return body
+
+
+def _finished(store: ResultStore, home: Home, key: str, stage: str) -> Path | None:
+    """The measurements of a suite that are complete on disk; training knows by itself what it has finished."""
+    path = home.cell(key) / stage / "measurements.json"
+    if stage == TRAIN or not path.is_file():
+        return None
+    if _read(path).get("suite") != json.loads(store.suite_spec(stage)):
+        log.warning("%s says another suite than the store; measuring again", path)
+        return None
+    return path
 
 
 def _run_stage(
@@ -129,35 +191,40 @@ def _run_stage(
     key: str,
     stage: str,
     on_step: Callable[[Any], None] | None,
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool],
 ) -> Path:
+    from flows.placements import placement_for
     from sparseforge_core import run, specs
     from sparseforge_core.evaluate.suites import Suite
     from sparseforge_core.identity import loads
 
     cell = loads(store.cell_body(key))
+    placement = placement_for(cell.recipe)
+    if placement.gpus > 1:
+        raise RecipeError(
+            f"cell {key} is placed on {placement.pool}: it needs {placement.gpus} GPUs at once, and training over "
+            "several is not built yet. Take a smaller model, or leave this cell planned"
+        )
     directory = home.cell(key) / stage
-    if stage == "train":
+    if stage == TRAIN:
+        execution = run.Execution(micro_batch=placement.micro_batch)
         try:
-            return run.train_cell(cell, directory, home.root, on_step=on_step, should_stop=should_stop)
+            return run.train_cell(
+                cell, directory, home.root, on_step=on_step, should_stop=should_stop, execution=execution
+            )
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{error}; or delete {directory} to train this cell anew") from error
     suite = specs.decode(json.loads(store.suite_spec(stage)), Suite, "suite")
     return run.evaluate_cell(cell, suite, directory, home.root)
 
 
-def _check_file(body: dict[str, Any], key: str, stage: str, path: Path) -> None:
-    if body.get("cell") != key or body.get("stage") != stage:
-        raise CheckpointMismatch(f"{path} is of cell {body.get('cell')}, stage {body.get('stage')}; wanted {key}, {stage}")
-
-
 @contextlib.contextmanager
-def _recorded(store: ResultStore, attempt: Attempt) -> Iterator[None]:
+def recorded(store: ResultStore, attempt: Attempt) -> Iterator[None]:
     """Whatever ends the block is recorded on the attempt, and then goes on its way."""
     try:
         yield
-    except Interrupted as error:
-        store.fail(attempt, str(error), status="interrupted")
+    except (Interrupted, KeyboardInterrupt) as error:
+        store.fail(attempt, str(error) or "stopped", status="interrupted")
         raise
     except BaseException as error:
         store.fail(attempt, f"{type(error).__name__}: {error}")
@@ -165,15 +232,19 @@ def _recorded(store: ResultStore, attempt: Attempt) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beating(store: ResultStore, attempt: Attempt) -> Iterator[None]:
-    """Say every few seconds that the attempt is alive, from a thread that ends with the block."""
-    ended = threading.Event()
+def _beating(store: ResultStore, attempt: Attempt) -> Iterator[threading.Event]:
+    """Say every few seconds that the attempt is alive, from a thread that ends with the block.
+
+    Gives an event that is set when the store says that it is not ours any more. Then training stops at a checkpoint,
+    and that is CellTaken, not a wish of the user.
+    """
+    ended, lost = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
             try:
                 if not store.heartbeat(attempt):
-                    log.warning("attempt %d of %s is no longer the live one", attempt.id, attempt.cell_key)
+                    lost.set()
                     return
             except SparseForgeError as error:  # a store that is away for a while must not end the training
                 log.warning("heartbeat not recorded: %s", error)
@@ -181,7 +252,11 @@ def _beating(store: ResultStore, attempt: Attempt) -> Iterator[None]:
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     try:
-        yield
+        yield lost
+    except Interrupted as error:
+        if not lost.is_set():
+            raise
+        raise CellTaken(f"attempt {attempt.id} of cell {attempt.cell_key} was given to another process") from error
     finally:
         ended.set()
         thread.join()

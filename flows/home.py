@@ -1,4 +1,4 @@
-"""Home: the folder of everything that runs make, and the addresses that live in it unless the environment says otherwise."""
+"""Home: the folder of everything that runs make, and the addresses in it unless the environment says otherwise."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Home:
 
 
 def prefect_environment(home: Home) -> None:
-    """Prefect's own records live in the home, and its temporary server gets time to start; before prefect is imported."""
+    """Prefect's own records live in the home, and it keeps quiet; to be called before prefect is imported."""
     os.environ.setdefault("PREFECT_HOME", str(home.root / "prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")

@@ -1,13 +1,15 @@
-"""What `plan`, `status`, `methods`, `suites` and `grids` show: rows first, a screen of text second."""
+"""What `plan`, `status`, `methods`, `families`, `suites` and `grids` show: rows first, a screen of text second."""
 
 from __future__ import annotations
 
 import collections
+import socket
 from typing import Any
 
 from flows.grids import GRIDS, grid_named
-from flows.grids.planned import Plan, expand
+from flows.grids.planned import Plan
 from flows.home import Home
+from flows.provenance import process_alive
 from sparseforge_core.errors import SparseForgeError, StoreError
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.tracking.tracker import read_journal
@@ -41,7 +43,8 @@ def plan_rows(plan: Plan, home: Home) -> list[dict[str, Any]]:
 
 def print_plan(grid: str, rows: list[dict[str, Any]]) -> None:
     """The rows and their totals."""
-    print(f"{'key':<17}{'model':<18}{'pattern':<10}{'variant':<32}{'seed':>4}{'tokens':>16}  {'pool':<7}{'hours':>10}  status")
+    left = f"{'key':<17}{'model':<18}{'pattern':<10}{'variant':<32}{'seed':>4}{'tokens':>16}"
+    print(f"{left}  {'pool':<7}{'hours':>10}  status")
     for r in rows:
         print(
             f"{r['key']:<17}{r['model']:<18}{r['pattern']:<10}{r['variant']:<32}{r['seed']:>4}{r['tokens']:>16,}  "
@@ -59,10 +62,14 @@ def print_plan(grid: str, rows: list[dict[str, Any]]) -> None:
 
 def status_of(grid: str, home: Home) -> dict[str, Any]:
     """Counts of cells by state, what runs with its last loss, and what failed with its cause."""
+    from sparseforge_core.store.results import Results
     from sparseforge_core.store.store import ResultStore
 
-    expand(grid_named(grid))
-    states = ResultStore(home.store_url).work(grid)
+    grid_named(grid)
+    Results(home.store_url).close()  # asking must not make a store where there is none
+    store = ResultStore(home.store_url)
+    store.release_dead(socket.gethostname(), process_alive)
+    states = store.work(grid)
     if not states:
         raise StoreError(f"grid {grid} was never planned in this store; start it with `sparseforge run {grid}`")
     by_cell: dict[str, list[StageState]] = collections.defaultdict(list)
@@ -71,7 +78,14 @@ def status_of(grid: str, home: Home) -> dict[str, Any]:
     counts = collections.Counter(_cell_status(cell) for cell in by_cell.values())
     running = [_running(home, cell) for cell in by_cell.values() if _cell_status(cell) == "running"]
     failed = [
-        {"key": s.cell_key, "stage": s.stage, "model": s.model, "variant": s.variant, "attempts": s.attempts, "error": s.error}
+        {
+            "key": s.cell_key,
+            "stage": s.stage,
+            "model": s.model,
+            "variant": s.variant,
+            "attempts": s.attempts,
+            "error": s.error,
+        }
         for s in states
         if s.status in ("failed", "lost")
     ]
@@ -91,7 +105,7 @@ def print_status(status: dict[str, Any]) -> None:
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """Methods, suites or grids as rows with at least `name` and `about`."""
+    """Methods, families, suites or grids as rows with at least `name` and `about`."""
     if what == "methods":
         import dataclasses
 
@@ -106,6 +120,18 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "fields": {f.name: str(f.default) for f in dataclasses.fields(cls)},  # type: ignore[arg-type]
             }
             for kind, cls in METHODS.items()
+        ]
+    if what == "families":
+        from sparseforge_core.models.families import FAMILIES
+
+        return [
+            {
+                "name": model_type,
+                "about": f"masks {', '.join(rule.name for rule in family.include)}; "
+                f"leaves dense {', '.join(rule.name for rule in family.exclude)}",
+                "family": family.name,
+            }
+            for model_type, family in FAMILIES.items()
         ]
     if what == "suites":
         from sparseforge_core import specs

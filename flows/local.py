@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import queue
+import collections
 import socket
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from flows.cycle import MAX_ATTEMPTS, ReadyCell, plan_grid, ready, timed_stages
+from flows.cycle import LEASE, MAX_ATTEMPTS, Key, ReadyCell, attempts_so_far, plan_grid, ready, timed_stages
+from flows.devices import default_workers, gpus
 from flows.home import Home
-from flows.pool import Outcome, StepReport, WorkerPool
+from flows.messages import Outcome
+from flows.mirror import Mirror, lacking
+from flows.pool import WorkerPool
 from flows.progress import Progress
 from flows.provenance import process_alive
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
-log = logging.getLogger(__name__)
-
 RunCell = Callable[[str, tuple[str, ...]], Outcome]
+
+POLL_SECONDS = 1.0
 
 
 @dataclass
@@ -33,7 +33,11 @@ class Summary:
     total: int = 0
     executed_cells: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
+    """Cause by cell key."""
+    unserved: dict[str, int] = field(default_factory=dict)
+    """Cells left alone because they are placed on devices that this machine lacks, by pool."""
     blocked: int = 0
+    """Cells that are not done and did not fail: those left alone, those that wait for others, those held elsewhere."""
     interrupted: bool = False
 
     @property
@@ -47,17 +51,11 @@ class Summary:
         return not (self.failed or self.blocked or self.interrupted)
 
 
-def default_workers() -> int:
-    """One worker a GPU, else one a core, at most four."""
-    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    return len(devices) or max(1, min(4, os.cpu_count() or 1))
-
-
 def open_grid(home: Home, name: str) -> tuple[ResultStore, list[StageState]]:
     """Plan a grid in its store, release what dead processes of this machine held, and say what is to do."""
-    store = ResultStore(home.store_url)
-    plan_grid(store, name)
+    store = plan_grid(lambda: ResultStore(home.store_url), name)
     store.release_dead(socket.gethostname(), process_alive)
+    store.expire(LEASE)
     return store, store.work(name)
 
 
@@ -73,117 +71,143 @@ def run_grid(
 ) -> Summary:
     """Run what is not done of a grid, on warm workers of this machine, until nothing more can be.
 
-    `wrap` may put something around the execution of each cell (Prefect: a task run); `pool` limits the run to the
-    cells placed there. Never raises for a failing
-    cell: it is in the summary, as it is in the store. On Ctrl-C workers save checkpoints, and the summary says so.
+    Cells whose placement this machine cannot serve are left alone and counted. Never raises for a failing cell: it is
+    in the summary, as it is in the store. On Ctrl-C workers save checkpoints, and the summary says so.
+
+    Args:
+        home: where everything is.
+        name: the grid.
+        workers: processes; by default one a GPU, else one a core.
+        quiet: no progress.
+        wrap: puts something around the execution of each cell (Prefect: a task run).
+        pool: only the cells placed there, whatever this machine has.
+        flow_run_id: recorded with each attempt.
     """
     store, states = open_grid(home, name)
     summary = Summary(name, total=len({s.cell_key for s in states}))
-    if all(s.status == "done" for s in states):
-        return summary
-    labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
-    costs = {s.cell_key: s.cost_hours for s in states}
-    to_do = {s.cell_key for s in states if s.status != "done"}
-    progress = Progress(name, summary.total, quiet=quiet)
-    progress.done = summary.total - len(to_do)
-    progress.cost_total = sum(costs[key] for key in to_do)
-    processes = WorkerPool(home, workers or default_workers(), progress.step, flow_run_id=flow_run_id)
-    with _mirroring(home, name, states) as mirror:
-        try:
-            around = wrap or (lambda run: run)
-            _drive(store, processes, _Drive(summary, progress, labels, costs, mirror, around, pool))
-        except KeyboardInterrupt:
-            summary.interrupted = True
-        finally:
-            processes.stop()
-            progress.close()
+    behind = lacking(home, states)
+    if behind or any(s.status != "done" for s in states):
+        with Mirror(home, name, states) as mirror:
+            mirror.put(behind)
+            if any(s.status != "done" for s in states):
+                processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
+                run: RunCell = processes.execute
+                drive = _Drive(store, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
+                drive.run_on(processes)
+            if summary.interrupted:
+                mirror.drop()
+    store.close()
     return summary
 
 
-@dataclass
+def served_here(pool: str) -> bool:
+    """Whether this machine has the devices of a pool: `gpu-8` means eight GPUs, anything else a CPU."""
+    count = pool.removeprefix("gpu-")
+    return count == pool or len(gpus()) >= int(count)
+
+
 class _Drive:
-    summary: Summary
-    progress: Progress
-    labels: dict[str, str]
-    costs: dict[str, float]
-    mirror: Callable[[str], None]
-    wrap: Callable[[RunCell], RunCell]
-    pool: str | None
+    """One run of a grid: what runs, what was given up, and when to look again."""
 
+    def __init__(
+        self, store: ResultStore, summary: Summary, mirror: Mirror, run: RunCell, pool: str | None, *, quiet: bool
+    ) -> None:
+        self.store, self.summary, self.mirror, self.run, self.pool = store, summary, mirror, run, pool
+        states = self.states()
+        self.earlier = attempts_so_far(states)
+        self.alone = timed_stages(store, states)
+        self.labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
+        self.skip = self._not_ours(states)
+        self.tries: collections.Counter[Key] = collections.Counter()
+        self.running: dict[Future[Outcome], ReadyCell] = {}
+        costs = {s.cell_key: s.cost_hours for s in states if s.status != "done"}
+        self.progress = Progress(summary.grid, summary.total, done=summary.total - len(costs), quiet=quiet)
+        self.progress.costs = costs
 
-def _drive(store: ResultStore, pool: WorkerPool, drive: _Drive) -> None:
-    """Submit what is ready, wait for something to end, repeat until nothing runs and nothing is ready."""
-    run = drive.wrap(lambda key, stages: pool.execute(key, stages))
-    running: dict[Future[Outcome], ReadyCell] = {}
-    gave_up: set[str] = set()
-    alone = timed_stages(store, store.work(drive.summary.grid))
-    workers = pool.size
-    with ThreadPoolExecutor(workers, thread_name_prefix="cell") as threads:
+    def states(self) -> list[StageState]:
+        return self.store.work(self.summary.grid)
+
+    def run_on(self, pool: WorkerPool) -> None:
+        """Submit what is ready, wait for something to end, repeat until nothing runs and nothing can start."""
+        pool.on_step = self.progress.step
         try:
-            while True:
-                busy = frozenset(cell.key for cell in running.values())
-                states = store.work(drive.summary.grid)
-                elsewhere = {s.cell_key for s in states if drive.pool is not None and s.pool != drive.pool}
-                offered = ready(states, busy=busy, skip=frozenset(gave_up | elsewhere), alone=alone)
-                for cell in offered[: workers - len(running)]:
-                    if cell.key in drive.summary.executed_cells:
-                        drive.progress.done -= 1  # it comes back for the stages that need the machine to themselves
-                    drive.progress.started(cell.key, drive.labels[cell.key])
-                    running[threads.submit(run, cell.key, cell.stages)] = cell
-                if not running:
-                    break
-                finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                drive.progress.show()
-                for future in finished:
-                    _settle(store, drive, running.pop(future), future.result(), gave_up)
-        except BaseException:
-            pool.stop()  # threads wait for their workers; without this, leaving the block would hang
-            raise
-    drive.summary.blocked = len({s.cell_key for s in store.work(drive.summary.grid) if s.status != "done"} - gave_up)
+            with ThreadPoolExecutor(pool.size, thread_name_prefix="cell") as threads:
+                try:
+                    while self._submit(threads, pool.size) or self._held_elsewhere():
+                        self._wait()
+                finally:
+                    pool.stop()  # threads wait for their workers; without this, leaving the block would hang
+        except KeyboardInterrupt:
+            self.summary.interrupted = True
+        finally:
+            self.progress.close()
+        open_cells = {s.cell_key for s in self.states() if s.status != "done"}
+        self.summary.blocked = len(open_cells - set(self.summary.failed))
+
+    def _submit(self, threads: ThreadPoolExecutor, workers: int) -> bool:
+        """Fill the free workers; False if nothing runs afterwards."""
+        if self.summary.interrupted:
+            return bool(self.running)
+        busy = frozenset(cell.key for cell in self.running.values())
+        found = ready(self.states(), busy=busy, skip=frozenset(self.skip), alone=self.alone, earlier=self.earlier)
+        for cell in found[: workers - len(self.running)]:
+            self.progress.started(cell.key, self.labels[cell.key])
+            self.running[threads.submit(self.run, cell.key, cell.stages)] = cell
+        return bool(self.running)
+
+    def _held_elsewhere(self) -> bool:
+        """Whether other processes hold stages that cells of ours may wait for; forget those that died."""
+        if self.pool is not None or self.summary.interrupted:
+            return False
+        self.store.release_dead(socket.gethostname(), process_alive)
+        self.store.expire(LEASE)
+        held = [s for s in self.states() if s.status == "running"]
+        if held:
+            self.progress.note(f"waiting for {len(held)} stages that other processes run")
+        return bool(held) or bool(ready(self.states(), skip=frozenset(self.skip), earlier=self.earlier))
+
+    def _wait(self) -> None:
+        """Until a cell has ended, or, where none of ours runs, a moment."""
+        if not self.running:
+            time.sleep(POLL_SECONDS)
+            return
+        finished: set[Future[Outcome]] = set()
+        while not finished:
+            finished, _ = wait(self.running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            self.progress.show()
+        for future in finished:
+            self._settle(self.running.pop(future), future.result())
+
+    def _settle(self, cell: ReadyCell, outcome: Outcome) -> None:
+        if outcome.status == "done":
+            self.summary.executed_cells.add(cell.key)
+            self.mirror.put([cell.key])
+        elif outcome.status == "interrupted":
+            self.summary.interrupted = True
+        elif outcome.status in ("failed", "lost"):
+            self._missed(cell, outcome)
+        note = "" if outcome.status in ("done", "taken") else f"{outcome.stage} {outcome.status}: {outcome.error}"
+        whole = outcome.status == "done" and all(s.status == "done" for s in self.states() if s.cell_key == cell.key)
+        self.progress.ended(cell.key, done=whole, note=note)
+
+    def _missed(self, cell: ReadyCell, outcome: Outcome) -> None:
+        """Count a stage that failed or lost its worker, and give it up when it never will or was tried enough."""
+        if outcome.status == "lost":
+            self.store.release_dead(socket.gethostname(), process_alive)
+        key = (cell.key, outcome.stage)
+        self.tries[key] += 1
+        if outcome.permanent or self.tries[key] >= MAX_ATTEMPTS:
+            self.skip.add(key)
+            self.summary.failed.setdefault(cell.key, outcome.error)
+
+    def _not_ours(self, states: list[StageState]) -> set[Key]:
+        """Stages of cells that are placed elsewhere; those that this machine cannot serve are counted."""
+        wanted = {pool: pool == self.pool if self.pool else served_here(pool) for pool in {s.pool for s in states}}
+        left = {(s.cell_key, s.stage): s.pool for s in states if s.status != "done" and not wanted[s.pool]}
+        if self.pool is None:
+            cells = {key: pool for (key, _), pool in left.items()}
+            self.summary.unserved = dict(collections.Counter(cells.values()))
+        return set(left)
 
 
-def _settle(store: ResultStore, drive: _Drive, cell: ReadyCell, outcome: Outcome, gave_up: set[str]) -> None:
-    if outcome.status == "lost":
-        store.release_dead(socket.gethostname(), process_alive)
-    note = "" if outcome.status == "done" else f"{outcome.status}: {outcome.error}"
-    drive.progress.ended(cell.key, drive.costs[cell.key], note=note)
-    if outcome.status == "done":
-        drive.summary.executed_cells.add(cell.key)
-        drive.mirror(cell.key)
-    elif outcome.status == "interrupted":
-        drive.summary.interrupted = True
-        gave_up.add(cell.key)
-    else:
-        tries = max((s.attempts for s in store.work(drive.summary.grid) if s.cell_key == cell.key), default=0)
-        if outcome.permanent or tries >= MAX_ATTEMPTS:
-            gave_up.add(cell.key)
-            drive.summary.failed[cell.key] = outcome.error
-        else:
-            drive.progress.done -= 1
-
-
-@contextlib.contextmanager
-def _mirroring(home: Home, grid: str, states: list[StageState]) -> Iterator[Callable[[str], None]]:
-    """Copy finished cells into MLflow from a thread; its failures are warnings, the journals stay for another time."""
-    waiting: queue.Queue[str | None] = queue.Queue()
-    about = {s.cell_key: s for s in states}
-
-    def work() -> None:
-        from sparseforge_core.tracking.mlflow_tracker import MirrorError, mirror_cell
-
-        while (key := waiting.get()) is not None:
-            try:
-                mirror_cell(home.mlflow_uri, home.root, home.cell(key), grid, about[key])
-            except MirrorError as error:
-                log.warning("cell %s is not in MLflow yet: %s", key, error)
-
-    thread = threading.Thread(target=work, name="mlflow", daemon=True)
-    thread.start()
-    try:
-        yield waiting.put
-    finally:
-        waiting.put(None)
-        thread.join()
-
-
-__all__ = ["StepReport", "Summary", "default_workers", "open_grid", "run_grid"]
+__all__ = ["RunCell", "Summary", "default_workers", "open_grid", "run_grid", "served_here"]

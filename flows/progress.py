@@ -3,59 +3,80 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TextIO
 
-from flows.pool import StepReport
+from flows.messages import StepReport
 
 LINE_SECONDS = 5.0
+WIDTH = 180
+TRAINING = 0.8
+"""Share of a cell's time that training takes, for the estimate of what is left."""
 
 
 class Progress:
-    """One line that is redrawn on a terminal, and a line every few seconds anywhere else."""
+    """One line that is redrawn on a terminal, and a line every few seconds anywhere else. Threads may share it."""
 
-    def __init__(self, title: str, total: int, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.title, self.total, self.quiet = title, total, quiet
+    def __init__(
+        self, title: str, total: int, *, done: int = 0, quiet: bool = False, stream: TextIO | None = None
+    ) -> None:
+        self.title, self.total, self.done, self.quiet = title, total, done, quiet
         self.stream = stream or sys.stderr
-        self.done = 0
         self.running: dict[str, tuple[str, StepReport | None]] = {}
+        self.costs: dict[str, float] = {}
+        """Estimated cost of cells, in any unit."""
         self.began = time.monotonic()
         self.shown = 0.0
         self.cost_done = 0.0
-        self.cost_total = 0.0
+        self._last_note = ""
+        self._lock = threading.RLock()
 
     def started(self, cell: str, label: str) -> None:
         """A cell began."""
-        self.running[cell] = (label, None)
+        with self._lock:
+            self.running[cell] = (label, None)
+            self.show()
 
     def step(self, report: StepReport) -> None:
-        """A running cell made a step."""
-        if report.cell in self.running:
-            self.running[report.cell] = (self.running[report.cell][0], report)
-        self.show()
+        """A running cell made a step or began a stage."""
+        with self._lock:
+            if report.cell in self.running:
+                self.running[report.cell] = (self.running[report.cell][0], report)
+            self.show()
 
-    def ended(self, cell: str, cost: float, *, note: str = "") -> None:
-        """A cell ended; `note` is printed on a line of its own."""
-        label, _ = self.running.pop(cell, (cell, None))
-        self.done += 1
-        self.cost_done += cost
-        if note:
-            self._line(f"  {label}: {note}")
-        self.show(force=True)
+    def ended(self, cell: str, *, done: bool, note: str = "") -> None:
+        """A cell ended, `done` if nothing of it is left; `note` is printed on a line of its own."""
+        with self._lock:
+            label, _ = self.running.pop(cell, (cell, None))
+            if done:
+                self.done += 1
+                self.cost_done += self.costs.get(cell, 0.0)
+            if note:
+                self._line(f"  {label}: {note}")
+            self.show(force=True)
+
+    def note(self, text: str) -> None:
+        """Say something once, on a line of its own."""
+        with self._lock:
+            if text != self._last_note:
+                self._last_note = text
+                self._line(f"{self.title}: {text}")
 
     def show(self, *, force: bool = False) -> None:
         """Draw, if it is time."""
-        now = time.monotonic()
-        terminal = self.stream.isatty()
-        if self.quiet or (now - self.shown < (0.5 if terminal else LINE_SECONDS) and not (force and terminal)):
-            return
-        self.shown = now
-        text = self._text(now)
-        if terminal:
-            self.stream.write(f"\r\x1b[2K{text[:180]}")
-            self.stream.flush()
-        else:
-            self._line(text)
+        with self._lock:
+            now = time.monotonic()
+            terminal = self.stream.isatty()
+            if self.quiet or (now - self.shown < (0.5 if terminal else LINE_SECONDS) and not (force and terminal)):
+                return
+            self.shown = now
+            text = self._text(now)
+            if terminal:
+                self.stream.write(f"\r\x1b[2K{text[:WIDTH]}")
+                self.stream.flush()
+            else:
+                self._line(text)
 
     def close(self) -> None:
         """End the line."""
@@ -65,13 +86,11 @@ class Progress:
 
     def _text(self, now: float) -> str:
         parts = [f"{self.title}: {self.done} of {self.total} cells"]
-        share = self.cost_done / self.cost_total if self.cost_total else 0.0
+        begun = sum(self.costs.get(cell, 0.0) * _part(report) for cell, (_, report) in self.running.items())
+        share = (self.cost_done + begun) / (sum(self.costs.values()) or 1.0)
         if share > 0.02:
             parts.append(f"about {_clock((now - self.began) * (1 - share) / share)} left")
-        for label, report in self.running.values():
-            where = f" {report.step}/{report.steps} loss {report.loss:.3f}" if report else ""
-            parts.append(f"[{label}{where}]")
-        return "  ".join(parts)
+        return "  ".join([*parts, *(f"[{label}{_where(report)}]" for label, report in self.running.values())])
 
     def _line(self, text: str) -> None:
         if self.quiet:
@@ -80,6 +99,23 @@ class Progress:
             self.stream.write("\r\x1b[2K")
         self.stream.write(text + "\n")
         self.stream.flush()
+
+
+def _where(report: StepReport | None) -> str:
+    if report is None:
+        return ""
+    if not report.steps:
+        return f": {report.stage.rpartition('-')[0] or report.stage}"  # a suite's key without its hash
+    return f" {report.step}/{report.steps} loss {report.loss:.3f}"
+
+
+def _part(report: StepReport | None) -> float:
+    """How much of a cell is behind it, roughly: most of it is training."""
+    if report is None:
+        return 0.0
+    if not report.steps:
+        return 0.0 if report.stage == "train" else TRAINING
+    return TRAINING * report.step / report.steps
 
 
 def _clock(seconds: float) -> str:

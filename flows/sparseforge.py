@@ -8,7 +8,6 @@ a task run. Prefect's records are for looking; what is done is decided by the st
 from __future__ import annotations
 
 import contextvars
-import datetime
 import logging
 import os
 import time
@@ -26,18 +25,16 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows.cycle import ready
+from flows.cycle import LEASE, attempts_so_far, ready
 from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
-from flows.pool import Outcome
+from flows.messages import Outcome
 from flows.server import prefect_api
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
 POLL_SECONDS = 3.0
-LEASE = datetime.timedelta(minutes=5)
-"""A running attempt that was not heard of for so long is lost, on whatever machine it was."""
 MAX_DRAINS = 3
 """Drains of one pool that may fail one after the other without finishing a stage."""
 RECORD_SECONDS = 15.0
@@ -98,11 +95,12 @@ def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bo
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="{label}: {stage}")
 def run_stage(run: RunCell, key: str, stage: str, label: str) -> State:
-    """One stage of a cell in a warm worker; one that is not done fails its task run, and only that."""
+    """One stage of a cell in a warm worker; one that fails, fails its task run and only that."""
     outcome = run(key, (stage,))
     if outcome.status == "done":
         return Completed(message=f"cell {key}, stage {stage}")
-    return Failed(message=f"cell {key} ({label}), stage {stage} {outcome.status}: {outcome.error}")
+    said = f"cell {key} ({label}), stage {stage} {outcome.status}: {outcome.error}"
+    return Failed(message=said) if outcome.status in ("failed", "lost") else Cancelled(message=said)
 
 
 def _run_here(home: Home, grid: str, workers: int | None, *, quiet: bool, pool: str | None = None) -> Summary:
@@ -145,6 +143,7 @@ class _Pool:
 def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
     """Keep one drain in flight for each polling worker of each pool that has ready cells, until nothing is left."""
     store, states = open_grid(home, grid)
+    earlier = attempts_so_far(states)
     pools: dict[str, _Pool] = {}
     shown = -1
     while True:
@@ -154,7 +153,7 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
             for pool in pools.values():
                 pool.failures = 0
             shown = done
-        waiting = {cell.key for cell in ready(states)}
+        waiting = {cell.key for cell in ready(states, earlier=earlier)}
         wanted = sorted({s.pool for s in states if s.cell_key in waiting})
         for name, pool in pools.items():
             _settle_drains(name, pool)

@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 prefect="${PREFECT:-.venv/bin/prefect}"
 export SPARSEFORGE_CHECKOUT="${SPARSEFORGE_CHECKOUT:-$PWD}"
 for pool in grids cpu gpu-1 gpu-8; do
-  $prefect work-pool create "$pool" --type process --overwrite >/dev/null
+  # A pool that is there keeps its settings: someone may have paused or limited it.
+  $prefect work-pool inspect "$pool" >/dev/null 2>&1 || $prefect work-pool create "$pool" --type process >/dev/null
 done
 $prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml

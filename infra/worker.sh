@@ -5,5 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${PREFECT_API_URL:?set it to the address of your Prefect server, for example http://127.0.0.1:4200/api}"
 pool="${1:?name a work pool: grids, cpu, gpu-1 or gpu-8}"
 # A script's background jobs ignore SIGINT, which is how a worker ends itself on SIGTERM: give it the default back.
+# $SPARSEFORGE_WORKER_HEALTH makes it answer on port 8080, which only one worker of a machine can do.
 exec env --default-signal=INT PREFECT_WORKER_QUERY_SECONDS="${PREFECT_WORKER_QUERY_SECONDS:-2}" \
-  ${PREFECT:-.venv/bin/prefect} worker start --pool "$pool" --limit "${2:-1}" --name "$pool-$(hostname)-$$"
+  ${PREFECT:-.venv/bin/prefect} worker start --pool "$pool" --limit "${2:-1}" --name "$pool-$(hostname)-$$" \
+  ${SPARSEFORGE_WORKER_HEALTH:+--with-healthcheck}

@@ -73,7 +73,8 @@ class Checkpoints:
             return step
         if steps:
             raise CheckpointMismatch(
-                f"none of the {len(steps)} checkpoints in {self.folder} verifies; delete that folder to start the cell anew"
+                f"none of the {len(steps)} checkpoints in {self.folder} verifies; delete that folder to start the cell "
+                "anew"
             )
         return 0
 
@@ -126,7 +127,9 @@ def save_final(folder: Path, model: Any | None, branches: dict[str, Tensor], abo
         if model is not None:
             model.save_pretrained(temporary)
         if branches:
-            save_file({name: branch.contiguous().cpu() for name, branch in branches.items()}, temporary / "slorb.safetensors")
+            save_file(
+                {name: branch.contiguous().cpu() for name, branch in branches.items()}, temporary / "slorb.safetensors"
+            )
         _write_manifest(temporary, about)
 
 

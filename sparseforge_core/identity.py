@@ -46,7 +46,9 @@ def loads(text: str) -> Cell:
     except json.JSONDecodeError as error:
         raise RecipeError(f"the cell file is not JSON: {error}") from error
     if not isinstance(body, dict) or set(body) != {"key", "cell"}:
-        raise RecipeError("a cell file holds exactly 'key' and 'cell'; write one with `sparseforge plan GRID --out DIR`")
+        raise RecipeError(
+            "a cell file holds exactly 'key' and 'cell'; write one with `sparseforge plan GRID --out DIR`"
+        )
     cell = specs.decode(body["cell"], Cell, "cell")
     if cell_key(cell) != body["key"]:
         raise RecipeError(

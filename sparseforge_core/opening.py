@@ -58,7 +58,9 @@ def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
     if not folder.is_dir():
         raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; run its train stage first")
     verify(folder, cell_key(cell))
-    model = hub.from_pretrained(dtype=torch.float32, what=f"cell {cell_key(cell)}", pretrained_model_name_or_path=str(folder))
+    model = hub.from_pretrained(
+        dtype=torch.float32, what=f"cell {cell_key(cell)}", pretrained_model_name_or_path=str(folder)
+    )
     if (folder / "slorb.safetensors").is_file():
         branches = load_file(folder / "slorb.safetensors")
         for site in find_sites(model, family_of(model.config.model_type)):

@@ -1,7 +1,7 @@
 """One cell at a time: train it, evaluate it, write what was measured. Knows nothing of grids, stores or servers.
 
-    python -m sparseforge_core.run train CELL.json DIR
-    python -m sparseforge_core.run evaluate CELL.json SUITE.json DIR
+python -m sparseforge_core.run train CELL.json DIR
+python -m sparseforge_core.run evaluate CELL.json SUITE.json DIR
 """
 
 from __future__ import annotations

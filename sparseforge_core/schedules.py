@@ -69,7 +69,7 @@ class Geometric(_Window):
             raise RecipeError(f"geometric schedule from {self.first} to {self.last}: both must be above 0")
 
     def at(self, progress: float) -> float:
-        return self.first * (self.last / self.first) ** self._share(progress)
+        return float(self.first * (self.last / self.first) ** self._share(progress))
 
 
 @spec("smooth-step")

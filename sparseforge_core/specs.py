@@ -161,7 +161,8 @@ def _decode_spec(data: Any, expected: type[Any], path: str) -> Any:
     for name in data:
         if name not in names and name not in ("kind", own):
             raise RecipeError(f"{path}: " + unknown(f"field of {cls.kind!r}", name, names))
-    values = {name: _decode(data[name], _hints(cls)[name], f"{path}.{name}") for name in names if name in data}
+    hints = _hints(cls)  # type: ignore[arg-type]
+    values = {name: _decode(data[name], hints[name], f"{path}.{name}") for name in names if name in data}
     missing = [
         name
         for name, field in names.items()

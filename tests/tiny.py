@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from sparseforge_core.data.corpora import Synthetic
-from sparseforge_core.models.sites import Site, find_sites
 from sparseforge_core.models.families import family_of
+from sparseforge_core.models.sites import Site, find_sites
 from sparseforge_core.models.sources import Tiny, TrainedBPE
 from sparseforge_core.models.tiny import tiny_config
 

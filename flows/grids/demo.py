@@ -22,7 +22,7 @@ from sparseforge_core.evaluate.suites import (
 from sparseforge_core.methods import Dense, DenseControl, MagnitudePruning, Method, SparseForge, Wanda
 from sparseforge_core.models.sources import Tiny, TrainedBPE
 from sparseforge_core.objective import Distill, Objective, TaskOnly
-from sparseforge_core.recipe import Recipe, TrainPlan, Trained
+from sparseforge_core.recipe import Recipe, Trained, TrainPlan
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.criteria import Magnitude
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
@@ -135,7 +135,10 @@ def _trained(steps: int) -> list[Planned]:
     main = steps == MIDDLE
     tokens = steps * SEQUENCES * LENGTH
     found = []
-    for method, row, label in ((DenseControl(), "dense-control", "Dense control"), (FORGE, "sparseforge", "SparseForge")):
+    for method, row, label in (
+        (DenseControl(), "dense-control", "Dense control"),
+        (FORGE, "sparseforge", "SparseForge"),
+    ):
         slots = [Slot(exhibit="accuracy-vs-tokens", row=f"{label}/{tokens}", label=label, suites=(SEVEN, TEXT))]
         if main:
             slots.append(Slot(exhibit="table-2", row=row, label=label, suites=(SIX, TEXT)))
@@ -219,18 +222,20 @@ def _pair(
     """The same row in a summary table and in its per-task twin."""
     name = NAMES[architecture]
     return tuple(
-        Slot(exhibit=exhibit, row=f"{name}/{variant}", label=f"{name} {label}", suites=(SEVEN, TEXT)) for exhibit in exhibits
+        Slot(exhibit=exhibit, row=f"{name}/{variant}", label=f"{name} {label}", suites=(SEVEN, TEXT))
+        for exhibit in exhibits
     )
 
 
 _TOKENS = f"{MIDDLE * SEQUENCES * LENGTH:,}"
 _TINY = (
-    f"Tiny models (about 1 M parameters, pretrained here on {PRETRAIN_STEPS * SEQUENCES * LENGTH:,} tokens), so accuracy on "
-    f"{ITEMS} items a task is near chance and says nothing; perplexity (held-out text, window {TEXT.window}) tells the story."
+    f"Tiny models (about 1 M parameters, pretrained here on {PRETRAIN_STEPS * SEQUENCES * LENGTH:,} tokens), so "
+    f"accuracy on {ITEMS} items a task is near chance and says nothing; perplexity (held-out text, window "
+    f"{TEXT.window}) tells the story."
 )
 _CONTROL = (
-    "The untouched dense model is undertrained and keeps improving with more tokens, so a retrained sparse model may end "
-    "below it; the dense control, given the same tokens, teacher and data, is the fair reference."
+    "The untouched dense model is undertrained and keeps improving with more tokens, so a retrained sparse model may "
+    "end below it; the dense control, given the same tokens, teacher and data, is the fair reference."
 )
 
 CAPTIONS = {
@@ -244,10 +249,11 @@ CAPTIONS = {
     "table-5": f"Block-16 (128 of 256 in each 16 x 16 tile), two families, {_TOKENS} retraining tokens. {_TINY}",
     "table-6": f"Table 5 task by task. {_TINY}",
     "table-7": (
-        "Decoding on this CPU with dense kernels: zeros bring no speed here, the table shows the harness and the weight "
-        "bytes of the packed 2:4 layout (counted). Tokens per second, batch 1."
+        "Decoding on this CPU with dense kernels: zeros bring no speed here, and the table shows the harness and the "
+        "weight bytes of the packed 2:4 layout (counted). Tokens per second, batch 1."
     ),
     "accuracy-vs-tokens": (
-        f"LLaMA-tiny, retraining tokens against perplexity and mean accuracy; bars are 95 % intervals over seeds. {_TINY}"
+        "LLaMA-tiny, retraining tokens against perplexity and mean accuracy; bars are 95 % intervals over seeds. "
+        f"{_TINY}"
     ),
 }

@@ -106,7 +106,7 @@ class TextFiles(Corpus):
     """Local files: text (documents ended by a separator line), JSON lines and Parquet (one document per row)."""
 
     paths: tuple[str, ...]
-    """Relative ones lie under $SPARSEFORGE_DATA (default: the current folder), so that a recipe need name no machine."""
+    """Relative ones lie under $SPARSEFORGE_DATA (default: the current folder), so a recipe need name no machine."""
     sha256: tuple[str, ...]
     """Hash of each file, so that a changed file is refused; `TextFiles.of` computes them."""
     field: str = "text"

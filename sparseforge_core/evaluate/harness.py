@@ -107,7 +107,9 @@ def _run_task(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     task, split = _task(name, limit)
     positions = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions, device=str(device))
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions, device=str(device)
+    )
     results = lm_eval.simple_evaluate(
         model=wrapped,
         tasks=[task],

@@ -16,7 +16,9 @@ class SuiteResult:
     context: dict[str, Any]
 
 
-def measurement(metric: str, value: float | None, stderr: float | None, n: int, detail: dict[str, Any]) -> dict[str, Any]:
+def measurement(
+    metric: str, value: float | None, stderr: float | None, n: int, detail: dict[str, Any]
+) -> dict[str, Any]:
     """One measurement; a value that is missing or not finite is recorded as diverged, never dropped."""
     if value is None or not math.isfinite(value):
         return {"metric": metric, "value": None, "stderr": None, "n": n, "detail": {**detail, "status": "diverged"}}

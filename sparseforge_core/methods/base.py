@@ -134,6 +134,8 @@ class MethodCard:
 class Method(ABC):
     """Spec of how a mask comes to be. `start` returns the running state that the training loop drives."""
 
+    kind: ClassVar[str]
+    """Set by `@spec`."""
     sparsifies: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     card: ClassVar[MethodCard]

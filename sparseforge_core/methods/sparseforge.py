@@ -116,9 +116,7 @@ class SparseForgeTrack(MaskedTrack):
         self.norms: dict[str, Tensor] = {}
         if method.criterion.needs == "input_norms":
             length = 2048
-            self.norms = input_norms(
-                around.model, around.sites, around.calibration(method.calibration_samples, length)
-            )
+            self.norms = input_norms(around.model, around.sites, around.calibration(method.calibration_samples, length))
         super().__init__(around)
         self.method = method
         self.phases = Phases.of(method, around.steps)

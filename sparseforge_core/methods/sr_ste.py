@@ -28,7 +28,9 @@ class SRSTE(Method):
 
     def __post_init__(self) -> None:
         if self.decay < 0 or self.update_every < 1:
-            raise RecipeError(f"decay={self.decay}, update_every={self.update_every}: needs decay >= 0, update_every >= 1")
+            raise RecipeError(
+                f"decay={self.decay}, update_every={self.update_every}: needs decay >= 0, update_every >= 1"
+            )
 
     def start(self, around: Surroundings) -> SRSTETrack:
         return SRSTETrack(self, around)

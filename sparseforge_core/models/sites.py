@@ -113,7 +113,8 @@ def check_fit(sites: list[Site], pattern: Pattern) -> None:
 
 def coverage(model: nn.Module, family: Family) -> Coverage:
     """Count what the family's rules mask and leave dense, in a model without attached masks."""
-    masked, total, excluded = 0, 0, {}
+    masked, total = 0, 0
+    excluded: dict[str, int] = {}
     for name, weight in model.named_parameters():
         total += weight.numel()
         if any(rule.matches(name) for rule in family.include):

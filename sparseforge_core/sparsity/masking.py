@@ -59,11 +59,14 @@ class SoftMask(nn.Module):
         return x.transpose(-1, -2) if self.transposed else x
 
     def forward(self, weight: Tensor) -> Tensor:
-        masked = weight * self.view if self.frozen else StraightThrough.apply(weight, self.view)
+        masked: Tensor
+        if self.frozen:
+            masked = weight * self.view
+        else:
+            masked = StraightThrough.apply(weight, self.view)  # type: ignore[no-untyped-call]
         if self.branch is not None:
             masked = masked + self.matrix(expand(self.branch, self.matrix(weight).shape[-1]))
-        result: Tensor = masked
-        return result
+        return masked
 
     @torch.no_grad()
     def set_view(self, softness: float) -> None:

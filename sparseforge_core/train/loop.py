@@ -103,7 +103,9 @@ def train(
         if step % run.save_every == 0 or (stop and not last):
             run.checkpoints.save(step, run.model, run.optimizer, run.track)
         if stop and not last:
-            raise Interrupted(f"stopped after step {step} of {plan.steps}; run the same command again to go on from here")
+            raise Interrupted(
+                f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
+            )
     return Outcome(final_loss=loss, seconds=clock.seconds())
 
 

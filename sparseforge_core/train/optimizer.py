@@ -39,5 +39,7 @@ def clip(model: nn.Module, limit: float, step: int) -> float:
     """Scale gradients down to the global norm `limit`; returns the norm before. Raises Diverged if not finite."""
     norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))
     if not torch.isfinite(torch.tensor(norm)):
-        raise Diverged(f"step {step}: the gradient norm is {norm}; nothing of this step was kept. Lower the learning rate")
+        raise Diverged(
+            f"step {step}: the gradient norm is {norm}; nothing of this step was kept. Lower the learning rate"
+        )
     return norm

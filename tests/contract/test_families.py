@@ -43,7 +43,9 @@ def test_logits_do_not_change_when_masks_of_ones_are_attached(architecture: str)
 
 
 @pytest.mark.parametrize("pattern", [nm(2, 4), BLOCK_16], ids=lambda p: p.name)
-def test_the_pruned_model_is_exact_and_survives_a_round_trip(architecture: str, pattern: object, tmp_path: Path) -> None:
+def test_the_pruned_model_is_exact_and_survives_a_round_trip(
+    architecture: str, pattern: object, tmp_path: Path
+) -> None:
     model = tiny_model(architecture)
     sites = sites_of(model)
     check_fit(sites, pattern)

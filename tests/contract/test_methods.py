@@ -149,7 +149,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path
     train(whole)
     seen: list[int] = []
     with pytest.raises(Interrupted):
-        train(start(recipe, tmp_path / "parts"), on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == 16)
+        train(
+            start(recipe, tmp_path / "parts"), on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == 16
+        )
     newest = tmp_path / "parts" / "step-00000016" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     second = start(recipe, tmp_path / "parts")

@@ -48,7 +48,7 @@ def test_fisher_converges_to_the_curvature_of_a_linear_gaussian_model() -> None:
 def test_a_site_without_a_gradient_is_an_error_by_name() -> None:
     _, site = one_site()
     average = Fisher().start([site])
-    with pytest.raises(CurvatureUnavailable, match="no gradient for 1 of 1 sites .*layer.weight"):
+    with pytest.raises(CurvatureUnavailable, match=r"no gradient for 1 of 1 sites .*layer\.weight"):
         average.observe()
     with pytest.raises(CurvatureUnavailable, match="no gradient was observed"):
         average.of(site)
@@ -76,7 +76,7 @@ def test_experts_see_only_the_tokens_routed_to_them() -> None:
     experts.register_forward_pre_hook(lambda module, args: calls.append((args[0], args[1])))
     sites = [site for site in sites_of(model) if site.weight.ndim == 3]
     norms = input_norms(model, sites, [tokens(4, 16)])
-    (hidden, chosen), = calls
+    ((hidden, chosen),) = calls
     for expert in range(4):
         routed = hidden[[expert in row for row in chosen.tolist()]]
         expected = routed.norm(dim=0)

@@ -55,7 +55,9 @@ def test_update_mask_equals_the_equations_by_hand() -> None:
 
 def test_the_literal_line_11_without_the_blend_is_another_update() -> None:
     gate, target = soft_gate(Z, 2, 1.0, "midpoint"), hard_target(Z, 2).double()
-    assert not torch.allclose(push_apart(blend(gate, target, 0.5), gate, target, 0.1), push_apart(gate, gate, target, 0.1))
+    assert not torch.allclose(
+        push_apart(blend(gate, target, 0.5), gate, target, 0.1), push_apart(gate, gate, target, 0.1)
+    )
 
 
 @given(beta=st.floats(0, 1), kappa=st.floats(0, 0.9), temperature=st.floats(0.05, 2), seed=st.integers(0, 9999))

@@ -40,7 +40,10 @@ def test_top_mask_is_exact_even_with_ties(pattern: GroupPattern, seed: int, leve
     scores = torch.randint(0, levels, (32, 32)).float()
     mask = top_mask(scores, pattern)
     check_mask(mask, pattern, "here")
-    kept, dropped = pattern.groups(torch.where(mask, scores, torch.inf)), pattern.groups(torch.where(mask, -torch.inf, scores))
+    kept, dropped = (
+        pattern.groups(torch.where(mask, scores, torch.inf)),
+        pattern.groups(torch.where(mask, -torch.inf, scores)),
+    )
     assert bool((kept.amin(-1) >= dropped.amax(-1)).all())
 
 
