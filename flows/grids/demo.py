@@ -231,9 +231,9 @@ def _pair(
 
 _TOKENS = f"{MIDDLE * SEQUENCES * LENGTH:,}"
 _TINY = (
-    f"Tiny models (about 1 M parameters, pretrained here on {PRETRAIN_STEPS['llama'] * SEQUENCES * LENGTH:,} tokens, the "
-    f"other families on {PRETRAIN_STEPS['gpt2'] * SEQUENCES * LENGTH:,}), so accuracy on {ITEMS} items a task is near chance and says nothing; perplexity (held-out text, window "
-    f"{TEXT.window}) tells the story."
+    f"Tiny models (about 1 M parameters; the LLaMA pretrained here on {PRETRAIN_STEPS['llama'] * SEQUENCES * LENGTH:,} "
+    f"tokens, the others on {PRETRAIN_STEPS['gpt2'] * SEQUENCES * LENGTH:,}), so accuracy on {ITEMS} items a task is "
+    f"near chance and says nothing; perplexity (held-out text, window {TEXT.window}) tells the story."
 )
 _CONTROL = (
     "The untouched dense model is undertrained and keeps improving with more tokens, so a retrained sparse model may "

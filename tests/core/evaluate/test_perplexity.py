@@ -1,0 +1,104 @@
+"""Perplexity against the formula written out, and what defines it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.data.tokens import tokenize_once
+from sparseforge_core.errors import DataError
+from sparseforge_core.evaluate.perplexity import perplexity, wikitext2_test, window_losses
+from sparseforge_core.evaluate.suites import PerplexitySuite
+from sparseforge_core.models import hub
+from tests.tiny import tiny_model, tiny_source, tokens
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+
+
+def test_the_loss_of_a_window_is_the_formula() -> None:
+    model, ids = tiny_model("llama"), tokens(3, 12)
+    losses = window_losses(model, ids)
+    for row, loss in zip(ids, losses, strict=True):
+        with torch.no_grad():
+            logits = model(row[None]).logits[0].double()
+        total = sum(float(logits[t].logsumexp(0) - logits[t, row[t + 1]]) for t in range(len(row) - 1))
+        assert float(loss) == pytest.approx(total / (len(row) - 1), rel=1e-5)
+
+
+def measured(suite: PerplexitySuite, home: Path, batch_size: int = 4) -> dict[str, object]:
+    corpus = Synthetic(documents_count=400)
+    source = tiny_source("llama")
+    model, tokenizer = hub.load_model(source, home), hub.load_tokenizer(source, home)
+    result = perplexity(
+        model, tokenizer, suite, corpus=corpus, home=home, device=torch.device("cpu"), batch_size=batch_size
+    )
+    available = tokenize_once(corpus, "heldout", tokenizer, home).tokens
+    return {"rows": {row["metric"]: row for row in result.measurements}, "items": result.items, "tokens": available}
+
+
+def test_windows_do_not_overlap_and_everything_that_defines_the_number_is_stored(home: Path) -> None:
+    found = measured(PerplexitySuite(name="heldout", text="heldout", window=16), home)
+    row = found["rows"]["perplexity"]  # type: ignore[index]
+    windows = found["tokens"] // 16  # type: ignore[operator]
+    assert row["detail"]["windows"] == windows == len(found["items"])  # type: ignore[arg-type]
+    assert row["n"] == windows * 15
+    assert {"window", "stride", "bos", "text", "sha256"} <= set(row["detail"])
+    nll = sum(item["nll"] for item in found["items"]) / windows  # type: ignore[attr-defined]
+    assert row["value"] == pytest.approx(math.exp(nll), rel=1e-9)
+
+
+def test_the_batch_size_does_not_change_the_answer(home: Path) -> None:
+    suite = PerplexitySuite(name="heldout", text="heldout", window=16, limit=9)
+    one, many = (measured(suite, home, batch_size=size)["rows"]["nll"]["value"] for size in (1, 9))  # type: ignore[index]
+    assert one == pytest.approx(many, rel=1e-6)
+
+
+def test_a_window_beyond_the_model_and_a_text_too_short_are_refused(home: Path) -> None:
+    with pytest.raises(DataError, match="window=65, and the model accepts at most 64"):
+        measured(PerplexitySuite(name="long", text="heldout", window=65), home)
+
+
+def test_a_model_that_diverged_is_recorded_as_such() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[:] = torch.nan
+    assert not math.isfinite(float(window_losses(model, tokens(1, 8))[0]))
+
+
+def test_wikitext2_is_read_as_the_field_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEFORGE_WIKITEXT2", str(tmp_path))
+    with pytest.raises(DataError, match=r"there is no wiki\.test\.raw"):
+        wikitext2_test()
+    folder = SHARED / "wikitext2"
+    if not folder.is_dir():
+        pytest.skip("the shared WikiText-2 files are not beside this checkout")
+    monkeypatch.setenv("SPARSEFORGE_WIKITEXT2", str(folder))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizers/gpt2/tokenizer.json"))
+    assert len(tokenizer.backend_tokenizer.encode(wikitext2_test(), add_special_tokens=False).ids) == 287_644
+
+
+def test_a_real_small_checkpoint_has_its_known_loss() -> None:
+    folder = SHARED / "tiny-checkpoints" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("the shared tiny checkpoint is not beside this checkout")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    stories = re.split(r"\n(?=Once upon a time|One day)", (folder / "sample-stories.txt").read_text())[:40]
+    ids = [
+        torch.tensor([[model.config.bos_token_id, *tokenizer(s, add_special_tokens=False).input_ids][:256]])
+        for s in stories
+    ]
+    losses = [float(window_losses(model, row)) for row in ids if row.shape[1] == 256]
+    assert sum(losses) / len(losses) == pytest.approx(1.27, abs=0.15)
+
+
+def test_items_are_plain_json(home: Path) -> None:
+    found = measured(PerplexitySuite(name="heldout", text="heldout", window=16, limit=3), home)
+    assert json.loads(json.dumps(list(found["items"])))  # type: ignore[call-overload]
