@@ -39,8 +39,8 @@ def _entries(
 
 def smollm2_smoke() -> Grid:
     """SmolLM2-135M on real text: dense, Wanda and a short annealing; perplexity and 50 items of each task."""
-    suites: tuple[Suite, ...] = (limited(ZERO_SHOT_7, 50), replace(HELDOUT, window=512, limit=40))
-    plan = TrainPlan(steps=60, sequences=4, length=256, lr=WarmupLinear(peak=3e-4))
+    suites: tuple[Suite, ...] = (limited(ZERO_SHOT_7, 50), replace(HELDOUT, window=512, limit=20))
+    plan = TrainPlan(steps=20, sequences=4, length=128, lr=WarmupLinear(peak=3e-4))
     rows: tuple[tuple[str, Method], ...] = (
         ("Dense", Dense()),
         ("Wanda", Wanda(samples=16, length=512, sequential=False)),
