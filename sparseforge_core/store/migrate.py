@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ def alembic_config(connection: sa.Connection | None = None) -> Config:
     """Alembic's configuration for the migrations in this package; there is no alembic.ini."""
     from alembic.config import Config
 
-    config = Config()
+    config = Config(stdout=sys.stdout)  # alembic's default is the stream of the moment when it was imported
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
