@@ -164,7 +164,11 @@ def test_killing_or_stopping_an_embedded_run_leaves_no_server_and_loses_nothing(
         _wait_until(lambda: _is_running(home), 120)
         process.send_signal(sent)
         said = process.communicate(timeout=90)[1]
-        assert process.returncode == (-sent if sent == signal.SIGKILL else 130), said
+        # On a busy machine the last small cell may end before the signal arrives; then, and only then, the code is 0.
+        states = ResultStore(f"sqlite:///{home / 'store.db'}").work("tiny-smoke")
+        finished = all(state.status == "done" for state in states)
+        stopped = -sent if sent == signal.SIGKILL else 130
+        assert process.returncode == stopped or (finished and process.returncode == 0), said
         assert "Traceback" not in said
         _wait_until(lambda: not _processes_of(home), 30)
         assert _processes_of(home) == []
