@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,16 +33,18 @@ class Run:
     def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
         self.home = Home(root, f"sqlite:///{root / 'store.db'}", f"sqlite:///{root / 'mlflow.db'}")
         command = [sys.executable, "-m", "tests.flows.command", "--home", str(root), "run", GRID, *arguments]
+        handle, name = tempfile.mkstemp(dir=root.parent, prefix="output-")
+        self.output = Path(name)
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
             env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
+            stdout=handle,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+        os.close(handle)
 
     def wait_until_training(self) -> int:
         """Wait until a checkpoint is there; the process id of the worker that wrote it."""
@@ -52,7 +55,7 @@ class Run:
         deadline = time.monotonic() + 120
         while not true():
             assert time.monotonic() < deadline, "it never happened"
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.02)
 
     def attempts(self) -> list[AttemptRecord]:
@@ -63,15 +66,13 @@ class Run:
         return found
 
     def end(self) -> tuple[int, str]:
-        output = self.process.communicate(timeout=180)[0]
-        return self.process.returncode, output
+        code = self.process.wait(timeout=180)
+        return code, self.output.read_text()
 
     def kill(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 @pytest.fixture
@@ -155,11 +156,16 @@ def test_when_everything_is_killed_the_next_run_goes_on_from_the_checkpoint(star
 
 def test_two_runs_of_one_grid_share_the_work(start: Callable[..., Run]) -> None:
     first = start("--workers", "1")
-    first.wait_until_training()
-    second = start("--workers", "1")
+    worker = first.wait_until_training()
+    # Held still, or a fast machine trains to the end before the second run has imported what it needs.
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        second = start("--workers", "1")
+        second.until(lambda: "waiting for 1 stages that other processes run" in second.output.read_text())
+    finally:
+        os.kill(worker, signal.SIGCONT)
     (code, output), (other_code, other_output) = second.end(), first.end()
     assert (code, other_code) == (0, 0), output + other_output
-    assert "waiting for 1 stages that other processes run" in output
     assert {a.status for a in first.attempts()} == {"done"}
 
 
