@@ -10,7 +10,7 @@ from sparseforge_core.methods import Method
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import Objective, TaskOnly
 from sparseforge_core.schedules import Schedule, WarmupLinear
-from sparseforge_core.sparsity.patterns import Pattern
+from sparseforge_core.sparsity.patterns import PatternChoice
 from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.specs import spec
 
@@ -65,8 +65,8 @@ class Recipe:
     """How the mask comes to be."""
     corpus: Corpus
     """Text for retraining and calibration."""
-    pattern: Pattern | None = None
-    """Which entries compete and how many survive; None keeps every weight."""
+    pattern: PatternChoice | None = None
+    """Which entries compete and how many survive, everywhere or by rule; None keeps every weight."""
     objective: Objective = TaskOnly()
     """What is minimised."""
     train: TrainPlan = TrainPlan()

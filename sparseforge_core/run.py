@@ -34,7 +34,7 @@ from sparseforge_core.evaluate.suites import Suite, suite_key
 from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families import family_of
-from sparseforge_core.models.sites import Coverage, Site, check_fit, coverage, find_sites
+from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
 from sparseforge_core.opening import cell_folder, open_finished, open_source, open_tokenizer
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.tracking.tracker import Journal
@@ -120,7 +120,9 @@ def evaluate_cell(cell: Cell, suite: Suite, directory: Path, home: Path, *, batc
     device = default_device()
     recipe = cell.recipe
     model = open_finished(cell, home).to(device)  # type: ignore[arg-type]
-    cover = coverage(model, family_of(model.config.model_type))
+    sites: list[Site] = []
+    if recipe.pattern is not None:
+        sites = assign_patterns(find_sites(model, family_of(model.config.model_type)), recipe.pattern)
     result = evaluate_model(
         model,
         open_tokenizer(recipe.model, home),
@@ -130,8 +132,7 @@ def evaluate_cell(cell: Cell, suite: Suite, directory: Path, home: Path, *, batc
         items_dir=cell_folder(home, cell) / "items",
         device=device,
         batch_size=batch_size,
-        masked_parameters=cover.masked if recipe.pattern else 0,
-        pattern=recipe.pattern,
+        sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
     digest = None
     if result.items:
@@ -151,10 +152,10 @@ class _Prepared:
         self.tokenizer = open_tokenizer(recipe.model, home)
         model: Any = open_source(recipe.model, home)
         family = family_of(model.config.model_type)
-        self.sites: list[Site] = find_sites(model, family) if recipe.method.sparsifies else []
+        self.sites: list[Site] = []
         if recipe.pattern is not None:
-            check_fit(self.sites, recipe.pattern)
-        self.coverage = coverage(model, family)
+            self.sites = assign_patterns(find_sites(model, family), recipe.pattern)
+        self.coverage = coverage(model, family, recipe.pattern)
         self.model = model.to(device)
         self.teacher = self._teacher()
         self._tokens: TokenFile | None = None
@@ -172,7 +173,6 @@ class _Prepared:
         return Surroundings(
             model=self.model,
             sites=self.sites,
-            pattern=recipe.pattern,
             slorb=recipe.slorb,
             steps=recipe.train.steps,
             calibration=self._calibration,

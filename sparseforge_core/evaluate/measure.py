@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from sparseforge_core.evaluate.perplexity import perplexity
 from sparseforge_core.evaluate.result import SuiteResult
 from sparseforge_core.evaluate.suites import HarnessSuite, PerplexitySuite, Suite, ThroughputSuite
 from sparseforge_core.evaluate.throughput import throughput
-from sparseforge_core.sparsity.patterns import Pattern
 
 
 def evaluate_model(
@@ -26,10 +26,12 @@ def evaluate_model(
     items_dir: Path,
     device: torch.device,
     batch_size: int,
-    masked_parameters: int,
-    pattern: Pattern | None,
+    sparse: Sequence[tuple[int, float]],
 ) -> SuiteResult:
-    """Run `suite` on `model`. Raises DataError if its data cannot be had or does not fit the model."""
+    """Run `suite` on `model`; `sparse` is (parameters, density) of each of its masked weights.
+
+    Raises DataError if its data cannot be had or does not fit the model.
+    """
     if isinstance(suite, HarnessSuite):
         # lm-eval is imported only when it is used: perplexity must work on machines without it.
         from sparseforge_core.evaluate.harness import zero_shot
@@ -38,5 +40,5 @@ def evaluate_model(
     if isinstance(suite, PerplexitySuite):
         return perplexity(model, tokenizer, suite, corpus=corpus, home=home, device=device, batch_size=batch_size)
     if isinstance(suite, ThroughputSuite):
-        return throughput(model, suite, device=device, masked_parameters=masked_parameters, pattern=pattern)
+        return throughput(model, suite, device=device, sparse=sparse)
     raise RecipeError(f"no rule to measure a {type(suite).__name__}")

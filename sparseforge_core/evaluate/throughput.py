@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +12,17 @@ import torch
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.result import SuiteResult, measurement
 from sparseforge_core.evaluate.suites import ThroughputSuite
-from sparseforge_core.sparsity.patterns import Pattern
 
 BYTES = 2
 """Bytes of a stored weight (bfloat16)."""
 
 
 def throughput(
-    model: Any, suite: ThroughputSuite, *, device: torch.device, masked_parameters: int, pattern: Pattern | None
+    model: Any, suite: ThroughputSuite, *, device: torch.device, sparse: Sequence[tuple[int, float]]
 ) -> SuiteResult:
     """Tokens per second of greedy decoding with a key-value cache, median of repeats, after one warm-up.
+
+    `sparse` is (parameters, density) of each masked weight; with any, the bytes of the packed layout are counted too.
 
     Raises DataError for lengths that exceed the model's positions.
     """
@@ -36,8 +38,8 @@ def throughput(
         rows.append(measurement(metric, statistics.median(rates), spread, len(rates), engine))
     total = sum(parameter.numel() for parameter in model.parameters())
     rows.append(measurement("weight_bytes_dense", float(total * BYTES), None, 1, {"dtype": "bfloat16"}))
-    if pattern is not None:
-        packed = (total - masked_parameters) * BYTES + masked_parameters * pattern.density * (BYTES + 0.25)
+    if sparse:
+        packed = total * BYTES + sum(count * (density * (BYTES + 0.25) - BYTES) for count, density in sparse)
         detail = {"dtype": "bfloat16", "layout": "kept values and 2-bit indices; by count"}
         rows.append(measurement("weight_bytes_packed", packed, None, 1, detail))
     return SuiteResult(tuple(rows), (), engine)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core.models.sites import Site
-from sparseforge_core.sparsity.patterns import Pattern, check_weight
+from sparseforge_core.sparsity.patterns import check_weight
 from sparseforge_core.sparsity.report import mask_histogram, mask_summary
 from sparseforge_core.sparsity.slorb import SLoRB
 
@@ -22,7 +22,7 @@ class Surroundings:
 
     model: nn.Module
     sites: list[Site]
-    pattern: Pattern | None
+    """Those that are to be masked, each with its pattern."""
     slorb: SLoRB | None
     steps: int
     """Optimizer steps that will follow; 0 for one-shot methods."""
@@ -35,7 +35,6 @@ class MaskTrack:
 
     def __init__(self, around: Surroundings) -> None:
         self.sites = around.sites
-        self.pattern = around.pattern
         self.steps = around.steps
 
     def before_update(self, step: int) -> None:
@@ -69,8 +68,6 @@ class MaskedTrack(MaskTrack):
 
     def __init__(self, around: Surroundings) -> None:
         super().__init__(around)
-        assert self.pattern is not None, "recipes of sparsifying methods carry a pattern"
-        self.hard_pattern: Pattern = self.pattern
         self.frozen = False
         self.flip_rate = 0.0
         for site in self.sites:
@@ -79,7 +76,7 @@ class MaskedTrack(MaskTrack):
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Project: fix every hard mask, zero pruned weights and their optimizer moments."""
         for site in self.sites:
-            site.mask.freeze(site.weight, self.hard_pattern, site.name)
+            site.mask.freeze(site.weight, site.pattern, site.name)
             if optimizer is not None:
                 for moment in optimizer.state.get(site.weight, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == site.weight.shape:
@@ -92,7 +89,7 @@ class MaskedTrack(MaskTrack):
         branches = {}
         for site in self.sites:
             branch = site.squash()
-            check_weight(site.matrix(site.weight.detach()), self.hard_pattern, site.name)
+            check_weight(site.matrix(site.weight.detach()), site.pattern, site.name)
             if branch is not None:
                 branches[site.name] = branch
         return branches
@@ -111,7 +108,7 @@ class MaskedTrack(MaskTrack):
     def harden(self, site: Site, scores: Tensor) -> float:
         """Re-select the site's hard mask by `scores` (stored layout); returns the share of entries that flipped."""
         before = site.mask.hard.clone()
-        site.mask.harden(scores, self.hard_pattern)
+        site.mask.harden(scores, site.pattern)
         return float((before != site.mask.hard).float().mean())
 
     def state(self) -> dict[str, Tensor]:

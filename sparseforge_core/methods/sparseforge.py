@@ -152,16 +152,17 @@ class SparseForgeTrack(MaskedTrack):
 
     def _update_site(self, site: Site, progress: float, *, first: bool) -> float:
         """Lines 8-13 for one site; returns the share of its hard mask that flipped."""
-        soft, pattern = site.mask, self.hard_pattern
+        soft, pattern = site.mask, site.pattern
         z = pattern.groups(standardize(self._scores(site), log=self.method.log_scores))
+        keep = pattern.keep_of(z.shape[-1])
         mask, old = pattern.groups(soft.matrix(soft.mask)), pattern.groups(soft.matrix(soft.hard))
         if progress >= self.method.target_freeze and not first:
             target = old
         else:
             margin = 0.0 if first else self.method.hysteresis.at(progress)
-            target = hard_target(z, pattern.keep_count, old, margin)
-        new = update_mask(mask, z, target, pattern.keep_count, self.anneal_point(progress), self.method.threshold)
-        hard = project(new, z, pattern.keep_count)
+            target = hard_target(z, keep, old, margin)
+        new = update_mask(mask, z, target, keep, self.anneal_point(progress), self.method.threshold)
+        hard = project(new, z, keep)
         shape = soft.matrix(soft.mask).shape
         soft.matrix(soft.mask).copy_(pattern.ungroup(new, shape))
         soft.matrix(soft.hard).copy_(pattern.ungroup(hard, shape))

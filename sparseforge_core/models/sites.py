@@ -10,7 +10,7 @@ from sparseforge_core.errors import PatternViolation, UnsupportedModel
 from sparseforge_core.models.families import Family
 from sparseforge_core.sparsity import masking
 from sparseforge_core.sparsity.masking import SoftMask
-from sparseforge_core.sparsity.patterns import Pattern
+from sparseforge_core.sparsity.patterns import Pattern, PatternChoice
 from sparseforge_core.sparsity.slorb import SLoRB
 
 
@@ -26,6 +26,15 @@ class Site:
     group: str
     """The name of the rule that includes it: 'attention', 'mlp', 'experts'."""
     soft: SoftMask | None = None
+    chosen: Pattern | None = None
+    """What the recipe's pattern says about this site; set by `assign_patterns`."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of this site."""
+        if self.chosen is None:
+            raise PatternViolation(f"site {self.name} was given no pattern; call assign_patterns first")
+        return self.chosen
 
     @property
     def weight(self) -> nn.Parameter:
@@ -103,23 +112,38 @@ def find_sites(model: nn.Module, family: Family) -> list[Site]:
     return sites
 
 
-def check_fit(sites: list[Site], pattern: Pattern) -> None:
-    """Raise PatternViolation, naming the sites, unless the pattern divides every weight."""
-    refusals = [(site, pattern.refusal(tuple(site.matrix(site.weight).shape))) for site in sites]
+def assign_patterns(sites: list[Site], choice: PatternChoice) -> list[Site]:
+    """Give each site its pattern; returns those that have one, the others stay dense.
+
+    Raises RecipeError if the choice's rules do not fit the sites, PatternViolation, naming the first site, unless
+    each pattern divides its weight.
+    """
+    for site, pattern in zip(sites, choice.for_sites([(s.name, s.group) for s in sites]), strict=True):
+        site.chosen = pattern
+    masked = [site for site in sites if site.chosen is not None]
+    refusals = [(site, site.pattern.refusal(tuple(site.matrix(site.weight).shape))) for site in masked]
     wrong = [(site.name, why) for site, why in refusals if why]
     if wrong:
-        raise PatternViolation(f"{len(wrong)} of {len(sites)} sites do not fit; {wrong[0][0]}: {wrong[0][1]}")
+        raise PatternViolation(f"{len(wrong)} of {len(masked)} sites do not fit; {wrong[0][0]}: {wrong[0][1]}")
+    return masked
 
 
-def coverage(model: nn.Module, family: Family) -> Coverage:
-    """Count what the family's rules mask and leave dense, in a model without attached masks."""
-    masked, total = 0, 0
+def coverage(model: nn.Module, family: Family, choice: PatternChoice | None = None) -> Coverage:
+    """Count what is masked and what stays dense, and by which rule, in a model without attached masks.
+
+    A `choice` that leaves sites dense is a rule too, called "recipe"; without one, the family's rules alone count.
+    """
+    sites = find_sites(model, family)
+    masked = {site.name for site in (assign_patterns(sites, choice) if choice else sites)}
+    left = {site.name for site in sites} - masked
     excluded: dict[str, int] = {}
+    total = covered = 0
     for name, weight in model.named_parameters():
         total += weight.numel()
-        if any(rule.matches(name) for rule in family.include):
-            masked += weight.numel()
+        if name in masked:
+            covered += weight.numel()
         else:
-            owner = next((rule.name for rule in family.exclude if rule.matches(name)), "vectors")
+            own = next((rule.name for rule in family.exclude if rule.matches(name)), "vectors")
+            owner = "recipe" if name in left else own
             excluded[owner] = excluded.get(owner, 0) + weight.numel()
-    return Coverage(masked, total, excluded)
+    return Coverage(covered, total, excluded)

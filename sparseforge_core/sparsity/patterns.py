@@ -1,6 +1,7 @@
 """Sparsity patterns: which entries compete with each other, and how many of them survive.
 
-2:4, N:M and the paper's block-16 all say *tile the matrix, keep the best k of each tile*. A pattern turns a
+2:4, N:M and the paper's block-16 all say *tile the matrix, keep the best k of each tile*; unstructured sparsity has
+one long row, or one matrix, for a tile. A pattern turns a
 weight `[..., out, in]` into groups `[..., tiles, size]`; everything after that works on the last dimension, for
 matrices and for stacks of expert matrices alike. N:M groups run along the input dimension, the axis that the
 sparse tensor core contracts.
@@ -9,6 +10,8 @@ sparse tensor core contracts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +20,27 @@ from sparseforge_core.errors import PatternViolation, RecipeError
 from sparseforge_core.specs import spec
 
 
-class Pattern(ABC):
-    """How entries of a weight `[..., out, in]` are grouped, and how many of a group are kept."""
+class PatternChoice(ABC):
+    """What a recipe says about sparsity: one pattern for every site, or a pattern by rule (`rules.ByRule`)."""
 
     @property
     @abstractmethod
     def name(self) -> str:
         """What people call it: '2:4', 'block-16'."""
+
+    @abstractmethod
+    def for_sites(self, sites: Sequence[tuple[str, str]]) -> list[Pattern | None]:
+        """The pattern of each site, given as (parameter name, kind of site); None leaves a site dense.
+
+        Raises RecipeError if the choice does not fit the sites.
+        """
+
+
+class Pattern(PatternChoice):
+    """How entries of a weight `[..., out, in]` are grouped, and how many of a group are kept."""
+
+    def for_sites(self, sites: Sequence[tuple[str, str]]) -> list[Pattern | None]:
+        return [self] * len(sites)
 
     @property
     @abstractmethod
@@ -42,10 +59,9 @@ class Pattern(ABC):
     def ungroup(self, grouped: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `groups` for a weight of `shape`."""
 
-    @property
     @abstractmethod
-    def keep_count(self) -> int:
-        """Entries kept in each group."""
+    def keep_of(self, size: int) -> int:
+        """Entries kept in a group of `size`, the last dimension of `groups`."""
 
 
 @spec("group-pattern")
@@ -74,8 +90,7 @@ class GroupPattern(Pattern):
     def density(self) -> float:
         return self.keep / (self.rows * self.cols)
 
-    @property
-    def keep_count(self) -> int:
+    def keep_of(self, size: int) -> int:
         return self.keep
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
@@ -107,6 +122,45 @@ def nm(keep: int, size: int) -> GroupPattern:
 
 BLOCK_16 = GroupPattern(rows=16, cols=16, keep=128)
 """The paper's block-16 (appendix B): 128 of the 256 entries of every 16 x 16 tile."""
+
+
+@spec("unstructured")
+class Unstructured(Pattern):
+    """The same share of entries everywhere, wherever they lie: in each output row, or in each whole matrix."""
+
+    density: float = 0.5
+    """Share of entries kept, rounded to whole entries in each group."""
+    scope: Literal["row", "matrix"] = "row"
+    """What competes: the entries of an output row (Wanda's default), or all of a matrix (of each expert's matrix)."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density < 1.0:
+            raise RecipeError(f"density={self.density}: must lie between 0 and 1, both excluded")
+
+    @property
+    def name(self) -> str:
+        return f"{self.density:.0%} by {self.scope}"
+
+    def keep_of(self, size: int) -> int:
+        return round(self.density * size)
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) < 2:
+            return f"shape {tuple(shape)} is no matrix"
+        size = shape[-1] if self.scope == "row" else shape[-2] * shape[-1]
+        kept = self.keep_of(size)
+        if not 0 < kept < size:
+            return f"pattern {self.name} keeps {kept} of the {size} entries of a {self.scope}; choose another density"
+        return None
+
+    def groups(self, x: Tensor) -> Tensor:
+        refusal = self.refusal(tuple(x.shape))
+        if refusal:
+            raise PatternViolation(refusal)
+        return x if self.scope == "row" else x.reshape(*x.shape[:-2], 1, -1)
+
+    def ungroup(self, grouped: Tensor, shape: torch.Size) -> Tensor:
+        return grouped.reshape(shape)
 
 
 SMALL = 16
@@ -146,26 +200,29 @@ def keep_top(grouped: Tensor, keep: int) -> Tensor:
 
 def top_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """Hard mask of `scores` `[..., out, in]`: boolean, the same shape, exactly the pattern."""
-    return pattern.ungroup(keep_top(pattern.groups(scores), pattern.keep_count), scores.shape)
+    grouped = pattern.groups(scores)
+    return pattern.ungroup(keep_top(grouped, pattern.keep_of(grouped.shape[-1])), scores.shape)
 
 
 def check_mask(mask: Tensor, pattern: Pattern, where: str) -> None:
     """Raise PatternViolation unless every group of the 0/1 `mask` keeps exactly the pattern's count."""
-    kept = pattern.groups(mask != 0).sum(-1)
-    _refuse(kept != pattern.keep_count, kept, pattern, where, "exactly")
+    grouped = pattern.groups(mask != 0)
+    kept, wanted = grouped.sum(-1), pattern.keep_of(grouped.shape[-1])
+    _refuse(kept != wanted, kept, pattern.name, where, f"exactly {wanted}")
 
 
 def check_weight(weight: Tensor, pattern: Pattern, where: str) -> None:
     """Raise PatternViolation if a group of `weight` holds more non-zeros than the pattern keeps."""
-    kept = pattern.groups(weight != 0).sum(-1)
-    _refuse(kept > pattern.keep_count, kept, pattern, where, "at most")
+    grouped = pattern.groups(weight != 0)
+    kept, wanted = grouped.sum(-1), pattern.keep_of(grouped.shape[-1])
+    _refuse(kept > wanted, kept, pattern.name, where, f"at most {wanted}")
 
 
-def _refuse(wrong: Tensor, kept: Tensor, pattern: Pattern, where: str, how: str) -> None:
+def _refuse(wrong: Tensor, kept: Tensor, pattern: str, where: str, wanted: str) -> None:
     count = int(wrong.sum())
     if count:
         first = int(kept[wrong].flatten()[0])
         raise PatternViolation(
-            f"site {where}: {count:,} of {wrong.numel():,} groups break {pattern.name}; the first keeps {first} "
-            f"entries instead of {how} {pattern.keep_count}"
+            f"site {where}: {count:,} of {wrong.numel():,} groups break {pattern}; the first keeps {first} entries "
+            f"instead of {wanted}"
         )

@@ -11,7 +11,7 @@ import transformers
 from sparseforge_core.errors import PatternViolation, UnsupportedModel
 from sparseforge_core.models.families import FAMILIES, family_of
 from sparseforge_core.models.families.base import rule
-from sparseforge_core.models.sites import check_fit, coverage, find_sites
+from sparseforge_core.models.sites import assign_patterns, coverage, find_sites
 from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
 from sparseforge_core.sparsity.slorb import SLoRB
 from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tokens
@@ -48,7 +48,7 @@ def test_the_pruned_model_is_exact_and_survives_a_round_trip(
 ) -> None:
     model = tiny_model(architecture)
     sites = sites_of(model)
-    check_fit(sites, pattern)
+    assign_patterns(sites, pattern)
     for site in sites:
         site.attach(None)
         site.mask.harden(site.weight.detach().abs(), pattern)
@@ -109,7 +109,7 @@ def test_a_required_rule_that_matches_nothing_and_a_double_claim_are_errors(arch
 
 def test_a_pattern_that_does_not_divide_is_refused_by_site(architecture: str) -> None:
     with pytest.raises(PatternViolation, match="sites do not fit"):
-        check_fit(sites_of(tiny_model(architecture)), nm(3, 7))
+        assign_patterns(sites_of(tiny_model(architecture)), nm(3, 7))
 
 
 def test_unknown_model_types_suggest_the_nearest(architecture: str) -> None:

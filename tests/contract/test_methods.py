@@ -15,6 +15,7 @@ from sparseforge_core.errors import Diverged, Interrupted, RecipeError
 from sparseforge_core.methods import METHODS, SRSTE, FrozenMask, Method, SparseForge, Wanda, method_named
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.methods.sparseforge import Phases
+from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Geometric, WarmupLinear
@@ -54,11 +55,10 @@ def recipe_of(method: Method, architecture: str = "llama", **changes: Any) -> Re
 def start(recipe: Recipe, folder: Path) -> Run:
     model = tiny_model(recipe.model.architecture)  # type: ignore[attr-defined]
     teacher = copy.deepcopy(model).requires_grad_(False)
-    sites = sites_of(model) if recipe.method.sparsifies else []
+    sites = assign_patterns(sites_of(model), recipe.pattern) if recipe.pattern else []
     around = Surroundings(
         model=model,
         sites=sites,
-        pattern=recipe.pattern,
         slorb=recipe.slorb,
         steps=recipe.train.steps,
         calibration=lambda samples, length: [tokens(samples, min(length, 16), seed=1)],

@@ -11,12 +11,14 @@ from sparseforge_core.errors import PatternViolation, RecipeError
 from sparseforge_core.sparsity.patterns import (
     BLOCK_16,
     GroupPattern,
+    Unstructured,
     check_mask,
     check_weight,
     keep_top,
     nm,
     top_mask,
 )
+from sparseforge_core.sparsity.rules import ByRule, PatternRule
 
 PATTERNS = [nm(2, 4), nm(4, 8), nm(1, 4), nm(6, 8), BLOCK_16, GroupPattern(rows=2, cols=4, keep=3)]
 
@@ -77,3 +79,63 @@ def test_checks_count_the_groups_that_break_the_pattern() -> None:
         check_weight(weight, nm(2, 4), "w")
     with pytest.raises(PatternViolation, match="2 of 2 groups"):
         check_mask(weight, nm(2, 4), "w")
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+def test_unstructured_keeps_a_share_of_each_row_or_matrix(scope: str, lead: tuple[int, ...]) -> None:
+    pattern = Unstructured(density=0.3, scope=scope)  # type: ignore[arg-type]
+    scores = torch.rand(*lead, 16, 20)
+    mask = top_mask(scores, pattern)
+    check_mask(mask, pattern, "here")
+    assert torch.equal(pattern.ungroup(pattern.groups(scores), scores.shape), scores)
+    assert float(mask.float().mean()) == pytest.approx(0.3)
+    if scope == "row":
+        assert bool((mask.sum(-1) == 6).all())
+    else:
+        threshold = scores.flatten(-2).sort(-1, descending=True).values[..., 95]
+        assert torch.equal(mask, scores >= threshold[..., None, None])
+
+
+def test_a_pattern_that_leaves_a_layer_with_no_survivor_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"density=1\.0"):
+        Unstructured(density=1.0)
+    with pytest.raises(PatternViolation, match="keeps 0 of the 20 entries of a row"):
+        Unstructured(density=0.02).groups(torch.zeros(4, 20))
+
+
+SITES = [("l.0.attn.q", "attention"), ("l.0.mlp.up", "mlp"), ("l.1.attn.q", "attention"), ("l.1.mlp.up", "mlp")]
+
+
+def test_rules_give_each_site_its_own_pattern() -> None:
+    mixed = ByRule(
+        rules=(
+            PatternRule(sites="attention", pattern=nm(2, 4)),
+            PatternRule(sites="l.0.mlp.*", pattern=nm(4, 8)),
+            PatternRule(sites="l.1.mlp.*"),
+        )
+    )
+    assert mixed.for_sites(SITES) == [nm(2, 4), nm(4, 8), nm(2, 4), None]
+    assert mixed.name == "attention 2:4, l.0.mlp.* 4:8, l.1.mlp.* dense"
+    assert nm(2, 4).for_sites(SITES) == [nm(2, 4)] * 4
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (("attention",), "site l.0.mlp.up .mlp. is matched by none"),
+        (("attention", "mlp", "l.0.*"), "site l.0.attn.q .attention. is matched by 'attention' and 'l.0.[*]'"),
+        (("attention", "mlp", "experts"), "'experts'. match no site; the kinds of site here are attention, mlp"),
+    ],
+)
+def test_rules_that_overlap_or_match_nothing_are_refused(rules: tuple[str, ...], said: str) -> None:
+    mixed = ByRule(rules=tuple(PatternRule(sites=name, pattern=nm(2, 4)) for name in rules))
+    with pytest.raises(RecipeError, match=said):
+        mixed.for_sites(SITES)
+
+
+def test_rules_must_say_something() -> None:
+    with pytest.raises(RecipeError, match="at least one is needed"):
+        ByRule(rules=())
+    with pytest.raises(RecipeError, match="every one leaves its sites dense"):
+        ByRule(rules=(PatternRule(sites="mlp"),))
