@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparseforge_core import files
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.methods.base import MaskTrack
+from sparseforge_core.sparsity.masking import Branch
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ KEPT = 2
 """Good checkpoints kept, so that one that turns out bad still leaves another."""
 
 MANIFEST = "manifest.json"
+
+BRANCHES = "slorb.safetensors"
+B_KEY, P_KEY = ".slorb_B", ".slorb_P"
+"""After the name of a site's weight: its branch's factors, eq. (1)."""
 
 
 class Checkpoints:
@@ -118,8 +123,8 @@ def verify(folder: Path, cell: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def save_final(folder: Path, model: Any | None, branches: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write the finished model: Hugging Face safetensors, side branches in `slorb.safetensors`, the manifest last.
+def save_final(folder: Path, model: Any | None, branches: dict[str, Branch], about: dict[str, Any]) -> None:
+    """Write the finished model: Hugging Face safetensors, side branches in BRANCHES, the manifest last.
 
     `model` None stands for a cell that leaves its source untouched: only the manifest is written.
     """
@@ -127,10 +132,23 @@ def save_final(folder: Path, model: Any | None, branches: dict[str, Tensor], abo
         if model is not None:
             model.save_pretrained(temporary)
         if branches:
-            save_file(
-                {name: branch.contiguous().cpu() for name, branch in branches.items()}, temporary / "slorb.safetensors"
-            )
+            save_file(_branch_state(branches), temporary / BRANCHES)
         _write_manifest(temporary, about)
+
+
+def load_branches(folder: Path) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """(B, P or None for the fixed one) of each site of a finished model; empty where it has no side branches."""
+    if not (folder / BRANCHES).is_file():
+        return {}
+    state = load_file(folder / BRANCHES)
+    names = [name.removesuffix(B_KEY) for name in state if name.endswith(B_KEY)]
+    return {name: (state[name + B_KEY], state.get(name + P_KEY)) for name in names}
+
+
+def _branch_state(branches: dict[str, Branch]) -> dict[str, Tensor]:
+    state = {name + B_KEY: branch.values for name, branch in branches.items()}
+    state |= {name + P_KEY: b.projection for name, b in branches.items() if b.projection is not None}
+    return {name: value.contiguous().cpu() for name, value in state.items()}
 
 
 def _write_manifest(folder: Path, about: dict[str, Any]) -> None:

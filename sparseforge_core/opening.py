@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 
-from sparseforge_core.checkpoint import verify
+from sparseforge_core.checkpoint import load_branches, verify
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.identity import cell_key
 from sparseforge_core.models import hub
@@ -61,9 +60,10 @@ def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
     model = hub.from_pretrained(
         dtype=torch.float32, what=f"cell {cell_key(cell)}", pretrained_model_name_or_path=str(folder)
     )
-    if (folder / "slorb.safetensors").is_file():
-        branches = load_file(folder / "slorb.safetensors")
-        for site in find_sites(model, family_of(model.config.model_type)):
+    branches = load_branches(folder)
+    for site in find_sites(model, family_of(model.config.model_type)) if branches else []:
+        if site.name in branches:  # others the recipe leaves dense
+            branch, projection = branches[site.name]
             matrix = site.matrix(site.weight.data)
-            matrix += expand(branches[site.name], matrix.shape[-1])
+            matrix += expand(branch, matrix.shape[-1], projection)
     return model

@@ -37,6 +37,7 @@ from sparseforge_core.models.families import family_of
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
 from sparseforge_core.opening import cell_folder, open_finished, open_source, open_tokenizer
 from sparseforge_core.recipe import Cell, Recipe
+from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.tracking.tracker import Journal
 from sparseforge_core.train.loop import Outcome, Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
@@ -44,6 +45,9 @@ from sparseforge_core.train.optimizer import build_optimizer
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+
+STORED_BYTES = 2
+"""Of a value of a side branch at inference (bfloat16)."""
 
 
 @dataclass(frozen=True)
@@ -225,13 +229,15 @@ def _positions(model: Any) -> int:
 
 
 def _train_measurements(
-    recipe: Recipe, cover: Coverage, outcome: Outcome, branches: dict[str, Tensor], gap: float
+    recipe: Recipe, cover: Coverage, outcome: Outcome, branches: dict[str, Branch], gap: float
 ) -> list[dict[str, Any]]:
     values: dict[str, float] = {
         "coverage": cover.share if recipe.pattern else 0.0,
         "masked_parameters": cover.masked if recipe.pattern else 0,
         "total_parameters": cover.total,
-        "extra_parameters": sum(branch.numel() for branch in branches.values()),
+        "extra_parameters": sum(branch.cost.parameters for branch in branches.values()),
+        "extra_bytes": sum(branch.cost.parameters for branch in branches.values()) * STORED_BYTES,
+        "extra_flops_per_token": sum(branch.cost.flops for branch in branches.values()),
         "tokens": recipe.train.tokens,
     }
     if recipe.train.steps:

@@ -123,3 +123,30 @@ class WarmupCosine(Schedule):
             return self.peak * p / self.warmup
         u = (p - self.warmup) / (1.0 - self.warmup)
         return self.last + (self.peak - self.last) * 0.5 * (1.0 + math.cos(math.pi * u))
+
+
+@spec("switch")
+class Switch(Schedule):
+    """One schedule before the fraction `switch_at`, another from it on; both are functions of the whole progress."""
+
+    before: Schedule
+    after: Schedule
+    switch_at: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.switch_at < 1.0:
+            raise RecipeError(f"switch_at={self.switch_at}: must lie between 0 and 1, both excluded")
+
+    def at(self, progress: float) -> float:
+        return (self.before if progress < self.switch_at else self.after).at(progress)
+
+
+@spec("product")
+class Product(Schedule):
+    """The product of two schedules, such as kappa = eta_pen lambda_mid with a ramp for each."""
+
+    first: Schedule
+    second: Schedule
+
+    def at(self, progress: float) -> float:
+        return self.first.at(progress) * self.second.at(progress)

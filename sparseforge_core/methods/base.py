@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core.models.sites import Site
+from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.sparsity.patterns import check_weight
 from sparseforge_core.sparsity.report import mask_histogram, mask_summary
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -43,7 +44,7 @@ class MaskTrack:
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After the weights moved: the masks may move."""
 
-    def finish(self) -> dict[str, Tensor]:
+    def finish(self) -> dict[str, Branch]:
         """Make the model exactly sparse, take the masks off; returns side branches by site name."""
         return {}
 
@@ -76,14 +77,18 @@ class MaskedTrack(MaskTrack):
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Project: fix every hard mask, zero pruned weights and their optimizer moments."""
         for site in self.sites:
-            site.mask.freeze(site.weight, site.pattern, site.name)
+            self.freeze_site(site)
             if optimizer is not None:
                 for moment in optimizer.state.get(site.weight, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == site.weight.shape:
                         moment.mul_(site.mask.hard)
         self.frozen = True
 
-    def finish(self) -> dict[str, Tensor]:
+    def freeze_site(self, site: Site) -> None:
+        """Project one site."""
+        site.mask.freeze(site.weight, site.pattern, site.name)
+
+    def finish(self) -> dict[str, Branch]:
         if not self.frozen:
             self.freeze(None)
         branches = {}
@@ -112,12 +117,14 @@ class MaskedTrack(MaskTrack):
         return float((before != site.mask.hard).float().mean())
 
     def state(self) -> dict[str, Tensor]:
-        return {"frozen": torch.tensor(self.frozen)}
+        on = all(site.mask.branch_on for site in self.sites)
+        return {"frozen": torch.tensor(self.frozen), "branch_on": torch.tensor(on)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.frozen = bool(state["frozen"])
         for site in self.sites:
             site.mask.frozen = self.frozen
+            site.mask.branch_on = bool(state["branch_on"])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ mask is frozen and only kept weights train. Every annealed constant is a pure fu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -16,16 +15,27 @@ from torch import Tensor
 
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
+from sparseforge_core.methods.phases import Phases
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.curvature import Curvature, CurvatureAverage, Fisher
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
 from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, standardize
-from sparseforge_core.sparsity.gate import AnnealPoint, Threshold, hard_target, project, update_mask
+from sparseforge_core.sparsity.gate import (
+    AnnealPoint,
+    GateForm,
+    Order,
+    PushTarget,
+    Scope,
+    Threshold,
+    hard_target,
+    project,
+    update_mask,
+)
 from sparseforge_core.specs import spec
 
 
-@spec("sparseforge")
+@spec("sparseforge", revision=2)
 class SparseForge(Method):
     """The paper's method; the defaults are the decided ones (docs/architecture.md, decisions)."""
 
@@ -36,9 +46,18 @@ class SparseForge(Method):
     log_scores: bool = True
     """Standardise log-scores instead of raw scores."""
     threshold: Threshold = "midpoint"
-    """tau: midway between the N-th and the next score, or the N-th score itself (eq. 3 to the letter)."""
+    """tau: midway between the N-th and the next score, the N-th score itself (eq. 3 to the letter), or exact sums."""
+    gate_scope: Scope = "group"
+    """Who shares a tau: a group (eq. 3), or the whole layer (the published code)."""
+    order: Order = "blend-then-push"
+    """Blend, then eq. (4) on the result (section 4.3), or eq. (4) alone (algorithm 1, line 11 to the letter)."""
+    push_target: PushTarget = "scores"
+    """What eq. (4) pulls to: the top N of the scores (the paper), or of the gate (the published code)."""
     temperature: Schedule = Geometric(first=1.0, last=0.05, end=0.6)
     """T over the progress of heating and quench."""
+    cooling: float | None = None
+    """gamma: T <- gamma T once a mask update (line 13), from the schedule's first value down to its last; None
+    follows the schedule, which reaches its end at the same progress however many updates there are."""
     structure_mix: Schedule = SmoothStep(first=0.0, last=1.0, begin=0.1, end=0.85)
     """beta over the same progress."""
     mid_push: Schedule = Linear(first=0.0, last=0.3)
@@ -50,9 +69,22 @@ class SparseForge(Method):
     target_freeze: float = 0.9
     """Progress of heating and quench after which the hard target no longer changes."""
     update_every: int | None = None
-    """Steps between mask updates; None: 10, fewer in short runs, so that there are at least 350 updates."""
+    """T_update, steps between mask updates; None: 10, fewer in short runs, so that there are at least 350 updates."""
+    early_update_every: int | None = None
+    """T_update in the first `early_until` of the budget, where it differs."""
+    early_until: float = 0.1
+    first_update: float = 0.0
+    """Progress of heating and quench before which the masks stay at one."""
     quench_begin: float = 0.7
     freeze_at: float = 0.9
+    quench_view: Literal["top-n", "threshold"] = "top-n"
+    """What the forward hardens to: the top N of m in each group, or 1[m > 1/2] (section 4.4 to the letter)."""
+    project_on: Literal["mask", "scores"] = "mask"
+    """What the hard mask is the top N of: m, ties told apart by the scores, or the scores themselves."""
+    rescale_rows: bool = False
+    """Whether each output row of the effective weight keeps the norm that it has without a mask."""
+    pruned_decay: Schedule = Constant(value=0.0)
+    """lambda over the same progress: (1 - m) W times this is added to the gradient, as in SR-STE."""
     calibration_samples: int = 32
     """Sequences for criteria that need input norms."""
 
@@ -66,47 +98,42 @@ class SparseForge(Method):
             )
         if not 0.0 < self.target_freeze <= 1.0:
             raise RecipeError(f"target_freeze={self.target_freeze}: must lie in (0, 1]")
-        if self.update_every is not None and self.update_every < 1:
-            raise RecipeError(f"update_every={self.update_every}: must be at least 1")
+        for name in ("early_until", "first_update"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise RecipeError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        for name in ("update_every", "early_update_every"):
+            period = getattr(self, name)
+            if period is not None and period < 1:
+                raise RecipeError(f"{name}={period}: must be at least 1")
+        if self.cooling is not None and not 0.0 < self.cooling < 1.0:
+            raise RecipeError(f"cooling={self.cooling}: gamma must lie between 0 and 1, both excluded")
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
         for name in ("mask_rate", "structure_mix"):
-            ends = [getattr(self, name).at(p) for p in (0.0, 1.0)]
-            if not all(0.0 <= value <= 1.0 for value in ends):
-                raise RecipeError(f"{name}: runs from {ends[0]} to {ends[1]}; must stay in [0, 1]")
-        if min(self.temperature.at(0.0), self.temperature.at(1.0)) <= 0:
+            low, high = _range_of(getattr(self, name))
+            if low < 0.0 or high > 1.0:
+                raise RecipeError(f"{name}: runs from {low} to {high}; must stay in [0, 1]")
+        for name in ("mid_push", "hysteresis", "pruned_decay"):
+            low, _ = _range_of(getattr(self, name))
+            if low < 0.0:
+                raise RecipeError(f"{name}: falls to {low}; must not be negative")
+        if _range_of(self.temperature)[0] <= 0:
             raise RecipeError("temperature: must stay above 0")
+
+    @property
+    def form(self) -> GateForm:
+        """How eqs. (3) and (4) are read."""
+        return GateForm(threshold=self.threshold, scope=self.gate_scope, order=self.order, push_target=self.push_target)
 
     def start(self, around: Surroundings) -> SparseForgeTrack:
         return SparseForgeTrack(self, around)
 
 
-@dataclass(frozen=True)
-class Phases:
-    """Steps at which the phases of a run of `steps` begin; updates happen at multiples of `period`."""
-
-    steps: int
-    quench: int
-    freeze: int
-    period: int
-
-    @classmethod
-    def of(cls, method: SparseForge, steps: int) -> Phases:
-        """Phases of this method for a run of `steps`. Raises RecipeError if the run is too short to have them."""
-        quench, freeze = round(method.quench_begin * steps), round(method.freeze_at * steps)
-        if not 0 < quench < freeze:
-            raise RecipeError(f"train.steps={steps}: too few for heating, quench and finetune; use at least 10")
-        return cls(steps, quench, freeze, method.update_every or max(1, min(10, freeze // 350)))
-
-    def progress(self, step: int) -> float:
-        """Share of heating and quench that lies behind, in [0, 1]."""
-        return min(1.0, step / self.freeze)
-
-    def softness(self, step: int) -> float:
-        """x: 1 through heating, linear to 0 over the quench (section 4.4)."""
-        return min(1.0, max(0.0, (self.freeze - step) / (self.freeze - self.quench)))
-
-    def name(self, step: int) -> Literal["heating", "quench", "finetune"]:
-        """The phase that `step` belongs to."""
-        return "heating" if step < self.quench else "quench" if step < self.freeze else "finetune"
+def _range_of(schedule: Schedule) -> tuple[float, float]:
+    """The least and the greatest value of a schedule, on a fine grid of progress."""
+    values = [schedule.at(i / 200) for i in range(201)]
+    return min(values), max(values)
 
 
 class SparseForgeTrack(MaskedTrack):
@@ -120,6 +147,7 @@ class SparseForgeTrack(MaskedTrack):
         super().__init__(around)
         self.method = method
         self.phases = Phases.of(method, around.steps)
+        self.slorb = around.slorb
         self.step = 0
         self.curvature: CurvatureAverage | None = None
         if method.criterion.needs == "curvature":
@@ -128,47 +156,76 @@ class SparseForgeTrack(MaskedTrack):
     def before_update(self, step: int) -> None:
         if self.curvature is not None and not self.frozen:
             self.curvature.observe()
+        decay = self.method.pruned_decay.at(self.phases.progress(step))
+        if decay and not self.frozen:
+            self._decay_pruned(decay)
+
+    @torch.no_grad()
+    def _decay_pruned(self, decay: float) -> None:
+        for site in self.sites:
+            gradient = site.weight.grad
+            assert gradient is not None
+            gradient.addcmul_(site.weight, 1.0 - site.mask.mask, value=decay)
 
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         self.step = step
         if self.frozen:
             return
-        if step % self.phases.period == 0 and step < self.phases.freeze:
+        if self.phases.is_update(step):  # line 7: t mod T_update = 0
             self._update_masks(step)
         if step >= self.phases.freeze:
             self.freeze(optimizer)
         elif step >= self.phases.quench:
             for site in self.sites:
-                site.mask.set_view(self.phases.softness(step))
+                self._set_view(site, self.phases.softness(step))
+            if step == self.phases.quench:
+                self._start_branches("quench")
 
     @torch.no_grad()
     def _update_masks(self, step: int) -> None:
-        progress = self.phases.progress(step)
+        progress, first = self.phases.progress(step), self.phases.updates(step) == 1
         flips = 0.0
         for site in self.sites:
-            flips += self._update_site(site, progress, first=step == self.phases.period)
-            site.mask.set_view(self.phases.softness(step))
+            flips += self._update_site(site, step, fixed_target=progress >= self.method.target_freeze and not first)
+            self._set_view(site, self.phases.softness(step))
         self.flip_rate = flips / len(self.sites)
+        if first:
+            self._start_branches("first-mask")
 
-    def _update_site(self, site: Site, progress: float, *, first: bool) -> float:
+    def _update_site(self, site: Site, step: int, *, fixed_target: bool) -> float:
         """Lines 8-13 for one site; returns the share of its hard mask that flipped."""
-        soft, pattern = site.mask, site.pattern
-        z = pattern.groups(standardize(self._scores(site), log=self.method.log_scores))
+        soft, pattern, method = site.mask, site.pattern, self.method
+        z = pattern.groups(standardize(self._scores(site), log=method.log_scores))  # line 8, section 4.1
         keep = pattern.keep_of(z.shape[-1])
         mask, old = pattern.groups(soft.matrix(soft.mask)), pattern.groups(soft.matrix(soft.hard))
-        if progress >= self.method.target_freeze and not first:
+        if fixed_target:
             target = old
         else:
-            margin = 0.0 if first else self.method.hysteresis.at(progress)
+            # At the first update every entry is kept, and nothing has a place to defend.
+            first = self.phases.updates(step) == 1
+            margin = 0.0 if first else method.hysteresis.at(self.phases.progress(step))
             target = hard_target(z, keep, old, margin)
-        new = update_mask(mask, z, target, keep, self.anneal_point(progress), self.method.threshold)
-        hard = project(new, z, keep)
+        new = update_mask(mask, z, target, keep, self.anneal_point(step), method.form)  # lines 9-12
+        hard = project(new, z, keep) if method.project_on == "mask" else target
         shape = soft.matrix(soft.mask).shape
         soft.matrix(soft.mask).copy_(pattern.ungroup(new, shape))
         soft.matrix(soft.hard).copy_(pattern.ungroup(hard, shape))
-        if first:
-            soft.start_branch(site.weight)
         return float((hard != old).float().mean())
+
+    def _set_view(self, site: Site, softness: float) -> None:
+        dense = site.weight.detach() if self.method.rescale_rows else None
+        site.mask.set_view(softness, hard=self.method.quench_view, keep_norm_of=dense)
+
+    def _start_branches(self, when: Literal["quench", "first-mask"]) -> None:
+        if self.slorb is not None and self.slorb.begin == when:
+            for site in self.sites:
+                site.mask.start_branch(site.weight)
+
+    @torch.no_grad()
+    def freeze_site(self, site: Site) -> None:
+        if self.method.rescale_rows:
+            site.mask.set_view(0.0, keep_norm_of=site.weight.detach())
+        site.mask.freeze(site.weight, site.pattern, site.name, rows_rescaled=self.method.rescale_rows)
 
     def _scores(self, site: Site) -> Tensor:
         """s of a site as `[..., out, in]`: curvature and weight in, importance out."""
@@ -178,18 +235,22 @@ class SparseForgeTrack(MaskedTrack):
             statistic = self.norms.get(site.name)
         return self.method.criterion.score(site.matrix(site.weight.detach()), statistic)
 
-    def anneal_point(self, progress: float) -> AnnealPoint:
-        """The annealed constants at a progress of heating and quench."""
-        m = self.method
+    def anneal_point(self, step: int) -> AnnealPoint:
+        """The annealed constants of an update after `step` (line 13)."""
+        m, progress = self.method, self.phases.progress(step)
+        temperature = m.temperature.at(progress)
+        if m.cooling is not None:
+            done = max(0, self.phases.updates(step) - 1)
+            temperature = max(m.temperature.at(1.0), m.temperature.at(0.0) * m.cooling**done)
         return AnnealPoint(
-            temperature=m.temperature.at(progress),
+            temperature=temperature,
             structure_mix=m.structure_mix.at(progress),
             mid_push=m.mid_push.at(progress),
             mask_rate=m.mask_rate.at(progress),
         )
 
     def summary(self) -> dict[str, float]:
-        at = self.anneal_point(self.phases.progress(self.step))
+        at = self.anneal_point(self.step)
         return {
             **super().summary(),
             "anneal/temperature": at.temperature,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparseforge_core.errors import PatternViolation, UnsupportedModel
 from sparseforge_core.models.families import Family
 from sparseforge_core.sparsity import masking
-from sparseforge_core.sparsity.masking import SoftMask
+from sparseforge_core.sparsity.masking import Branch, SoftMask
 from sparseforge_core.sparsity.patterns import Pattern, PatternChoice
 from sparseforge_core.sparsity.slorb import SLoRB
 
@@ -61,7 +61,7 @@ class Site:
         self.soft = masking.attach(self.module, self.parameter, transposed=self.transposed, slorb=slorb)
         return self.soft
 
-    def squash(self) -> Tensor | None:
+    def squash(self) -> Branch | None:
         """Take the mask off, leaving the pruned weight; returns the side branch, if any."""
         branch = masking.squash(self.module, self.parameter)
         self.soft = None

@@ -167,27 +167,37 @@ SMALL = 16
 """Groups up to this size are ranked by comparing pairs of entries, larger ones are sorted."""
 
 
-def ranks(grouped: Tensor) -> Tensor:
-    """Rank of each entry within its group, 0 for the largest, int16 `[..., groups, size]`.
+def ranks(grouped: Tensor, ties: Tensor | None = None) -> Tensor:
+    """Rank of each entry within its group, 0 for the largest, int32 for large groups, else int16 `[..., groups, size]`.
 
-    Ties go to the lower index, negative zero equals zero. Raises PatternViolation on a score that is not finite.
+    Equal entries are ranked by `ties` (larger first), then by place (lower first); negative zero equals zero. Raises
+    PatternViolation on a score that is not finite.
     """
-    if not bool(torch.isfinite(grouped).all()):
+    keys = [grouped] if ties is None else [grouped, ties]
+    if not all(bool(torch.isfinite(key).all()) for key in keys):
         raise PatternViolation("a score is not finite; nothing can be ranked by it")
-    size = grouped.shape[-1]
-    if size > SMALL:
-        order = torch.argsort(grouped, dim=-1, descending=True, stable=True)
-        places = torch.arange(size, dtype=torch.int16, device=grouped.device).expand_as(order)
-        return torch.empty_like(order, dtype=torch.int16).scatter_(-1, order, places)
+    if grouped.shape[-1] > SMALL:
+        return _ranks_by_sorting(keys)
     # Whole columns are compared, six times for 2:4: no reduction over a tiny last dimension, which is slow.
-    columns = grouped.unbind(-1)
-    found = [torch.zeros_like(column, dtype=torch.int16) for column in columns]
-    for i in range(size):
-        for j in range(i + 1, size):
-            later_wins = columns[j] > columns[i]
+    columns = [key.unbind(-1) for key in keys]
+    found = [torch.zeros_like(column, dtype=torch.int16) for column in columns[0]]
+    for i in range(len(found)):
+        for j in range(i + 1, len(found)):
+            later_wins = columns[0][j] > columns[0][i]
+            if ties is not None:
+                later_wins |= (columns[0][j] == columns[0][i]) & (columns[1][j] > columns[1][i])
             found[i] += later_wins
             found[j] += ~later_wins
     return torch.stack(found, dim=-1)
+
+
+def _ranks_by_sorting(keys: list[Tensor]) -> Tensor:
+    """Stable sorts from the last key to the first leave equal entries in the order of the keys before."""
+    order = torch.argsort(keys[-1], dim=-1, descending=True, stable=True)
+    for key in reversed(keys[:-1]):
+        order = order.gather(-1, torch.argsort(key.gather(-1, order), dim=-1, descending=True, stable=True))
+    places = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
+    return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, places)
 
 
 def keep_top(grouped: Tensor, keep: int) -> Tensor:

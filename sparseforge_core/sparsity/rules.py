@@ -51,9 +51,7 @@ class ByRule(PatternChoice):
             claims = [rule for rule in self.rules if rule.matches(name, kind)]
             if len(claims) != 1:
                 said = " and ".join(repr(rule.sites) for rule in claims) or "none"
-                raise RecipeError(
-                    f"pattern.rules: site {name} ({kind}) is matched by {said}, not by one rule"
-                )
+                raise RecipeError(f"pattern.rules: site {name} ({kind}) is matched by {said}, not by one rule")
             idle.discard(claims[0].sites)
             found.append(claims[0].pattern)
         if idle:

@@ -18,7 +18,7 @@ from sparseforge_core.methods.sparseforge import Phases
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
 from sparseforge_core.recipe import Recipe, TrainPlan
-from sparseforge_core.schedules import Geometric, WarmupLinear
+from sparseforge_core.schedules import Constant, Geometric, Linear, WarmupLinear
 from sparseforge_core.sparsity.criteria import Magnitude, WandaScore
 from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -28,6 +28,24 @@ from sparseforge_core.train.optimizer import build_optimizer
 from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tiny_source, tokens
 
 STEPS = 20
+
+
+LITERAL = SparseForge(
+    threshold="exact-sum", order="push-only", cooling=0.9, project_on="scores", rescale_rows=True, first_update=0.2
+)
+"""Algorithm 1 to the letter where the text allows it, and what the defaults leave off."""
+PUBLISHED = SparseForge(
+    gate_scope="layer",
+    push_target="gate",
+    log_scores=False,
+    quench_view="threshold",
+    early_update_every=3,
+    early_until=0.3,
+    update_every=2,
+    pruned_decay=Constant(value=1e-3),
+    hysteresis=Constant(value=0.1),
+)
+"""What the published code does, in miniature."""
 
 
 class Batches:
@@ -88,6 +106,8 @@ def every_method() -> list[Any]:
         SparseForge(criterion=Magnitude()),
         SparseForge(criterion=WandaScore(), calibration_samples=4),
         SparseForge(threshold="nth", log_scores=False),
+        LITERAL,
+        PUBLISHED,
     ]
     return [pytest.param(m, id=f"{m.kind}-{i}") for i, m in enumerate(variants)]  # type: ignore[attr-defined]
 
@@ -120,10 +140,14 @@ def test_sparseforge_anneals_every_family_to_the_exact_pattern(architecture: str
         assert kept == pytest.approx(0.5, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", [SparseForge(), SRSTE(), FrozenMask(), METHODS["dense-control"]()])
+@pytest.mark.parametrize(
+    "method", [SparseForge(), LITERAL, PUBLISHED, SRSTE(), FrozenMask(), METHODS["dense-control"]()]
+)
 @pytest.mark.parametrize("stop", [1, 6, 14, 15, 18])
 def test_a_stopped_run_resumes_to_the_bit(method: Method, stop: int, tmp_path: Path) -> None:
-    recipe = recipe_of(method, slorb=SLoRB(k=8) if method.sparsifies else None)
+    begin: Any = "first-mask" if method is PUBLISHED else "quench"
+    branch = SLoRB(k=8, begin=begin, projection="trained" if method is PUBLISHED else "fixed")
+    recipe = recipe_of(method, slorb=branch if method.sparsifies else None)
     whole = start(recipe, tmp_path / "whole")
     train(whole)
     first = start(recipe, tmp_path / "parts")
@@ -138,9 +162,10 @@ def test_a_stopped_run_resumes_to_the_bit(method: Method, stop: int, tmp_path: P
     train(second)
     for (name, a), (_, b) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    for name, branch in whole.track.finish().items():
-        assert torch.equal(branch, second.track.finish().get(name, branch))
-        break
+    branches, again = whole.track.finish(), second.track.finish()
+    assert set(branches) == set(again)
+    for name, branch in branches.items():
+        assert torch.equal(branch.values, again[name].values), name
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path: Path) -> None:
@@ -191,6 +216,19 @@ def test_phases_are_fractions_of_the_budget() -> None:
     assert (phases.quench, phases.freeze, phases.period) == (700, 900, 2)
     assert [phases.softness(s) for s in (1, 700, 800, 900, 1000)] == [1.0, 1.0, 0.5, 0.0, 0.0]
     assert Phases.of(SparseForge(), 20_000).period == 10
+    made = [step for step in range(1, 1000) if phases.is_update(step)]
+    assert made == list(range(2, 900, 2))
+    assert phases.updates(899) == len(made) == 449
+
+
+def test_updates_may_come_late_and_more_seldom_at_first() -> None:
+    method = SparseForge(update_every=10, early_update_every=30, early_until=0.1, first_update=0.05)
+    phases = Phases.of(method, 1000)
+    made = [step for step in range(1, 1000) if phases.is_update(step)]
+    assert made == [60, 90, *range(110, 900, 10)]
+    assert [phases.updates(step) for step in (59, 60, 100, 110, 999)] == [0, 1, 2, 3, len(made)]
+    with pytest.raises(RecipeError, match="no mask update before the projection"):
+        Phases.of(SparseForge(update_every=95), 100)
     with pytest.raises(RecipeError, match="too few"):
         Phases.of(SparseForge(), 1)
 
@@ -202,6 +240,14 @@ def test_phases_are_fractions_of_the_budget() -> None:
         ({"freeze_at": 1.5}, "freeze_at"),
         ({"update_every": 0}, "update_every"),
         ({"target_freeze": 0.0}, "target_freeze"),
+        ({"early_until": 1.0}, "early_until"),
+        ({"early_update_every": -1}, "early_update_every"),
+        ({"first_update": -0.1}, "first_update"),
+        ({"cooling": 1.0}, "cooling"),
+        ({"mask_rate": Constant(value=1.1)}, "mask_rate"),
+        ({"structure_mix": Linear(first=0.0, last=-0.1)}, "structure_mix"),
+        ({"mid_push": Constant(value=-0.1)}, "mid_push"),
+        ({"hysteresis": Constant(value=-0.1)}, "hysteresis"),
     ],
 )
 def test_constants_out_of_range_are_refused_by_name(changes: dict[str, Any], field: str) -> None:

@@ -13,8 +13,10 @@ from sparseforge_core.schedules import (
     Constant,
     Geometric,
     Linear,
+    Product,
     Schedule,
     SmoothStep,
+    Switch,
     WarmupCosine,
     WarmupLinear,
 )
@@ -41,7 +43,12 @@ warmed = st.one_of(
         for kind in (WarmupLinear, WarmupCosine)
     )
 )
-schedules = st.one_of(st.builds(Constant, value=level), windowed, warmed)
+plain = st.one_of(st.builds(Constant, value=level), windowed, warmed)
+schedules = st.one_of(
+    plain,
+    st.builds(Switch, before=plain, after=plain, switch_at=st.floats(min_value=0.01, max_value=0.99)),
+    st.builds(Product, first=plain, second=plain),
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +64,9 @@ schedules = st.one_of(st.builds(Constant, value=level), windowed, warmed)
         (WarmupLinear(peak=2.0, warmup=0.0, last=1.0), 2.0, 1.5, 1.0),
         (WarmupCosine(peak=2.0, warmup=0.5, last=1.0), 0.0, 2.0, 1.0),
         (WarmupCosine(peak=2.0, warmup=0.0), 2.0, 1.0, 0.0),
+        (Switch(before=Linear(first=0.0, last=8.0), after=Constant(value=1.0), switch_at=0.6), 0.0, 4.0, 1.0),
+        (Switch(before=Constant(value=2.0), after=Linear(first=0.0, last=8.0), switch_at=0.5), 2.0, 4.0, 8.0),
+        (Product(first=Linear(first=0.2, last=1.0), second=Linear(first=0.0, last=0.3)), 0.0, 0.09, 0.3),
     ],
 )
 def test_worked_values(schedule: Schedule, at_0: float, at_half: float, at_1: float) -> None:
@@ -144,6 +154,12 @@ def test_a_geometric_schedule_cannot_touch_zero(first: float, last: float) -> No
         Geometric(first=first, last=last)
 
 
+@pytest.mark.parametrize("switch_at", [0.0, 1.0])
+def test_a_switch_that_leaves_no_room_for_a_side_is_refused(switch_at: float) -> None:
+    with pytest.raises(RecipeError, match="switch_at="):
+        Switch(before=Constant(value=0.0), after=Constant(value=1.0), switch_at=switch_at)
+
+
 def test_every_schedule_is_tested_here() -> None:
-    tested = {Constant, Linear, Geometric, SmoothStep, WarmupLinear, WarmupCosine}
+    tested = {Constant, Linear, Geometric, SmoothStep, WarmupLinear, WarmupCosine, Switch, Product}
     assert {cls for cls in SPECS.values() if issubclass(cls, Schedule)} == tested

@@ -11,7 +11,7 @@ from sparseforge_core.sparsity import masking
 from sparseforge_core.sparsity.criteria import HessianOBD, HessianRatio, Magnitude, WandaScore, standardize
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES, mask_histogram, mask_summary
-from sparseforge_core.sparsity.slorb import SLoRB, block_means, expand
+from sparseforge_core.sparsity.slorb import BranchCost, SLoRB, block_means, cost, expand
 
 
 def test_criteria_by_hand() -> None:
@@ -59,6 +59,65 @@ def test_side_branch_equals_the_explicit_matrices_of_equation_1(transposed: bool
     assert torch.allclose(soft.branch, pruned.reshape(4, 2, 4).mean(-1))
     expected = weight * hard + soft.branch @ projection
     assert torch.allclose(soft.matrix(layer.weight), expected)
+
+
+@pytest.mark.parametrize("fit", ["mean", "sum"])
+def test_a_trained_projection_starts_as_the_fixed_one(fit: str) -> None:
+    torch.manual_seed(0)
+    views = []
+    for projection in ("fixed", "trained"):
+        layer = nn.Linear(8, 4, bias=False)
+        layer.weight.data = torch.arange(32.0).reshape(4, 8)
+        slorb = SLoRB(k=4, projection=projection, fit=fit)  # type: ignore[arg-type]
+        soft = masking.attach(layer, "weight", transposed=False, slorb=slorb)
+        before = layer.weight.detach()
+        assert torch.equal(before, masking.original(layer, "weight")), "no branch before the mask bites"
+        soft.harden(before, nm(2, 4))
+        soft.set_view(0.0)
+        soft.start_branch(before)
+        views.append(layer.weight)
+    assert torch.equal(views[0], views[1])
+    layer.weight.sum().backward()
+    assert soft.projection is not None
+    assert soft.projection.grad is not None
+
+
+def test_branch_cost_by_hand() -> None:
+    branch, projection = torch.zeros(6, 2), torch.zeros(2, 8)
+    assert cost(branch, None, 8) == BranchCost(parameters=12, flops=8 + 2 * 6 * 2)
+    assert cost(branch, projection, 8) == BranchCost(parameters=12 + 16, flops=2 * 2 * 8 + 2 * 6 * 2)
+    assert cost(torch.zeros(3, 6, 2), None, 8) == BranchCost(parameters=36, flops=3 * 32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rescaled_rows_keep_their_norm_through_the_quench_and_in_the_frozen_weight(transposed: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 4, bias=False)
+    if transposed:
+        layer.weight = nn.Parameter(layer.weight.detach().T.contiguous())
+    soft = masking.attach(layer, "weight", transposed=transposed)
+    weight = masking.original(layer, "weight")
+    norms = soft.matrix(weight.detach()).norm(dim=-1)
+    soft.mask.mul_(torch.rand_like(soft.mask))
+    soft.harden(weight.detach().abs(), nm(2, 4))
+    for softness in (1.0, 0.4, 0.0):
+        soft.set_view(softness, keep_norm_of=weight.detach())
+        assert torch.allclose(soft.matrix(layer.weight.detach()).norm(dim=-1), norms)
+    effective = layer.weight.detach().clone()
+    soft.freeze(weight, nm(2, 4), "here", rows_rescaled=True)
+    assert torch.allclose(layer.weight, effective)
+    assert set(soft.view.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_view_may_harden_by_threshold_and_then_fits_no_pattern() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    soft = masking.attach(layer, "weight", transposed=False)
+    soft.mask.copy_(torch.tensor([[0.9, 0.8, 0.7, 0.1]]))
+    soft.hard.copy_(torch.tensor([[True, True, False, False]]))
+    soft.set_view(0.0, hard="threshold")
+    assert soft.view.tolist() == [[1.0, 1.0, 1.0, 0.0]]
+    soft.set_view(0.0)
+    assert soft.view.tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
 def test_branch_size_divides_what_k_does_not() -> None:
