@@ -1,0 +1,64 @@
+"""What the survivors can do for the pruned: least squares on a layer's inputs, for a mask that is fixed.
+
+Optimal brain surgeon's update for all pruned entries of a row at once. For one output row with target t and support S,
+min over w on S of (w - t) H (w - t)^T has the normal equations H_SS w_S = H_S: t; they are solved for all rows together
+by conjugate gradients on the support, which needs products with H and nothing of the size of its inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseforge_core.errors import CurvatureUnavailable
+
+TOLERANCE = 1e-6
+"""Residual of a row, relative to its first, at which it counts as solved."""
+
+
+@torch.no_grad()
+def compensate(target: Tensor, hard: Tensor, gram: Tensor, *, damping: float = 0.01, limit: int = 300) -> Tensor:
+    """The weights on the support of `hard` whose outputs come closest to those of `target`.
+
+    Every iteration lowers the error, so that stopping after `limit` of them is safe; it begins from the target with
+    its pruned entries left out.
+
+    Args:
+        target: the weights to be imitated, `[..., out, in]`.
+        hard: bool, 1 = keep, `[..., out, in]`.
+        gram: sum of x x^T over calibration tokens, `[..., in, in]`.
+        damping: share of the mean of gram's diagonal that is added to it; inputs never seen then keep their weights.
+        limit: iterations at most.
+
+    Raises CurvatureUnavailable if gram is not finite or all zero.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    if not bool(torch.isfinite(gram).all()) or not bool((mean > 0).all()):
+        raise CurvatureUnavailable("the second moments of a layer's inputs are not finite, or all zero")
+    support, extra = hard.to(gram.dtype), damping * mean
+    scale = (diagonal + extra).unsqueeze(-2)
+
+    def product(x: Tensor) -> Tensor:
+        return (x @ gram + extra.unsqueeze(-2) * x) * support
+
+    w = target.to(gram.dtype) * support
+    residual = product(target.to(gram.dtype) - w)
+    goal = TOLERANCE * residual.norm(dim=-1, keepdim=True)
+    preconditioned = residual / scale
+    direction, energy = preconditioned.clone(), (residual * preconditioned).sum(-1, keepdim=True)
+    for _ in range(limit):
+        if bool((residual.norm(dim=-1, keepdim=True) <= goal).all()):
+            break
+        image = product(direction)
+        bend = (direction * image).sum(-1, keepdim=True)
+        # Rows that are solved have no direction left: they stay where they are.
+        step = torch.where(bend > 0, energy / bend.clamp_min(torch.finfo(bend.dtype).tiny), torch.zeros_like(bend))
+        w += step * direction
+        residual -= step * image
+        preconditioned = residual / scale
+        following = (residual * preconditioned).sum(-1, keepdim=True)
+        turn = torch.where(energy > 0, following / energy.clamp_min(torch.finfo(energy.dtype).tiny), following)
+        direction = preconditioned + turn * direction
+        energy = following
+    return w.to(target.dtype)
