@@ -32,7 +32,9 @@ class TrainPlan:
     eps: float = 1e-8
     """Adam denominator constant."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on unmasked matrices; masked weights, norms and embeddings get none."""
+    """Decoupled weight decay of the matrices in `decayed`; norms and biases never get any."""
+    decayed: Literal["unmasked", "all"] = "unmasked"
+    """Matrices that carry no mask and are no embeddings, or every matrix as in the paper's published code."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

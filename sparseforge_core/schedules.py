@@ -27,6 +27,17 @@ class Constant(Schedule):
         return self.value
 
 
+def _check_warmup(warmup: float, end: float) -> None:
+    if not 0.0 <= warmup < 1.0:
+        raise RecipeError(f"warmup={warmup}: needs 0 <= warmup < 1")
+    if not warmup < end <= 1.0:
+        raise RecipeError(f"end={end}: needs warmup={warmup} < end <= 1")
+
+
+def _share(progress: float, begin: float, end: float) -> float:
+    return min(1.0, max(0.0, (progress - begin) / (end - begin)))
+
+
 class _Window(Schedule):
     first: float
     last: float
@@ -38,7 +49,7 @@ class _Window(Schedule):
             raise RecipeError(f"window begin={self.begin}, end={self.end}: needs 0 <= begin < end <= 1")
 
     def _share(self, progress: float) -> float:
-        return min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
+        return _share(progress, self.begin, self.end)
 
 
 @spec("linear")
@@ -88,40 +99,42 @@ class SmoothStep(_Window):
 
 @spec("warmup-linear")
 class WarmupLinear(Schedule):
-    """Linear warm-up to `peak` over the fraction `warmup`, then linear to `last` at progress 1."""
+    """Linear warm-up to `peak` over the fraction `warmup`, then linear to `last` at progress `end`."""
 
     peak: float
     warmup: float = 0.05
     last: float = 0.0
+    end: float = 1.0
+    """Progress from which on it stays at `last`."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.warmup < 1.0:
-            raise RecipeError(f"warmup={self.warmup}: needs 0 <= warmup < 1")
+        _check_warmup(self.warmup, self.end)
 
     def at(self, progress: float) -> float:
         p = min(1.0, max(0.0, progress))
         if p < self.warmup:
             return self.peak * p / self.warmup
-        return self.peak + (self.last - self.peak) * (p - self.warmup) / (1.0 - self.warmup)
+        return self.peak + (self.last - self.peak) * _share(p, self.warmup, self.end)
 
 
 @spec("warmup-cosine")
 class WarmupCosine(Schedule):
-    """Linear warm-up to `peak` over the fraction `warmup`, then half a cosine down to `last`."""
+    """Linear warm-up to `peak` over the fraction `warmup`, then half a cosine down to `last` at progress `end`."""
 
     peak: float
     warmup: float = 0.05
     last: float = 0.0
+    end: float = 1.0
+    """Progress from which on it stays at `last`."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.warmup < 1.0:
-            raise RecipeError(f"warmup={self.warmup}: needs 0 <= warmup < 1")
+        _check_warmup(self.warmup, self.end)
 
     def at(self, progress: float) -> float:
         p = min(1.0, max(0.0, progress))
         if p < self.warmup:
             return self.peak * p / self.warmup
-        u = (p - self.warmup) / (1.0 - self.warmup)
+        u = _share(p, self.warmup, self.end)
         return self.last + (self.peak - self.last) * 0.5 * (1.0 + math.cos(math.pi * u))
 
 

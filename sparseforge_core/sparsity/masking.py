@@ -53,7 +53,7 @@ class SoftMask(nn.Module):
         self.hard = nn.Parameter(torch.ones_like(weight, dtype=torch.bool), requires_grad=False)
         self.branch: nn.Parameter | None = None
         self.projection: nn.Parameter | None = None
-        self.branch_on = False
+        self.branch_on = slorb is not None and slorb.begin == "start"
         if slorb is not None:
             matrix = self.matrix(weight)
             inputs = matrix.shape[-1]
@@ -101,13 +101,13 @@ class SoftMask(nn.Module):
 
     @torch.no_grad()
     def start_branch(self, weight: Tensor) -> None:
-        """Fit B to what the hard mask prunes, and switch the branch on; at m = 1 there would be nothing to restore."""
-        if self.branch is not None:
-            assert self.slorb is not None
-            self.branch_on = True
-            pruned = self.matrix(weight * ~self.hard)
-            block = pruned.shape[-1] // self.branch.shape[-1]
-            self.branch.copy_(block_means(pruned, block) * (1 if self.slorb.fit == "mean" else block))
+        """Fit B to what the hard mask prunes, and switch the branch on, unless it trains from the start."""
+        if self.branch is None or self.slorb is None or self.slorb.begin == "start":
+            return
+        pruned = self.matrix(weight * ~self.hard)
+        block = pruned.shape[-1] // self.branch.shape[-1]
+        self.branch.copy_(block_means(pruned, block) * (1 if self.slorb.fit == "mean" else block))
+        self.branch_on = True
 
     @torch.no_grad()
     def freeze(self, weight: Tensor, pattern: Pattern, where: str, *, rows_rescaled: bool = False) -> None:

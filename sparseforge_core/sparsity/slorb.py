@@ -27,8 +27,11 @@ class SLoRB:
     """Whether P stays the indicator of blocks, which needs no parameters, or is trained from there."""
     fit: Literal["mean", "sum"] = "mean"
     """B at its start: the block means of what is pruned, its least-squares fit; the sums overshoot it k-fold."""
-    begin: Literal["quench", "first-mask"] = "quench"
-    """When B is fitted to the pruned weights and starts to train: before, at m = 1, nothing is there to be restored."""
+    begin: Literal["quench", "first-mask", "start"] = "quench"
+    """When B is fitted to the pruned weights and starts to train: before, at m = 1, nothing is there to be restored.
+
+    'start' trains it from the first step and from zero, as the published code does.
+    """
 
     def __post_init__(self) -> None:
         if self.k < 1:

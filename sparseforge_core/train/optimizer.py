@@ -11,17 +11,19 @@ from sparseforge_core.recipe import TrainPlan
 
 
 def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan) -> torch.optim.AdamW:
-    """AdamW: decay acts on matrices that carry no mask and are no embeddings; everything else is not decayed.
+    """AdamW: by default decay acts on matrices that carry no mask and are no embeddings, and on nothing else.
 
     A decayed masked weight would be pulled to zero by the optimizer while the mask decides the same question.
     """
-    masked = {id(site.weight) for site in sites}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    spared: set[int] = set()
+    if plan.decayed == "unmasked":
+        spared = {id(site.weight) for site in sites}
+        spared |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            plain_matrix = parameter.ndim >= 2 and id(parameter) not in masked | embeddings
+            plain_matrix = parameter.ndim >= 2 and id(parameter) not in spared
             (decayed if plain_matrix else free).append(parameter)
     groups = [{"params": free, "weight_decay": 0.0}]
     if decayed:

@@ -64,6 +64,8 @@ schedules = st.one_of(
         (WarmupLinear(peak=2.0, warmup=0.0, last=1.0), 2.0, 1.5, 1.0),
         (WarmupCosine(peak=2.0, warmup=0.5, last=1.0), 0.0, 2.0, 1.0),
         (WarmupCosine(peak=2.0, warmup=0.0), 2.0, 1.0, 0.0),
+        (WarmupLinear(peak=2.0, warmup=0.0, last=1.0, end=0.5), 2.0, 1.0, 1.0),
+        (WarmupCosine(peak=2.0, warmup=0.25, last=1.0, end=0.75), 0.0, 1.5, 1.0),
         (Switch(before=Linear(first=0.0, last=8.0), after=Constant(value=1.0), switch_at=0.6), 0.0, 4.0, 1.0),
         (Switch(before=Constant(value=2.0), after=Linear(first=0.0, last=8.0), switch_at=0.5), 2.0, 4.0, 8.0),
         (Product(first=Linear(first=0.2, last=1.0), second=Linear(first=0.0, last=0.3)), 0.0, 0.09, 0.3),
@@ -146,6 +148,13 @@ def test_windows_out_of_order_are_refused(kind: type[Linear], begin: float, end:
 def test_a_warmup_that_never_ends_is_refused(kind: type[WarmupLinear], warmup: float) -> None:
     with pytest.raises(RecipeError, match=r"needs 0 <= warmup < 1"):
         kind(peak=1.0, warmup=warmup)
+
+
+@pytest.mark.parametrize("end", [0.2, 1.1])
+@pytest.mark.parametrize("kind", [WarmupLinear, WarmupCosine])
+def test_a_decay_that_ends_before_its_warmup_is_refused(kind: type[WarmupLinear], end: float) -> None:
+    with pytest.raises(RecipeError, match=r"end=.*needs warmup=0.2 < end <= 1"):
+        kind(peak=1.0, warmup=0.2, end=end)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
