@@ -105,7 +105,7 @@ def print_status(status: dict[str, Any]) -> None:
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """Methods, families, suites or grids as rows with at least `name` and `about`."""
+    """Methods, families, suites or grids as rows with at least `name` and `about`; a family's tiny model is built."""
     if what == "methods":
         import dataclasses
 
@@ -122,16 +122,20 @@ def listing(what: str) -> list[dict[str, Any]]:
             for kind, cls in METHODS.items()
         ]
     if what == "families":
-        from sparseforge_core.models.families import FAMILIES
+        from sparseforge_core.models.families.survey import survey
 
         return [
             {
-                "name": model_type,
-                "about": f"masks {', '.join(rule.name for rule in family.include)}; "
-                f"leaves dense {', '.join(rule.name for rule in family.exclude)}",
-                "family": family.name,
+                "name": row.model_type,
+                "about": row.about,
+                "model_type": row.model_type,
+                "family": row.family,
+                "sites": sum(row.sites.values()),
+                "sites_by_rule": row.sites,
+                "coverage": row.share if row.share is None else round(row.share, 4),
+                "excluded": row.excluded,
             }
-            for model_type, family in FAMILIES.items()
+            for row in survey()
         ]
     if what == "suites":
         from sparseforge_core import specs

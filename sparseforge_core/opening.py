@@ -11,7 +11,7 @@ from sparseforge_core.checkpoint import load_branches, verify
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.identity import cell_key
 from sparseforge_core.models import hub
-from sparseforge_core.models.families import family_of
+from sparseforge_core.models.families import Family
 from sparseforge_core.models.sites import find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.recipe import Cell, Trained
@@ -38,6 +38,16 @@ def open_source(source: ModelSource, home: Path) -> PreTrainedModel:
     return hub.load_model(source, home)
 
 
+def open_family(source: ModelSource, model: PreTrainedModel) -> Family:
+    """The family that says what is masked in a model of this source; a trained model has that of its first source."""
+    return hub.family_for(_first_source(source), model)
+
+
+def _first_source(source: ModelSource) -> ModelSource:
+    """Where a model came from before any cell trained it."""
+    return _first_source(source.recipe.model) if isinstance(source, Trained) else source
+
+
 def open_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a recipe's model; a trained model has that of the model it was trained from."""
     if isinstance(source, Trained):
@@ -58,10 +68,13 @@ def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
         raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; run its train stage first")
     verify(folder, cell_key(cell))
     model = hub.from_pretrained(
-        dtype=torch.float32, what=f"cell {cell_key(cell)}", pretrained_model_name_or_path=str(folder)
+        dtype=torch.float32,
+        what=f"cell {cell_key(cell)}",
+        pretrained_model_name_or_path=str(folder),
+        **hub.code_of(_first_source(cell.recipe.model)),
     )
     branches = load_branches(folder)
-    for site in find_sites(model, family_of(model.config.model_type)) if branches else []:
+    for site in find_sites(model, open_family(cell.recipe.model, model)) if branches else []:
         if site.name in branches:  # others the recipe leaves dense
             branch, projection = branches[site.name]
             matrix = site.matrix(site.weight.data)

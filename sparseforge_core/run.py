@@ -33,9 +33,9 @@ from sparseforge_core.evaluate.measure import evaluate_model
 from sparseforge_core.evaluate.suites import Suite, suite_key
 from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.methods.base import MaskTrack, Surroundings
-from sparseforge_core.models.families import family_of
+from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
-from sparseforge_core.opening import cell_folder, open_finished, open_source, open_tokenizer
+from sparseforge_core.opening import cell_folder, open_family, open_finished, open_source, open_tokenizer
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.tracking.tracker import Journal
@@ -126,7 +126,7 @@ def evaluate_cell(cell: Cell, suite: Suite, directory: Path, home: Path, *, batc
     model = open_finished(cell, home).to(device)  # type: ignore[arg-type]
     sites: list[Site] = []
     if recipe.pattern is not None:
-        sites = assign_patterns(find_sites(model, family_of(model.config.model_type)), recipe.pattern)
+        sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
     result = evaluate_model(
         model,
         open_tokenizer(recipe.model, home),
@@ -155,11 +155,12 @@ class _Prepared:
         self.cell, self.home, self.device = cell, home, device
         self.tokenizer = open_tokenizer(recipe.model, home)
         model: Any = open_source(recipe.model, home)
-        family = family_of(model.config.model_type)
+        family = open_family(recipe.model, model)
         self.sites: list[Site] = []
         if recipe.pattern is not None:
             self.sites = assign_patterns(find_sites(model, family), recipe.pattern)
         self.coverage = coverage(model, family, recipe.pattern)
+        log.log(logging.WARNING if family.name == AUTOMATIC else logging.INFO, "%s", self.coverage)
         self.model = model.to(device)
         self.teacher = self._teacher()
         self._tokens: TokenFile | None = None
@@ -248,7 +249,7 @@ def _train_measurements(
         }
     if math.isfinite(gap):
         values["soft_hard_gap"] = gap
-    details = {"coverage": {"excluded": cover.excluded}}
+    details = {"coverage": {"family": cover.family, "included": cover.included, "excluded": cover.excluded}}
     return [
         {"metric": name, "value": float(value), "stderr": None, "n": 1, "detail": details.get(name, {})}
         for name, value in values.items()

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "sparsity": set(),
     CORE + "data": core("files"),
     CORE + "models": core("sparsity data files"),
-    CORE + "observe": core("sparsity models.sites"),
+    CORE + "observe": core("sparsity models.sites models.layouts"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration"),
     CORE + "objective": core("models.sources models.hub"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),

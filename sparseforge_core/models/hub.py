@@ -1,7 +1,8 @@
 """Loading: from a source in a recipe to a model and its tokenizer. The only door to transformers.
 
 Sources that need the network ask the hub only when it is reachable; everything else is local. Dropout is off in
-every model: the recipe's numbers must not depend on it.
+every model: the recipe's numbers must not depend on it. Python code from the hub runs only where the recipe's source
+says so, from the commit that it names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import transformers
 
 from sparseforge_core.data.vocabulary import train_bpe
 from sparseforge_core.errors import DataError, RecipeError, UnsupportedModel
+from sparseforge_core.models.families import Family, family_of
+from sparseforge_core.models.families.automatic import automatic_family
 from sparseforge_core.models.sources import (
     Hub,
     Local,
@@ -52,7 +55,7 @@ def load_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
     if isinstance(source, Tiny):
         return _tokenizer_of(source.tokenizer, home)
     try:
-        return transformers.AutoTokenizer.from_pretrained(**_location(source))  # type: ignore[no-any-return]
+        return transformers.AutoTokenizer.from_pretrained(**_location(source), **code_of(source))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise DataError(f"the tokenizer of {describe(source)} cannot be loaded: {_first_line(error)}") from error
 
@@ -66,7 +69,7 @@ def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.fl
             torch.manual_seed(source.init_seed)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.eval()  # type: ignore[no-any-return]
-    return from_pretrained(dtype=dtype, what=describe(source), **_location(source))
+    return from_pretrained(dtype=dtype, what=describe(source), **_location(source), **code_of(source))
 
 
 def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTrainedModel:
@@ -77,9 +80,10 @@ def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTra
             **location, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UnsupportedModel(
-            f"{what} cannot be loaded: {_first_line(error)} Without a network use a packaged model or a local folder."
-        ) from error
+        advice = "Without a network use a packaged model or a local folder."
+        if "trust_remote_code" in str(error):
+            advice = "To run its code, say remote_code=True beside a full commit hash in the recipe's Hub source."
+        raise UnsupportedModel(f"{what} cannot be loaded: {_first_line(error)} {advice}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise UnsupportedModel(f"{what}: the checkpoint lacks {sorted(info['missing_keys'])[:3]} and would be random")
     if "gguf_file" in location:
@@ -134,6 +138,20 @@ def _location(source: ModelSource) -> dict[str, Any]:
     raise RecipeError(
         f"no rule to load a {type(source).__name__} here; another cell's model is opened by its checkpoint"
     )
+
+
+def code_of(source: ModelSource) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that let the code of a pinned commit run, or none at all (and nobody is asked)."""
+    if isinstance(source, Hub) and source.remote_code:
+        return {"trust_remote_code": True, "code_revision": source.revision}
+    return {"trust_remote_code": False}
+
+
+def family_for(source: ModelSource, model: PreTrainedModel) -> Family:
+    """The family that the source of `model` chooses. Raises UnsupportedModel if there is none."""
+    if isinstance(source, (Hub, Local, Tiny)) and source.family == "automatic":
+        return automatic_family(model)
+    return family_of(model.config.model_type)
 
 
 def weights_digest(folder: Path) -> str:

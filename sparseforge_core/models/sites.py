@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sparseforge_core.errors import PatternViolation, UnsupportedModel
-from sparseforge_core.models.families import Family
+from sparseforge_core.models.families import Family, Rule
+from sparseforge_core.models.layouts import is_transposed
 from sparseforge_core.sparsity import masking
 from sparseforge_core.sparsity.masking import Branch, SoftMask
 from sparseforge_core.sparsity.patterns import Pattern, PatternChoice
@@ -68,48 +69,97 @@ class Site:
         return branch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How much of a model is under a mask, and which rule left the rest out."""
+    """How much of a model is under a mask, by which family, and which rule left the rest out."""
 
-    masked: int
-    total: int
+    family: str
+    """'automatic' where nobody declared the architecture."""
+    included: dict[str, int]
+    """Parameters under a mask, by the name of the rule."""
     excluded: dict[str, int]
     """Parameters left dense, by the name of the rule."""
+
+    @property
+    def masked(self) -> int:
+        """Parameters under a mask."""
+        return sum(self.included.values())
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.masked + sum(self.excluded.values())
 
     @property
     def share(self) -> float:
         """Parameters under a mask over all parameters."""
         return self.masked / self.total
 
+    def __str__(self) -> str:
+        dense = ", ".join(f"{name} {count:,}" for name, count in self.excluded.items())
+        return f"family {self.family}: {self.masked:,} of {self.total:,} parameters masked; dense: {dense}"
+
 
 def find_sites(model: nn.Module, family: Family) -> list[Site]:
     """Every included weight of `model`, in the model's order.
 
-    Raises UnsupportedModel if a matrix is claimed by no rule or by two, or a required rule matches nothing.
+    Raises UnsupportedModel if a matrix is claimed by no rule or by two, a required rule matches nothing, a module
+    stores its weight in another orientation than the rule says, or an included weight serves in two places.
     """
     sites: list[Site] = []
-    rules = {rule.name: 0 for rule in (*family.include, *family.exclude)}
+    matched: set[str] = set()
     for name, weight in model.named_parameters():
-        claims = [rule for rule in (*family.include, *family.exclude) if rule.matches(name)]
-        if len(claims) > 1:
-            raise UnsupportedModel(f"{family.name}: {name} is claimed by {' and '.join(r.name for r in claims)}")
-        if not claims:
-            if weight.ndim >= 2:
-                raise UnsupportedModel(
-                    f"{family.name}: no rule covers or excludes {name} {tuple(weight.shape)}. Add it to include or "
-                    "exclude in the family's file; a weight is never left dense silently."
-                )
+        rule = _claim(name, weight, family)
+        if rule is None:
             continue
-        rules[claims[0].name] += 1
-        if claims[0] in family.include:
+        matched.add(rule.name)
+        if rule in family.include:
             path, _, parameter = name.rpartition(".")
-            sites.append(Site(name, model.get_submodule(path), parameter, family.transposed, claims[0].name))
-    required = [rule.name for rule in (*family.include, *family.exclude) if not rule.optional]
-    empty = [name for name in required if rules[name] == 0]
+            site = Site(name, model.get_submodule(path), parameter, rule.transposed, rule.name)
+            _check_orientation(site, family)
+            sites.append(site)
+    required = {rule.name: None for rule in (*family.include, *family.exclude) if not rule.optional}
+    empty = [name for name in required if name not in matched]
     if empty:
         raise UnsupportedModel(f"{family.name}: rules {', '.join(empty)} match no weight of this model")
+    _check_untied(model, sites, family)
     return sites
+
+
+def _claim(name: str, weight: Tensor, family: Family) -> Rule | None:
+    """The one rule that names this parameter; None for a vector that needs none."""
+    claims = [rule for rule in (*family.include, *family.exclude) if rule.matches(name)]
+    if len(claims) > 1:
+        said = " and ".join(f"{rule.name} ({rule.pattern})" for rule in claims)
+        raise UnsupportedModel(f"{family.name}: {name} is claimed by {said}")
+    if not claims and weight.ndim >= 2:
+        raise UnsupportedModel(
+            f"{family.name}: no rule covers or excludes {name} {tuple(weight.shape)}. Add it to include or "
+            "exclude in the family's file; a weight is never left dense silently."
+        )
+    return claims[0] if claims else None
+
+
+def _check_orientation(site: Site, family: Family) -> None:
+    stored = is_transposed(site.module, site.weight)
+    if stored is not None and stored != site.transposed:
+        raise UnsupportedModel(
+            f"{family.name}: rule {site.group} says transposed={site.transposed}, but {type(site.module).__name__} "
+            f"stores {site.name} {tuple(site.weight.shape)} with transposed={stored}; groups would not run along its "
+            "inputs"
+        )
+
+
+def _check_untied(model: nn.Module, sites: list[Site], family: Family) -> None:
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    for site in sites:
+        if len(names[id(site.weight)]) > 1:
+            raise UnsupportedModel(
+                f"{family.name}: {' and '.join(names[id(site.weight)])} are one tied weight; a mask on one name would "
+                "untie it. Exclude it by a rule."
+            )
 
 
 def assign_patterns(sites: list[Site], choice: PatternChoice) -> list[Site]:
@@ -132,18 +182,18 @@ def coverage(model: nn.Module, family: Family, choice: PatternChoice | None = No
     """Count what is masked and what stays dense, and by which rule, in a model without attached masks.
 
     A `choice` that leaves sites dense is a rule too, called "recipe"; without one, the family's rules alone count.
+    Raises as `find_sites` does.
     """
     sites = find_sites(model, family)
-    masked = {site.name for site in (assign_patterns(sites, choice) if choice else sites)}
-    left = {site.name for site in sites} - masked
+    masked = {site.name: site.group for site in (assign_patterns(sites, choice) if choice else sites)}
+    left = {site.name for site in sites} - set(masked)
+    included: dict[str, int] = {}
     excluded: dict[str, int] = {}
-    total = covered = 0
     for name, weight in model.named_parameters():
-        total += weight.numel()
         if name in masked:
-            covered += weight.numel()
+            counts, owner = included, masked[name]
         else:
             own = next((rule.name for rule in family.exclude if rule.matches(name)), "vectors")
-            owner = "recipe" if name in left else own
-            excluded[owner] = excluded.get(owner, 0) + weight.numel()
-    return Coverage(covered, total, excluded)
+            counts, owner = excluded, "recipe" if name in left else own
+        counts[owner] = counts.get(owner, 0) + weight.numel()
+    return Coverage(family=family.name, included=included, excluded=excluded)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from sparseforge_core.data.corpora import Corpus
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.specs import spec
+
+FamilyChoice = Literal["declared", "automatic"]
+"""Whether the masked weights are those of a declared family, or those that the model's own modules say.
+
+The recipe chooses, so that its key says what is masked: a family declared later changes no old recipe.
+"""
 
 
 class TokenizerSource:
@@ -42,6 +49,17 @@ class Hub(ModelSource):
     id: str
     revision: str
     """A commit hash; 'main' is accepted and recorded as what it is: unpinned."""
+    remote_code: bool = False
+    """Whether the Python code in the repository may run, for models that transformers lacks; needs a full hash."""
+    family: FamilyChoice = "declared"
+    """Which rules say what is masked."""
+
+    def __post_init__(self) -> None:
+        if self.remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise RecipeError(
+                f"remote_code=True with revision={self.revision!r}: code of the hub runs only from a pinned commit; "
+                f"give all 40 hexadecimal digits of a commit of {self.id}"
+            )
 
 
 @spec("packaged")
@@ -58,13 +76,27 @@ class Local(ModelSource):
     path: str
     sha256: str
     """SHA-256 over the weight files' hashes, so that the identity is of the contents, not of the path."""
+    family: FamilyChoice = "declared"
+    """Which rules say what is masked."""
+
+
+Architecture = Literal[
+    "gpt2", "opt", "llama", "qwen3", "deepseek_moe",
+    "mistral", "qwen2", "olmo", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "granite",
+    "stablelm", "smollm3", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "phi", "phi3", "glm", "glm4", "gpt_neox",
+    "falcon", "bloom", "starcoder2", "gpt_bigcode", "mixtral", "olmoe", "phimoe", "granitemoe", "qwen2_moe",
+    "qwen3_moe", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text",
+    "nemotron", "mpt", "gptj",
+]  # fmt: skip
+"""Configurations of `models.tiny`: model types, but for "deepseek_moe", which is a deepseek_v2. The last line's have no
+declared family."""
 
 
 @spec("tiny")
 class Tiny(ModelSource):
     """A small randomly initialised model of one family, from a configuration declared in code."""
 
-    architecture: Literal["gpt2", "opt", "llama", "qwen3", "deepseek_moe"]
+    architecture: Architecture
     tokenizer: TokenizerSource
     width: int = 128
     layers: int = 4
@@ -72,6 +104,8 @@ class Tiny(ModelSource):
     positions: int = 512
     """Longest sequence the model accepts."""
     init_seed: int = 0
+    family: FamilyChoice = "declared"
+    """Which rules say what is masked."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 16:

@@ -1,18 +1,19 @@
 """Input norms of every site over calibration text, observed by hooks on the whole model.
 
 For a matrix the input is what its module receives. Fused experts see only the tokens routed to them; the input
-of their second matrix is recomputed from the first, with the module's own activation.
+of their second matrix is recomputed from the first, as the module itself gates it (`models/layouts.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.errors import CurvatureUnavailable, UnsupportedModel
+from sparseforge_core.models.layouts import expert_inputs
 from sparseforge_core.models.sites import Site
 
 
@@ -20,7 +21,8 @@ from sparseforge_core.models.sites import Site
 def input_norms(model: nn.Module, sites: list[Site], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """l2 norm of each input of each site over `batches` of token ids, `[..., 1, in]`, float32.
 
-    Raises CurvatureUnavailable naming a site whose module never ran, or whose inputs were not finite.
+    Raises CurvatureUnavailable naming a site whose module (or, of fused experts, one expert) saw no token, whose
+    inputs were not finite, or whose experts route in a way that is not known.
     """
     device = next(model.parameters()).device
     sums = {site.name: torch.zeros(_norm_shape(site), device=device) for site in sites}
@@ -38,6 +40,26 @@ def input_norms(model: nn.Module, sites: list[Site], batches: Iterable[Tensor]) 
     return {name: total.sqrt() for name, total in sums.items()}
 
 
+def site_inputs(
+    sites: list[Site], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Site, int | None, Tensor]]:
+    """What the sites of one module receive in one forward: (site, expert or None, rows `[tokens, in]`).
+
+    `args` and `kwargs` are those of a forward pre-hook on the module. Raises CurvatureUnavailable naming a site of
+    fused experts whose routing is not known.
+    """
+    if sites[0].weight.ndim == 2:
+        x = args[0] if args else next(iter(kwargs.values()))
+        yield sites[0], None, x.reshape(-1, x.shape[-1])
+        return
+    try:
+        for expert, first, second in expert_inputs(sites[0].module, args, kwargs):
+            for site in sites:
+                yield site, expert, second if site.parameter == "down_proj" else first
+    except UnsupportedModel as error:
+        raise CurvatureUnavailable(f"site {sites[0].name}: {error}") from error
+
+
 def _norm_shape(site: Site) -> tuple[int, ...]:
     *lead, _, inputs = site.matrix(site.weight).shape
     return (*lead, 1, inputs)
@@ -52,25 +74,11 @@ def _by_module(sites: list[Site]) -> dict[nn.Module, list[Site]]:
 
 def _accumulate(sites: list[Site], sums: dict[str, Tensor]) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if sites[0].weight.ndim == 2:
-            x = args[0] if args else kwargs["input"]
-            sums[sites[0].name] += _squares(x)
-            return
-        names = ("hidden_states", "top_k_index")
-        hidden, chosen = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-        by_parameter = {site.parameter: sums[site.name] for site in sites}
-        for expert in range(module.gate_up_proj.shape[0]):
-            x = hidden[(chosen == expert).any(-1)]
-            by_parameter["gate_up_proj"][expert] += _squares(x)
-            gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            by_parameter["down_proj"][expert] += _squares(module.act_fn(gate) * up)
+        for site, expert, rows in site_inputs(sites, args, kwargs):
+            total = sums[site.name] if expert is None else sums[site.name][expert]
+            total += rows.float().square().sum(0, keepdim=True)
 
     return hook
-
-
-def _squares(x: Tensor) -> Tensor:
-    """Sum of squares over all tokens, `[1, in]`."""
-    return x.reshape(-1, x.shape[-1]).float().square().sum(0, keepdim=True)
 
 
 def _check(sites: list[Site], sums: dict[str, Tensor]) -> None:
@@ -78,5 +86,12 @@ def _check(sites: list[Site], sums: dict[str, Tensor]) -> None:
         total = sums[site.name]
         if not bool(torch.isfinite(total).all()):
             raise CurvatureUnavailable(f"site {site.name}: calibration inputs are not finite")
-        if not bool((total != 0).any()):
+        seen = (total != 0).flatten(-2).any(-1)
+        if not bool(seen.any()):
             raise CurvatureUnavailable(f"site {site.name}: its module saw no calibration input")
+        if not bool(seen.all()):
+            blind = (~seen).nonzero().flatten().tolist()
+            raise CurvatureUnavailable(
+                f"site {site.name}: experts {blind[:5]} ({len(blind)} in all) saw no calibration token, so nothing "
+                "tells their weights apart. Use more or longer calibration sequences."
+            )

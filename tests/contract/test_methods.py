@@ -25,7 +25,7 @@ from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.tracking.tracker import MemoryTracker
 from sparseforge_core.train.loop import Run, train
 from sparseforge_core.train.optimizer import build_optimizer
-from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tiny_source, tokens
+from tests.tiny import ARCHITECTURES, MIXTURES, sites_of, tiny_model, tiny_source, tokens
 
 STEPS = 20
 
@@ -138,6 +138,23 @@ def test_sparseforge_anneals_every_family_to_the_exact_pattern(architecture: str
         check_weight(site.matrix(site.weight), pattern, site.name)
         kept = float((site.weight != 0).float().mean())
         assert kept == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("method", [Wanda(samples=4, length=16), SparseForge()], ids=lambda m: m.kind)
+def test_every_layout_of_experts_ends_in_the_exact_pattern(architecture: str, method: Method, tmp_path: Path) -> None:
+    plan = TrainPlan(steps=3, sequences=4, length=16, lr=WarmupLinear(peak=3e-3))
+    run = start(recipe_of(method, architecture, train=plan), tmp_path)
+    dense = {site.name: site.weight.detach().clone() for site in run.track.sites}
+    if run.recipe.train.steps:
+        train(run)
+    run.track.finish()
+    for site in sites_of(run.model):
+        check_weight(site.matrix(site.weight), nm(2, 4), site.name)
+        assert float((site.weight != 0).float().mean()) == 0.5, site.name
+        kept = site.weight[site.weight != 0]
+        same = torch.equal(kept, dense[site.name][site.weight != 0])
+        assert same != method.trains, f"{site.name}: one-shot weights do not move, trained ones do"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A named set of parameters: `pattern` is matched against the whole parameter name."""
+    """A named set of parameters: `pattern` is matched against the whole parameter name.
+
+    Rules of one family that share a name are alternative spellings of one set: at least one of them must match.
+    """
 
     name: str
     pattern: str
     optional: bool = False
     """Whether some members of the family have no such weight; a rule that is not optional must match."""
+    transposed: bool = False
+    """Whether the weights are stored `[..., in, out]`: GPT-2's Conv1D, the fused experts of GPT-OSS and Llama 4."""
 
     def matches(self, parameter: str) -> bool:
         """Whether this rule names the parameter."""
@@ -31,10 +36,9 @@ class Family:
     """Weights under a mask."""
     exclude: tuple[Rule, ...]
     """Weights left dense on purpose. Vectors (norms, biases) need no rule."""
-    transposed: bool = False
-    """Whether the masked weights are stored `[in, out]` (GPT-2's Conv1D)."""
 
 
-def rule(name: str, pattern: str, *, optional: bool = False) -> Rule:
+def rule(name: str, pattern: str, *, optional: bool = False, transposed: bool = False) -> Rule:
     """A Rule, with a number in place of each `#`."""
-    return Rule(name=name, pattern=pattern.replace(".", r"\.").replace("#", r"\d+"), optional=optional)
+    expression = pattern.replace(".", r"\.").replace("#", r"\d+")
+    return Rule(name=name, pattern=expression, optional=optional, transposed=transposed)

@@ -6,12 +6,11 @@ GPT2 = Family(
     name="gpt2",
     model_types=("gpt2",),
     include=(
-        rule("attention", "transformer.h.#.attn.(c_attn|c_proj).weight"),
-        rule("mlp", "transformer.h.#.mlp.(c_fc|c_proj).weight"),
+        rule("attention", "transformer.h.#.attn.(c_attn|c_proj).weight", transposed=True),
+        rule("mlp", "transformer.h.#.mlp.(c_fc|c_proj).weight", transposed=True),
     ),
     exclude=(
         rule("embedding", "transformer.w(te|pe).weight"),
         rule("head", "lm_head.weight", optional=True),
     ),
-    transposed=True,
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sparseforge_core.errors import CurvatureUnavailable
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.curvature import Fisher
-from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tokens
+from tests.tiny import ARCHITECTURES, MIXTURES, sites_of, tiny_model, tokens
 
 
 def one_site() -> tuple[nn.Linear, Site]:
@@ -69,19 +72,88 @@ def test_input_norms_are_those_of_the_inputs_the_modules_received(architecture: 
         assert norms[site.name].shape[-1] == site.matrix(site.weight).shape[-1]
 
 
-def test_experts_see_only_the_tokens_routed_to_them() -> None:
-    model = tiny_model("deepseek_moe")
-    experts = model.model.layers[1].mlp.experts
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-    experts.register_forward_pre_hook(lambda module, args: calls.append((args[0], args[1])))
+@pytest.mark.parametrize("architecture", [name for name in MIXTURES if name != "deepseek"])
+def test_fused_experts_see_only_the_tokens_routed_to_them(architecture: str) -> None:
+    """Against the products themselves: every multiplication by an expert's matrix in transformers' eager forward."""
+    model = tiny_model(architecture)
+    model.set_experts_implementation("eager")
     sites = [site for site in sites_of(model) if site.weight.ndim == 3]
-    norms = input_norms(model, sites, [tokens(4, 16)])
-    ((hidden, chosen),) = calls
-    for expert in range(4):
-        routed = hidden[[expert in row for row in chosen.tolist()]]
-        expected = routed.norm(dim=0)
-        assert torch.allclose(norms["model.layers.1.mlp.experts.gate_up_proj"][expert, 0], expected, rtol=1e-4)
-    assert norms["model.layers.1.mlp.experts.down_proj"].shape == (4, 1, 32)
+    expected = {
+        site.name: torch.zeros(site.matrix(site.weight).shape[0], site.matrix(site.weight).shape[-1]) for site in sites
+    }
+    norms = input_norms(model, sites_of(model), [tokens(4, 16), tokens(4, 16, seed=1)])
+    with InputsOfProducts(sites, expected):
+        for seed in (0, 1):
+            model(tokens(4, 16, seed=seed), use_cache=False)
+    for site in sites:
+        assert norms[site.name].shape == (4, 1, site.matrix(site.weight).shape[-1])
+        assert torch.allclose(norms[site.name][:, 0], expected[site.name].sqrt(), rtol=1e-3, atol=1e-6), site.name
+
+
+class InputsOfProducts(TorchFunctionMode):
+    """Adds up the squared rows that meet a slice of one of the sites' weights in a matrix product."""
+
+    def __init__(self, sites: list[Site], sums: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.sums = sums
+        self.places = {
+            site.weight[expert].data_ptr(): (site.name, expert)
+            for site in sites
+            for expert in range(site.weight.shape[0])
+        }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (nn.functional.linear, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm):
+            x, weight = args[0].detach(), args[1]
+            stack = zip(x, weight, strict=True) if weight.ndim == 3 else [(x, weight)]
+            for rows, matrix in stack:
+                place = self.places.get(matrix.data_ptr())
+                if place is not None:
+                    self.sums[place[0]][place[1]] += rows.reshape(-1, rows.shape[-1]).square().sum(0)
+        return function(*args, **(kwargs or {}))
+
+
+def test_experts_in_modules_of_their_own_see_only_their_tokens() -> None:
+    model = tiny_model("deepseek")
+    expert = model.model.layers[1].mlp.experts[2]
+    seen: list[torch.Tensor] = []
+    expert.gate_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    norms = input_norms(model, sites_of(model), [tokens(4, 16)])
+    assert 0 < len(seen[0]) < 64
+    found = norms["model.layers.1.mlp.experts.2.gate_proj.weight"]
+    assert torch.allclose(found, seen[0].norm(dim=0, keepdim=True), rtol=1e-4)
+
+
+def test_an_expert_that_saw_no_token_is_an_error_by_number() -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(
+        CurvatureUnavailable, match=r"layers\.\d\.mlp\.experts\.gate_up_proj: experts \[.* in all\) saw no"
+    ):
+        input_norms(model, sites_of(model), [tokens(1, 1)])
+
+
+def test_experts_that_route_in_a_way_we_do_not_know_are_refused_by_site() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.ones(2, 8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Routed()
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            out: torch.Tensor = self.experts(input_ids.float())
+            return out
+
+    model = Model()
+    site = Site("experts.gate_up_proj", model.experts, "gate_up_proj", False, "experts")
+    with pytest.raises(CurvatureUnavailable, match=r"site experts\.gate_up_proj: Routed: how it routes tokens"):
+        input_norms(model, [site], [tokens(2, 4)])
 
 
 def test_inputs_that_are_not_finite_are_refused_by_site() -> None:
