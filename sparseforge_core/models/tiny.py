@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sparseforge_core.errors import RecipeError, unknown
 from sparseforge_core.models.sources import Tiny
 
 if TYPE_CHECKING:
@@ -14,9 +15,14 @@ Fields = dict[str, Any]
 
 
 def tiny_config(source: Tiny, vocabulary: int, eos: int) -> PretrainedConfig:
-    """The configuration of `source` for a vocabulary of that many tokens; all families get comparable sizes."""
+    """The configuration of `source` for a vocabulary of that many tokens; all families get comparable sizes.
+
+    Raises RecipeError for an unknown architecture, naming the nearest.
+    """
     import transformers
 
+    if source.architecture not in CONFIGURATIONS:
+        raise RecipeError(unknown("architecture", source.architecture, CONFIGURATIONS))
     name, fields = CONFIGURATIONS[source.architecture]
     common: Fields = {"vocab_size": vocabulary, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
     made = getattr(transformers, name)(**{**common, **fields(source)})
