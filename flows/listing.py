@@ -132,7 +132,7 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "family": row.family,
                 "sites": sum(row.sites.values()),
                 "sites_by_rule": row.sites,
-                "coverage": row.share if row.share is None else round(row.share, 4),
+                "coverage": round(row.share, 4),
                 "excluded": row.excluded,
             }
             for row in survey()

@@ -25,21 +25,26 @@ class DeepseekConfig(PretrainedConfig):
         self,
         *,
         vocab_size: int = 64,
-        width: int = 64,
-        layers: int = 2,
-        heads: int = 2,
-        positions: int = 64,
-        experts: int = 4,
-        chosen: int = 2,
+        hidden_size: int = 64,
+        intermediate_size: int = 128,
+        moe_intermediate_size: int = 32,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 2,
+        max_position_embeddings: int = 64,
+        n_routed_experts: int = 4,
+        n_shared_experts: int = 2,
+        num_experts_per_tok: int = 2,
+        first_k_dense_replace: int = 1,
         **rest: Any,
     ) -> None:
         super().__init__(**rest)
-        self.vocab_size = vocab_size
-        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = width, layers, heads
-        self.max_position_embeddings = positions
-        self.n_routed_experts, self.num_experts_per_tok = experts, chosen
-        self.width, self.layers, self.heads, self.positions = width, layers, heads, positions
-        self.experts, self.chosen = experts, chosen
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.moe_intermediate_size = moe_intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.num_key_value_heads = num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.n_routed_experts, self.n_shared_experts = n_routed_experts, n_shared_experts
+        self.num_experts_per_tok, self.first_k_dense_replace = num_experts_per_tok, first_k_dense_replace
 
 
 class RMSNorm(nn.Module):
@@ -115,11 +120,12 @@ class MoEGate(nn.Module):
 class DeepseekMoE(nn.Module):
     """Routed experts, each a module of its own, and shared ones in one module."""
 
-    def __init__(self, width: int, experts: int, chosen: int) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
-        self.gate = MoEGate(width, experts, chosen)
-        self.experts = nn.ModuleList(MLP(width, width // 2) for _ in range(experts))
-        self.shared_experts = MLP(width, width)
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.gate = MoEGate(width, config.n_routed_experts, config.num_experts_per_tok)
+        self.experts = nn.ModuleList(MLP(width, inner) for _ in range(config.n_routed_experts))
+        self.shared_experts = MLP(width, inner * config.n_shared_experts)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -132,16 +138,15 @@ class DeepseekMoE(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block; the first has no experts."""
+    """One block; the first ones have no experts."""
 
     def __init__(self, config: DeepseekConfig, number: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config.width, config.heads)
-        self.mlp: nn.Module = MLP(config.width, 2 * config.width)
-        if number:
-            self.mlp = DeepseekMoE(config.width, config.experts, config.chosen)
-        self.input_layernorm = RMSNorm(config.width)
-        self.post_attention_layernorm = RMSNorm(config.width)
+        self.self_attn = Attention(config.hidden_size, config.num_attention_heads)
+        dense = number < config.first_k_dense_replace
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else DeepseekMoE(config)
+        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
@@ -154,9 +159,9 @@ class DeepseekModel(nn.Module):
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
-        self.norm = RMSNorm(config.width)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
@@ -174,7 +179,7 @@ class DeepseekForCausalLM(PreTrainedModel):
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         self.model = DeepseekModel(config)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

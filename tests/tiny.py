@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.models.families import FAMILIES, family_of
+from sparseforge_core.models.hub import from_config
 from sparseforge_core.models.sites import Site, find_sites
 from sparseforge_core.models.sources import Tiny, TrainedBPE
 from sparseforge_core.models.tiny import CONFIGURATIONS, tiny_config
@@ -19,13 +19,13 @@ ARCHITECTURES = ("llama", "qwen3", "opt", "gpt2", "deepseek_moe")
 
 EVERY_ARCHITECTURE = (
     *(name for name in CONFIGURATIONS if name in FAMILIES or name == "deepseek_moe"),
-    "deepseek",
+    "deepseek-original",
 )
-"""One of every declared model type."""
+"""One of every declared model type, and DeepSeek's own layout."""
 
 MIXTURES = (
-    "deepseek", "deepseek_moe", "deepseek_v3", "mixtral", "olmoe", "phimoe", "granitemoe", "qwen2_moe", "qwen3_moe",
-    "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text",
+    "deepseek-original", "deepseek", "deepseek_moe", "deepseek_v3", "mixtral", "olmoe", "phimoe", "granitemoe",
+    "qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text",
 )  # fmt: skip
 """Those with experts."""
 
@@ -41,15 +41,15 @@ def tiny_source(architecture: str, **changes: Any) -> Tiny:
 
 def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """A random float32 model in evaluation mode with a vocabulary of 64."""
-    if architecture == "deepseek":  # its published code is not in transformers
+    if architecture == "deepseek-original":  # a Linear for each matrix of each expert, as published
         torch.manual_seed(seed)
-        return DeepseekForCausalLM(DeepseekConfig(vocab_size=VOCABULARY, width=64, layers=2, heads=2)).eval()
+        return DeepseekForCausalLM(DeepseekConfig(vocab_size=VOCABULARY)).eval()
     config = tiny_config(tiny_source(architecture, **changes), VOCABULARY, 0)
     for name in ("attention_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return from_config(config).eval()
 
 
 def sites_of(model: Any) -> list[Site]:

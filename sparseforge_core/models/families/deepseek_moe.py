@@ -1,11 +1,11 @@
 """DeepSeek's mixtures of experts: shared experts beside the routed ones, first layers without any, a dense router.
 
 Two layouts exist and both are declared. The code that DeepSeek publishes with a checkpoint has a `Linear` for each
-matrix of each expert; transformers' own classes hold the experts of a layer in two tensors `[experts, out, in]`.
-`deepseek` (DeepSeek-MoE-16B, ordinary attention) exists only in the first, so it needs the repository's code;
-`deepseek_v2` and `deepseek_v3` (multi-head latent attention, whose down- and up-projections are masked too) are
-loaded by transformers in the second. DeepSeek-V3's router also has a correction bias, which is a buffer: it is no
-parameter, is never trained here, and is saved with the model.
+matrix of each expert; transformers' classes hold the experts of a layer in two tensors `[experts, out, in]`. For
+`deepseek_v2` and `deepseek_v3` (multi-head latent attention, whose down- and up-projections are masked too) these are
+transformers' own, for `deepseek` (DeepSeek-MoE-16B, ordinary attention) those of `models/deepseek.py`. A recipe that
+says `remote_code=True` gets the published ones. DeepSeek-V3's router also has a correction bias, which is a buffer:
+it is no parameter, is never trained here, and is saved with the model.
 """
 
 from dataclasses import replace

@@ -22,14 +22,14 @@ WIDTH, LAYERS, HEADS, POSITIONS, VOCABULARY = 64, 2, 2, 64, 256
 
 @dataclass(frozen=True, kw_only=True)
 class Surveyed:
-    """One model type under its family; without counts where transformers has no such model."""
+    """One model type under its family."""
 
     model_type: str
     family: str
     """'automatic' where nobody declared it."""
     sites: dict[str, int]
     """Masked weights, by rule."""
-    share: float | None
+    share: float
     """Parameters under a mask over all parameters, of the tiny model."""
     excluded: dict[str, list[str]]
     """Weights that stay dense, by rule, with # for every number in a name."""
@@ -37,8 +37,6 @@ class Surveyed:
     @property
     def about(self) -> str:
         """One line."""
-        if self.share is None:
-            return f"family {self.family}: not in transformers; needs the code of its repository (remote_code=True)"
         by_rule = ", ".join(f"{name} {count}" for name, count in self.sites.items())
         dense = ", ".join(self.excluded)
         total = sum(self.sites.values())
@@ -47,10 +45,9 @@ class Surveyed:
 
 def survey() -> list[Surveyed]:
     """Every declared model type, then the tiny models that only the automatic family knows."""
-    import transformers
-
     from sparseforge_core.data.corpora import Synthetic
     from sparseforge_core.models.families.automatic import automatic_family
+    from sparseforge_core.models.hub import from_config
     from sparseforge_core.models.sources import Tiny, TrainedBPE
     from sparseforge_core.models.tiny import CONFIGURATIONS, tiny_config
 
@@ -65,17 +62,11 @@ def survey() -> list[Surveyed]:
             heads=HEADS,
             positions=POSITIONS,
         )
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(source, VOCABULARY, 0))
+        model = from_config(tiny_config(source, VOCABULARY, 0))
         model_type = model.config.model_type
         family = FAMILIES.get(model_type) or automatic_family(model)
         found[model_type] = _surveyed(model_type, model, family)
-    absent = {
-        model_type: Surveyed(model_type=model_type, family=family.name, sites={}, share=None, excluded={})
-        for model_type, family in FAMILIES.items()
-        if model_type not in found
-    }
-    declared = [(found | absent)[model_type] for model_type in FAMILIES]
-    return declared + [row for model_type, row in found.items() if model_type not in FAMILIES]
+    return [found[model_type] for model_type in sorted(found, key=lambda m: (m not in FAMILIES, m))]
 
 
 def _surveyed(model_type: str, model: nn.Module, family: Family) -> Surveyed:

@@ -72,7 +72,7 @@ def test_input_norms_are_those_of_the_inputs_the_modules_received(architecture: 
         assert norms[site.name].shape[-1] == site.matrix(site.weight).shape[-1]
 
 
-@pytest.mark.parametrize("architecture", [name for name in MIXTURES if name != "deepseek"])
+@pytest.mark.parametrize("architecture", [name for name in MIXTURES if name != "deepseek-original"])
 def test_fused_experts_see_only_the_tokens_routed_to_them(architecture: str) -> None:
     """Against the products themselves: every multiplication by an expert's matrix in transformers' eager forward."""
     model = tiny_model(architecture)
@@ -114,7 +114,7 @@ class InputsOfProducts(TorchFunctionMode):
 
 
 def test_experts_in_modules_of_their_own_see_only_their_tokens() -> None:
-    model = tiny_model("deepseek")
+    model = tiny_model("deepseek-original")
     expert = model.model.layers[1].mlp.experts[2]
     seen: list[torch.Tensor] = []
     expert.gate_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
