@@ -51,6 +51,12 @@ DROPOUTS = (
     "embd_pdrop",
     "attn_pdrop",
     "layerdrop",
+    "hidden_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "emb_pdrop",
+    "router_jitter_noise",
+    "input_jitter_noise",
 )
 
 
