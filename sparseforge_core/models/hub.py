@@ -59,6 +59,9 @@ DROPOUTS = (
     "input_jitter_noise",
 )
 
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""What configurations call the longest sequence; the last two are MPT's and BLOOM's."""
+
 
 def load_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
     """The tokenizer that belongs to a model source. Raises DataError if it cannot be had."""
@@ -74,7 +77,7 @@ def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.fl
     """The model of a source, in evaluation mode, on the CPU. Raises UnsupportedModel if it cannot be had."""
     if isinstance(source, Tiny):
         tokenizer = _tokenizer_of(source.tokenizer, home)
-        config = _without_dropout(tiny_config(source, len(tokenizer), tokenizer.eos_token_id))
+        config = _prepared(tiny_config(source, len(tokenizer), tokenizer.eos_token_id))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(source.init_seed)
             model = from_config(config, dtype=dtype)
@@ -104,7 +107,7 @@ def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTra
     """Load a checkpoint and refuse one whose tensors do not all fit (they would stay random)."""
     try:
         configuration, loader = _classes(location)
-        config = _without_dropout(configuration.from_pretrained(**location))
+        config = _prepared(configuration.from_pretrained(**location))
         model, info = loader.from_pretrained(**location, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         advice = "Without a network use a packaged model or a local folder."
@@ -203,10 +206,19 @@ def _tokenizer_of(source: TokenizerSource, home: Path) -> PreTrainedTokenizerFas
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=end, bos_token=end, pad_token=end)
 
 
-def _without_dropout(config: Any) -> Any:
+def _prepared(config: Any) -> Any:
+    """The configuration with chance off, and with its longest sequence under a name that everyone here reads."""
     for name in DROPOUTS:
         if getattr(config, name, None):
             setattr(config, name, 0.0)
+    lengths = {name: getattr(config, name) for name in LENGTHS if getattr(config, name, None)}
+    if not lengths:
+        raise UnsupportedModel(
+            f"the configuration of a {config.model_type} does not say how long a sequence may be; looked for "
+            f"{', '.join(LENGTHS)}"
+        )
+    if not lengths.keys() & set(LENGTHS[:2]):
+        config.max_position_embeddings = next(iter(lengths.values()))
     return config
 
 

@@ -108,7 +108,12 @@ def _opt(source: Tiny) -> Fields:
 
 
 def _bloom(source: Tiny) -> Fields:
-    return {"hidden_size": source.width, "n_layer": source.layers, "n_head": source.heads}
+    return {
+        "hidden_size": source.width,
+        "n_layer": source.layers,
+        "n_head": source.heads,
+        "seq_length": source.positions,
+    }
 
 
 def _mpt(source: Tiny) -> Fields:

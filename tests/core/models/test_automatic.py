@@ -13,13 +13,13 @@ from torch import nn
 from sparseforge_core import specs
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import UnsupportedModel
-from sparseforge_core.methods import MagnitudePruning
+from sparseforge_core.methods import DenseControl, MagnitudePruning
 from sparseforge_core.models.families import FAMILIES
 from sparseforge_core.models.families.automatic import automatic_family
 from sparseforge_core.models.sites import assign_patterns, coverage, find_sites
 from sparseforge_core.models.tiny import CONFIGURATIONS
-from sparseforge_core.opening import cell_folder, open_finished
-from sparseforge_core.recipe import Cell, Recipe
+from sparseforge_core.opening import cell_folder, open_family, open_finished
+from sparseforge_core.recipe import Cell, Recipe, Trained, TrainPlan
 from sparseforge_core.run import train_cell
 from sparseforge_core.sparsity.patterns import check_weight, nm
 from tests.tiny import EVERY_ARCHITECTURE, sites_of, tiny_model, tiny_source, tokens
@@ -90,6 +90,19 @@ def test_a_recipe_must_ask_for_it_and_its_results_say_so(home: Path, caplog: pyt
     with pytest.raises(UnsupportedModel, match=r"no family declares this model: unknown model_type 'nemotron'"):
         train_cell(silent, home / "silent", home)
     assert "family" not in specs.encode(tiny_source("nemotron")), "old keys must not change"
+
+
+def test_a_model_that_another_cell_trained_keeps_the_choice_of_its_first_source(home: Path) -> None:
+    corpus, plan = Synthetic(documents_count=50), TrainPlan(steps=2, sequences=2, length=16)
+    source = tiny_source("mpt", family="automatic")
+    first = Cell(recipe=Recipe(model=source, method=DenseControl(), corpus=corpus, train=plan))
+    train_cell(first, cell_folder(home, first) / "train", home)
+    recipe = Recipe(model=Trained(recipe=first.recipe), method=MagnitudePruning(), corpus=corpus, pattern=nm(2, 4))
+    second = Cell(recipe=recipe)
+    rows = json.loads(train_cell(second, cell_folder(home, second) / "train", home).read_text())["measurements"]
+    (cover,) = [row for row in rows if row["metric"] == "coverage"]
+    assert cover["detail"]["family"] == "automatic"
+    assert open_family(recipe.model, open_finished(second, home)).name == "automatic"
 
 
 def test_a_matrix_that_it_cannot_classify_is_an_error_naming_it() -> None:
