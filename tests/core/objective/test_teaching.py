@@ -52,6 +52,19 @@ def test_top_k_keeps_the_likeliest_entries_as_a_distribution(temperature: float)
     assert float(forward_kl(student, target, temperature)) > 0.0
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), temperature=st.floats(0.5, 4.0))
+def test_the_mean_over_all_draws_is_the_full_divergence(seed: int, temperature: float) -> None:
+    student, teacher = pair(seed)
+    grid = 20_000  # every number of an even grid in turn: the mean of one draw without chance, to 1 / grid
+    uniform = ((torch.arange(grid, dtype=torch.float64) + 0.5) / grid).view(grid, 1, 1).expand(grid, 5, 1)
+    target = Sampled(n=1).target(teacher.expand(grid, -1, -1), temperature, uniform)
+    drawn, gradient = kl_and_gradient(student.expand(grid, -1, -1), target, temperature)
+    full, full_gradient = kl_and_gradient(student, teacher, temperature)
+    assert float(drawn) == pytest.approx(float(full), rel=0.02, abs=0.01)
+    torch.testing.assert_close(gradient.sum(0), full_gradient, rtol=0.0, atol=1e-3 * temperature)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_samples_are_unbiased_where_top_k_is_not(temperature: float) -> None:
     student, teacher = pair(1)
