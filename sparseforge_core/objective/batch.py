@@ -32,7 +32,11 @@ SPLIT_FROM = 2**14
 """Entries of the vocabulary from which on logits are computed in chunks. Below it, results are as they ever were."""
 
 CHUNK_LOGITS = 2**23
-"""Logits of a chunk, 32 MiB in float32: 64 positions of a vocabulary of 128k, 512 of one of 16k."""
+"""Logits of a chunk, 32 MiB in float32, or a quarter of the head's weight where that is more.
+
+Every chunk adds to the gradient of the whole head, so that its logits being few would save little beside that and cost
+the time to read and write it.
+"""
 
 
 def forwards(model: Any, teacher: Any | None, *, compiled: bool = False) -> tuple[Any, Any | None]:
@@ -93,20 +97,19 @@ def _in_chunks(
     uniform: Tensor | None,
 ) -> Losses:
     """The losses of hidden states `[batch, length, width]`, never holding the logits of all positions."""
-    flat, labels = _predicting(hidden), tokens[:, 1:].flatten()
-    flat_taught = None if taught is None else _predicting(taught)
-    flat_uniform = None if uniform is None else uniform.flatten(0, 1)
-    size = max(1, CHUNK_LOGITS // model.vocabulary)
+    labels = tokens[:, 1:].flatten()
+    size = max(1, CHUNK_LOGITS // model.vocabulary, hidden.shape[-1] // 4)
+    taught_parts = None if taught is None else _predicting(taught).split(size)
+    drawn_parts = None if uniform is None else uniform.flatten(0, 1).split(size)
     sums = []
-    for at in range(0, len(labels), size):
-        part = slice(at, at + size)
+    for i, (states, wanted) in enumerate(zip(_predicting(hidden).split(size), labels.split(size), strict=True)):
         target: Any = None
-        if teacher is not None and flat_taught is not None:
-            drawn = None if flat_uniform is None else flat_uniform[part]
-            target = functools.partial(_target, teacher, objective, flat_taught[part], drawn)
+        if teacher is not None and taught_parts is not None:
+            drawn = None if drawn_parts is None else drawn_parts[i]
+            target = functools.partial(_target, teacher, objective, taught_parts[i], drawn)
             if not objective.taught.dense:  # few entries are kept rather than computed again
                 target = target()
-        arguments = (model, objective, flat[part], labels[part], target)
+        arguments = (model, objective, states, wanted, target)
         # Nothing random happens inside: models run without dropout, and draws are arguments.
         sums.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
     task, kl = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
