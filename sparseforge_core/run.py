@@ -35,6 +35,8 @@ from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
+from sparseforge_core.models.sources import ModelSource
+from sparseforge_core.objective import forwards
 from sparseforge_core.opening import cell_folder, open_family, open_finished, open_source, open_tokenizer
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.sparsity.masking import Branch
@@ -188,17 +190,19 @@ class _Prepared:
         if plan.length > _positions(self.model):
             raise DataError(f"train.length={plan.length}: the model accepts at most {_positions(self.model)} tokens")
         stream = TokenStream(self.tokens, seed=self.cell.seed, sequences=plan.sequences, length=plan.length)
+        forward, teacher = forwards(self.model, self.teacher, compiled=execution.compiled)
         return Run(
             recipe=self.cell.recipe,
             model=self.model,
-            forward=torch.compile(self.model) if execution.compiled else self.model,
-            teacher=torch.compile(self.teacher) if execution.compiled and self.teacher is not None else self.teacher,
+            forward=forward,
+            teacher=teacher,
             track=track,
             optimizer=build_optimizer(self.model, self.sites, plan),
             stream=stream,
             checkpoints=checkpoints,
             tracker=journal,
             device=self.device,
+            seed=self.cell.seed,
             micro_batch=execution.micro_batch,
             log_every=max(1, min(10, plan.steps // 40)),
             save_every=max(50, plan.steps // 10),
@@ -211,14 +215,27 @@ class _Prepared:
             return None
         source = getattr(objective, "teacher", None)
         teacher = copy.deepcopy(self.model) if source is None else open_source(source, self.home).to(self.device)  # type: ignore[arg-type]
-        if teacher.config.vocab_size != self.model.config.vocab_size:
-            raise DataError(
-                f"objective.teacher: its vocabulary has {teacher.config.vocab_size} entries, the student's "
-                f"{self.model.config.vocab_size}; distillation needs the same vocabulary"
-            )
+        objective.check(self.model.config, teacher.config)
+        if source is not None:
+            self._check_tokenizer(source)
         if self.cell.recipe.train.compute_dtype == "bfloat16":
             teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
         return teacher.requires_grad_(False)
+
+    def _check_tokenizer(self, source: ModelSource) -> None:
+        """Raise DataError unless the teacher's tokenizer, where it is known, gives every text the student's ids."""
+        try:
+            theirs = open_tokenizer(source, self.home).get_vocab()
+        except DataError as error:
+            log.warning("objective.teacher: only the sizes of the vocabularies were compared: %s", error)
+            return
+        ours = self.tokenizer.get_vocab()
+        if theirs != ours:
+            differing = sorted({token for token, _ in theirs.items() ^ ours.items()})
+            raise DataError(
+                f"objective.teacher: its tokenizer gives {len(differing)} tokens other ids than the student's, for "
+                f"instance {differing[0]!r}; distillation needs the same vocabulary"
+            )
 
     def _calibration(self, samples: int, length: int) -> list[Tensor]:
         length = min(length, _positions(self.model))

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "models": core("sparsity data files"),
     CORE + "observe": core("sparsity models.sites models.layouts"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration"),
-    CORE + "objective": core("models.sources models.hub"),
+    CORE + "objective": core("models.sources models.heads"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
     CORE + "identity": core("recipe"),
     CORE + "checkpoint": core("recipe identity models sparsity files methods.base"),
@@ -82,9 +82,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch": (
         *(
             f"sparseforge_core/{room}/"
-            for room in ("sparsity", "models", "data", "observe", "methods", "train", "evaluate")
+            for room in ("sparsity", "models", "data", "observe", "methods", "objective", "train", "evaluate")
         ),
-        *(f"sparseforge_core/{file}.py" for file in ("objective", "checkpoint", "opening", "run", "distributed")),
+        *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "run", "distributed")),
         "flows/doctor.py",  # which build is installed and what device it sees
     ),
 }

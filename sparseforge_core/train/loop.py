@@ -16,7 +16,7 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
 from sparseforge_core.errors import Diverged, Interrupted
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Losses, batch_losses
+from sparseforge_core.objective import Draws, Losses, batch_losses
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
@@ -41,14 +41,17 @@ class Run:
     recipe: Recipe
     model: Any
     forward: Any
-    """What is called with token ids: the model itself, or its compiled form."""
+    """What the objective calls for the student: the model itself or its split form, compiled or not."""
     teacher: Any | None
+    """The same for the teacher."""
     track: MaskTrack
     optimizer: torch.optim.Optimizer
     stream: TokenStream
     checkpoints: Checkpoints
     tracker: Tracker
     device: torch.device
+    seed: int = 0
+    """The cell's, for what the objective draws."""
     micro_batch: int | None = None
     """Sequences per forward; None takes the whole batch. Placement, not identity."""
     log_every: int = 10
@@ -111,15 +114,21 @@ def train(
 
 def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
     """Forward and backward of one batch, in micro-batches whose gradients add up to that of the mean loss."""
-    pieces = tokens.split(run.micro_batch or tokens.shape[0])
+    size = run.micro_batch or tokens.shape[0]
     means: dict[str, float] = {}
-    for piece in pieces:
+    for row, piece in zip(range(0, tokens.shape[0], size), tokens.split(size), strict=True):
+        draws = Draws(seed=run.seed, step=step, row=row)
         share = piece.shape[0] / tokens.shape[0]
         with _autocast(run):
-            losses = batch_losses(run.forward, run.teacher, run.recipe.objective, piece.to(run.device))
+            losses = batch_losses(run.forward, run.teacher, run.recipe.objective, piece.to(run.device), draws)
         _refuse_divergence(losses, step)
         (losses.total * share).backward()  # type: ignore[no-untyped-call]
-        parts = {"loss/total": losses.total, "loss/task": losses.task, "loss/kl": losses.kl}
+        parts = {
+            "loss/total": losses.total,
+            "loss/task": losses.task,
+            "loss/kl": losses.kl,
+            "loss/hidden": losses.hidden,
+        }
         for name, value in parts.items():
             if value is not None:
                 means[name] = means.get(name, 0.0) + share * float(value.detach())

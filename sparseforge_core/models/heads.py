@@ -1,0 +1,90 @@
+"""A causal language model as its body and its head, so that the head can be applied to few positions at a time.
+
+Models differ in what follows the last hidden state: a bias, a scale (Cohere, Granite), a soft cap (Gemma 2). None of
+this is repeated here. The head is the model's own forward, run on a copy of its outermost modules whose body hands
+over the hidden states it is given; all parameters are shared. That both parts together are the model is checked by
+its logits when it is split.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.errors import UnsupportedModel
+
+PROBE = 8
+"""Tokens of the check, spread over the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two parts of a model."""
+
+    body: Any
+    """Called like the model; its output has `last_hidden_state`."""
+    head: Callable[[Tensor], Tensor]
+    """Hidden states `[positions, width]` to logits `[positions, vocabulary]`."""
+    vocabulary: int
+    """Number of logits of a position."""
+
+
+def split(model: Any) -> Split:
+    """Split `model`. Raises UnsupportedModel if the logits of its parts are not those of the whole."""
+    name = type(model).__name__
+    body = model.get_decoder()
+    path = next(path for path, module in model.named_modules() if module is body)
+    if not path:
+        raise UnsupportedModel(f"{name}: no body was found that could be told apart from the head")
+    shell = _with(model, path, _Given())
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = shell(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
+        return logits[0]
+
+    vocabulary = int(model.config.vocab_size)
+    device = next(model.parameters()).device
+    probe = torch.arange(PROBE, device=device)[None] * (vocabulary // PROBE)
+    with torch.no_grad():
+        whole = model(input_ids=probe, use_cache=False).logits[0]
+        try:
+            parts = head(body(input_ids=probe, use_cache=False).last_hidden_state[0])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModel(f"{name}: its head cannot be applied to given hidden states ({error})") from error
+    if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-5, atol=1e-6):
+        raise UnsupportedModel(f"{name}: its head, applied to the body's hidden states, gives other logits than it")
+    return Split(body=body, head=head, vocabulary=vocabulary)
+
+
+class _Given(nn.Module):
+    """Stands in for a body: its output is its input."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+        return _Output(inputs_embeds)
+
+
+class _Output:
+    """What heads ask of a body's output: the hidden states, by name or as the first item, and nothing else."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, item: int) -> Tensor:
+        return (self.last_hidden_state,)[item]
+
+    def __getattr__(self, name: str) -> None:
+        """Caches, attentions, routers: there are none."""
+
+
+def _with(module: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """A copy of `module` that shares everything with it but the submodule at `path`."""
+    made = copy.copy(module)
+    first, _, rest = path.partition(".")
+    made.__dict__["_modules"] = dict(module._modules)
+    made._modules[first] = _with(module.get_submodule(first), rest, part) if rest else part
+    return made

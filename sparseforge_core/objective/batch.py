@@ -1,0 +1,148 @@
+"""The losses of a batch: student and teacher run, whole or with their heads applied to few positions at a time.
+
+Logits are by far the largest tensor of a model with many tokens: 2048 positions of a vocabulary of 128k are 1 GiB in
+float32, and cross-entropy and divergence need several of that size. From `SPLIT_FROM` entries on, the head is therefore
+applied to chunks of positions, and each chunk is forgotten and computed again in the backward pass, at the price of
+one more product with each head. Gradients add up in the precision of the weights, and a second derivative exists.
+
+The rule looks at the recipe's models alone, so that a result does not depend on where it was computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sparseforge_core.errors import RecipeError, UnsupportedModel
+from sparseforge_core.models.heads import Split, split
+from sparseforge_core.objective.divergence import SparseTarget
+from sparseforge_core.objective.objectives import Losses, Objective
+from sparseforge_core.objective.teaching import Draws
+
+log = logging.getLogger(__name__)
+
+SPLIT_FROM = 2**14
+"""Entries of the vocabulary from which on logits are computed in chunks. Below it, results are as they ever were."""
+
+CHUNK_LOGITS = 2**23
+"""Logits of a chunk, 32 MiB in float32, or a quarter of the head's weight where that is more.
+
+Every chunk adds to the gradient of the whole head, so that its logits being few would save little beside that and cost
+the time to read and write it.
+"""
+
+
+def forwards(model: Any, teacher: Any | None, *, compiled: bool = False) -> tuple[Any, Any | None]:
+    """What `batch_losses` calls for student and teacher: the models themselves, or split where the vocabulary is large.
+
+    A model whose head cannot be told from its body is used whole, with a warning.
+    """
+    found = [model, teacher]
+    if model.config.vocab_size >= SPLIT_FROM:
+        try:
+            found = [model if model is None else split(model) for model in (model, teacher)]
+        except UnsupportedModel as error:
+            log.warning(
+                "%s; the logits of all %d entries are kept at once. If memory runs out, lower the micro-batch",
+                error,
+                model.config.vocab_size,
+            )
+    if compiled:
+        found = [_compiled(part) for part in found]
+    return found[0], found[1]
+
+
+def batch_losses(
+    model: Any, teacher: Any | None, objective: Objective, tokens: Tensor, draws: Draws | None = None
+) -> Losses:
+    """Run student and teacher on `tokens` `[batch, length]` and compute the losses."""
+    if objective.distills and teacher is None:
+        raise RecipeError("objective: distillation was asked for without a teacher")
+    teacher = teacher if objective.distills else None
+    uniform = None
+    if draws is not None and objective.taught.samples:
+        uniform = draws.uniform(tokens.shape[0], tokens.shape[1] - 1, objective.taught.samples).to(tokens.device)
+    asked = {"use_cache": False} if objective.matching is None else {"use_cache": False, "output_hidden_states": True}
+    ours = _body(model)(input_ids=tokens, **asked)
+    with torch.no_grad():
+        theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
+    if isinstance(model, Split):
+        hidden = None if theirs is None else theirs.last_hidden_state
+        losses = _in_chunks(model, teacher, objective, ours.last_hidden_state, hidden, tokens, uniform)
+    else:
+        losses = objective.losses(ours.logits, None if theirs is None else theirs.logits, tokens, uniform)
+    if objective.matching is None or theirs is None:
+        return losses
+    return objective.with_hidden(losses, objective.matching.loss(ours.hidden_states, theirs.hidden_states))
+
+
+def _body(model: Any) -> Any:
+    return model.body if isinstance(model, Split) else model
+
+
+def _in_chunks(
+    model: Split,
+    teacher: Split | None,
+    objective: Objective,
+    hidden: Tensor,
+    taught: Tensor | None,
+    tokens: Tensor,
+    uniform: Tensor | None,
+) -> Losses:
+    """The losses of hidden states `[batch, length, width]`, never holding the logits of all positions."""
+    labels = tokens[:, 1:].flatten()
+    size = max(1, CHUNK_LOGITS // model.vocabulary, hidden.shape[-1] // 4)
+    taught_parts = None if taught is None else _predicting(taught).split(size)
+    drawn_parts = None if uniform is None else uniform.flatten(0, 1).split(size)
+    sums = []
+    for i, (states, wanted) in enumerate(zip(_predicting(hidden).split(size), labels.split(size), strict=True)):
+        target: Any = None
+        if teacher is not None and taught_parts is not None:
+            drawn = None if drawn_parts is None else drawn_parts[i]
+            target = functools.partial(_target, teacher, objective, taught_parts[i], drawn)
+            if not objective.taught.dense:  # few entries are kept rather than computed again
+                target = target()
+        arguments = (model, objective, states, wanted, target)
+        # Nothing random happens inside: models run without dropout, and draws are arguments.
+        sums.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+    task, kl = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
+    return objective.of_sums(task, kl, len(labels))
+
+
+def _predicting(hidden: Tensor) -> Tensor:
+    """The hidden states that predict a token: all but each sequence's last, `[positions, width]`."""
+    return hidden[:, :-1].flatten(0, 1)
+
+
+def _chunk(model: Split, objective: Objective, hidden: Tensor, labels: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    """Both sums over a chunk: hidden states `[positions, width]`, labels `[positions]`, a target or what makes it."""
+    with _uncached_autocast(hidden):
+        taught = target() if callable(target) else target
+        return objective.sums(model.head(hidden), taught, labels)
+
+
+def _target(teacher: Split, objective: Objective, hidden: Tensor, uniform: Tensor | None) -> Tensor | SparseTarget:
+    """What a teacher's hidden states `[positions, width]` teach."""
+    with torch.no_grad(), _uncached_autocast(hidden):
+        return objective.target(teacher.head(hidden), uniform)
+
+
+def _uncached_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The autocast in force, casting anew: a cached cast of the head's weight would add up its gradient in bfloat16."""
+    device = like.device.type
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
+
+
+def _compiled(part: Any | None) -> Any | None:
+    if isinstance(part, Split):
+        return dataclasses.replace(part, body=torch.compile(part.body))
+    return None if part is None else torch.compile(part)
