@@ -106,3 +106,9 @@ def batch_losses(model: Any, teacher: Any | None, objective: Objective, tokens: 
     with torch.no_grad():
         taught = teacher(input_ids=tokens, use_cache=False).logits if teacher is not None else None
     return objective.losses(logits, taught, tokens)
+
+
+def predictions(model: Any, tokens: Tensor) -> Tensor:
+    """Logits of every position that has a next token, `[batch, length - 1, vocabulary]`."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits[:, :-1]

@@ -180,6 +180,7 @@ class _Prepared:
             slorb=recipe.slorb,
             steps=recipe.train.steps,
             calibration=self._calibration,
+            seed=self.cell.seed,
         )
 
     def run(self, track: MaskTrack, checkpoints: Checkpoints, journal: Journal, execution: Execution) -> Run:

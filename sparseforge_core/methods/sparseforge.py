@@ -18,7 +18,7 @@ from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, Method
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
-from sparseforge_core.observe.curvature import Curvature, CurvatureAverage, Fisher
+from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
 from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, standardize
 from sparseforge_core.sparsity.gate import (
@@ -149,13 +149,15 @@ class SparseForgeTrack(MaskedTrack):
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
         self.step = 0
-        self.curvature: CurvatureAverage | None = None
+        self.curvature: Estimate | None = None
         if method.criterion.needs == "curvature":
-            self.curvature = method.curvature.start(self.sites)
+            self.curvature = method.curvature.start(self.sites, around.seed)
+
+    def observe(self, batch: Batch) -> None:
+        if self.curvature is not None and not self.frozen:
+            self.curvature.observe(batch)
 
     def before_update(self, step: int) -> None:
-        if self.curvature is not None and not self.frozen:
-            self.curvature.observe()
         decay = self.method.pruned_decay.at(self.phases.progress(step))
         if decay and not self.frozen:
             self._decay_pruned(decay)

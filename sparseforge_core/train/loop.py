@@ -16,7 +16,8 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
 from sparseforge_core.errors import Diverged, Interrupted
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Losses, batch_losses
+from sparseforge_core.objective import Losses, batch_losses, predictions
+from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
@@ -82,7 +83,9 @@ def train(
     for step in range(first, plan.steps + 1):
         # ------------------------------------------------ one training step
         set_rate(run.optimizer, plan.lr.at(step / plan.steps))
-        losses = _backward(run, run.stream.batch(step), step)
+        tokens = run.stream.batch(step)
+        losses = _backward(run, tokens, step)
+        run.track.observe(_as_observed(run, tokens, step))
         run.track.before_update(step)
         norm = clip(run.model, plan.clip, step)
         run.optimizer.step()
@@ -124,6 +127,20 @@ def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
             if value is not None:
                 means[name] = means.get(name, 0.0) + share * float(value.detach())
     return means
+
+
+def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:
+    """The step's batch for whoever wants to look at it again, through the model itself, not its compiled form."""
+    return Batch(
+        step=step,
+        model=run.model,
+        tokens=tokens.to(run.device),
+        loss=lambda piece: batch_losses(run.model, run.teacher, run.recipe.objective, piece).total,
+        predictions=lambda piece: predictions(run.model, piece),
+        optimizer=run.optimizer,
+        micro_batch=run.micro_batch,
+        autocast=lambda: _autocast(run),
+    )
 
 
 def _autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
