@@ -73,7 +73,8 @@ def laid_out_like(x: Tensor, weight: Tensor) -> Tensor:
 
 def total(x: Tensor) -> float:
     """Sum of all entries of one tensor, of all shards if it is sharded (collective then)."""
-    return float(x.sum().full_tensor()) if is_sharded(x) else float(x.sum())
+    summed = x.sum()
+    return float(summed.full_tensor() if is_sharded(summed) else summed)
 
 
 def finite_everywhere(tensors: list[Tensor]) -> list[bool]:

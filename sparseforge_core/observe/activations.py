@@ -1,4 +1,4 @@
-"""Input norms of every site over calibration text, observed by hooks on the whole model.
+"""What enters every site over calibration text, observed by hooks on the whole model; and the norms of it.
 
 For a matrix the input is what its module receives. Fused experts see only the tokens routed to them; the input
 of their second matrix is recomputed from the first, with the module's own activation.
@@ -6,7 +6,7 @@ of their second matrix is recomputed from the first, with the module's own activ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from sparseforge_core.errors import CurvatureUnavailable
 from sparseforge_core.models.sites import Site
+
+Take = Callable[[Site, "int | None", Tensor], None]
+"""(site, expert or None, inputs `[..., in]`): one portion of what enters a site."""
 
 
 @torch.no_grad()
@@ -24,8 +27,22 @@ def input_norms(model: nn.Module, sites: list[Site], batches: Iterable[Tensor]) 
     """
     device = next(model.parameters()).device
     sums = {site.name: torch.zeros(_norm_shape(site), device=device) for site in sites}
+
+    def take(site: Site, expert: int | None, x: Tensor) -> None:
+        total = sums[site.name] if expert is None else sums[site.name][expert]
+        total += _squares(x)
+
+    watch_inputs(model, sites, batches, take)
+    _check(sites, sums)
+    return {name: total.sqrt() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def watch_inputs(model: nn.Module, sites: list[Site], batches: Iterable[Tensor], take: Take) -> None:
+    """Run `model` on batches of token ids and call `take` with all that enters each of `sites`."""
+    device = next(model.parameters()).device
     hooks = [
-        module.register_forward_pre_hook(_accumulate(found, sums), with_kwargs=True)
+        module.register_forward_pre_hook(_tap(found, take), with_kwargs=True)
         for module, found in _by_module(sites).items()
     ]
     try:
@@ -34,8 +51,6 @@ def input_norms(model: nn.Module, sites: list[Site], batches: Iterable[Tensor]) 
     finally:
         for hook in hooks:
             hook.remove()
-    _check(sites, sums)
-    return {name: total.sqrt() for name, total in sums.items()}
 
 
 def _norm_shape(site: Site) -> tuple[int, ...]:
@@ -50,20 +65,20 @@ def _by_module(sites: list[Site]) -> dict[nn.Module, list[Site]]:
     return grouped
 
 
-def _accumulate(sites: list[Site], sums: dict[str, Tensor]) -> Any:
+def _tap(sites: list[Site], take: Take) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if sites[0].weight.ndim == 2:
-            x = args[0] if args else kwargs["input"]
-            sums[sites[0].name] += _squares(x)
+            take(sites[0], None, args[0] if args else kwargs["input"])
             return
         names = ("hidden_states", "top_k_index")
         hidden, chosen = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-        by_parameter = {site.parameter: sums[site.name] for site in sites}
+        by_parameter = {site.parameter: site for site in sites}
         for expert in range(module.gate_up_proj.shape[0]):
             x = hidden[(chosen == expert).any(-1)]
-            by_parameter["gate_up_proj"][expert] += _squares(x)
             gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            by_parameter["down_proj"][expert] += _squares(module.act_fn(gate) * up)
+            inputs = {"gate_up_proj": x, "down_proj": module.act_fn(gate) * up}
+            for parameter, site in by_parameter.items():
+                take(site, expert, inputs[parameter])
 
     return hook
 

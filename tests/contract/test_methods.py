@@ -70,7 +70,7 @@ def recipe_of(method: Method, architecture: str = "llama", **changes: Any) -> Re
     return Recipe(**values)
 
 
-def start(recipe: Recipe, folder: Path) -> Run:
+def start(recipe: Recipe, folder: Path, seed: int = 0) -> Run:
     model = tiny_model(recipe.model.architecture)  # type: ignore[attr-defined]
     teacher = copy.deepcopy(model).requires_grad_(False)
     sites = assign_patterns(sites_of(model), recipe.pattern) if recipe.pattern else []
@@ -80,6 +80,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
         slorb=recipe.slorb,
         steps=recipe.train.steps,
         calibration=lambda samples, length: [tokens(samples, min(length, 16), seed=1)],
+        seed=seed,
     )
     return Run(
         recipe=recipe,

@@ -104,9 +104,9 @@ class _Factors(CurvatureAverage):
         found = {}
         for site in self.sites:
             outputs, inputs = site.matrix(site.weight).shape
-            options = {"device": site.weight.device, "dtype": site.weight.dtype}
-            found[f"{site.name}|in"] = torch.zeros(1, inputs, **options)
-            found[f"{site.name}|out"] = torch.zeros(outputs, 1, **options)
+            for key, shape in (("in", (1, inputs)), ("out", (outputs, 1))):
+                zero = torch.zeros(shape, device=site.weight.device, dtype=site.weight.dtype)
+                found[f"{site.name}|{key}"] = zero
         return found
 
     def look(self, batch: Batch) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ gradients, so that it keeps fused attention and sharding. Both work in the weigh
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -196,8 +197,8 @@ class _Differences(_Probed):
     def _step(self) -> float:
         """e: one number for all sites, as v is one vector; steps of their own would inflate the noise between sites."""
         squares = sum(total(site.weight.detach().square()) for site in self.sites)
-        step = self.eps * (squares / sum(site.weight.numel() for site in self.sites)) ** 0.5
-        if not 0.0 < step < float("inf"):
+        step = self.eps * math.sqrt(squares / sum(site.weight.numel() for site in self.sites))
+        if not 0.0 < step < math.inf:
             raise CurvatureUnavailable(
                 f"the weights of {len(self.sites)} sites ({named(s.name for s in self.sites)}) have the root mean "
                 f"square {step / self.eps}; no finite step relative to it exists"
