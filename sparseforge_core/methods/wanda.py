@@ -6,11 +6,13 @@ as the paper does; blocks are told apart by the layer number in the site's name.
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import ClassVar
 
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
-from sparseforge_core.models.sites import blocks_of
+from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.sparsity.criteria import WandaScore
 from sparseforge_core.specs import spec
@@ -45,3 +47,13 @@ class Wanda(Method):
                 track.harden(site, site.matrix(scores))
                 site.mask.set_view(0.0)
         return track
+
+
+def blocks_of(sites: list[Site]) -> list[list[Site]]:
+    """Sites by transformer block, in order: consecutive sites with the same first number in their name."""
+
+    def block(site: Site) -> str:
+        number = re.search(r"\.(\d+)\.", site.name)
+        return number.group(1) if number else ""
+
+    return [list(group) for _, group in itertools.groupby(sites, block)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -149,13 +147,3 @@ def coverage(model: nn.Module, family: Family, choice: PatternChoice | None = No
             owner = "recipe" if name in left else own
             excluded[owner] = excluded.get(owner, 0) + weight.numel()
     return Coverage(covered, total, excluded)
-
-
-def blocks_of(sites: list[Site]) -> list[list[Site]]:
-    """Sites by transformer block, in order: consecutive sites with the same first number in their name."""
-
-    def block(site: Site) -> str:
-        number = re.search(r"\.(\d+)\.", site.name)
-        return number.group(1) if number else ""
-
-    return [list(group) for _, group in itertools.groupby(sites, block)]
