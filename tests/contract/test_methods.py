@@ -19,7 +19,7 @@ from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Constant, Geometric, Linear, WarmupLinear
-from sparseforge_core.sparsity.criteria import Magnitude, WandaScore
+from sparseforge_core.sparsity.criteria import Magnitude, SparseGPTScore, WandaScore
 from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
 from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.tracking.tracker import MemoryTracker
@@ -106,6 +106,7 @@ def every_method() -> list[Any]:
         FrozenMask(prior=Wanda(samples=4, length=16, sequential=False)),
         SparseForge(criterion=Magnitude()),
         SparseForge(criterion=WandaScore(), calibration_samples=4),
+        SparseForge(criterion=SparseGPTScore(), calibration_samples=4),
         SparseForge(threshold="nth", log_scores=False),
         LITERAL,
         PUBLISHED,

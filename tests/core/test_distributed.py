@@ -37,6 +37,7 @@ SPECS: list[Curvature] = [
     FiniteDifference(probes=2, every=1),
     FiniteDifference(probes=2, every=1, signs="before"),
 ]
+WHERE_PLAIN: list[Curvature] = [*SPECS, Hutchinson(probes=2, every=1, signs="mean")]
 STEPS = 2
 SEQUENCES = 4
 
@@ -51,10 +52,10 @@ def masked_llama() -> tuple[Any, list[Any]]:
     return model, sites
 
 
-def curvatures(model: Any, sites: list[Any], forward: Any, scale: float = 1.0) -> dict[str, Tensor]:
-    """Curvature of every site by every estimator after two training steps, on this rank's share of the batch."""
+def curvatures(model: Any, sites: list[Any], forward: Any, specs: list[Curvature]) -> dict[str, Tensor]:
+    """Curvature of every site by these estimators after two training steps, on this rank's share of the batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    estimates = [spec.start(sites, seed=5) for spec in SPECS]
+    estimates = [spec.start(sites, seed=5) for spec in specs]
     share = SEQUENCES // distributed.world()
     for step in range(1, STEPS + 1):
         first = distributed.rank() * share
@@ -79,7 +80,7 @@ def curvatures(model: Any, sites: list[Any], forward: Any, scale: float = 1.0) -
 
 def replicated(folder: Path) -> None:
     model, sites = masked_llama()
-    found = curvatures(model, sites, torch.nn.parallel.DistributedDataParallel(model))
+    found = curvatures(model, sites, torch.nn.parallel.DistributedDataParallel(model), WHERE_PLAIN)
     torch.save(found, folder / f"replicated-{distributed.rank()}.pt")
 
 
@@ -91,7 +92,7 @@ def sharded(folder: Path) -> None:
         fully_shard(layer)
     fully_shard(model)
     assert all(distributed.is_sharded(site.weight) for site in sites)
-    found = curvatures(model, sites, model)
+    found = curvatures(model, sites, model, SPECS)
     torch.save(found, folder / f"sharded-{distributed.rank()}.pt")
     mine = tokens(2, 12)
     batch = Batch(
@@ -130,15 +131,17 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_find_the_curvature_that_one_finds(tmp_path: Path) -> None:
     model, sites = masked_llama()
-    alone = curvatures(model, sites, model)
+    alone = curvatures(model, sites, model, WHERE_PLAIN)
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
     for layout in ("replicated", "sharded"):
         ranks = [torch.load(tmp_path / f"{layout}-{rank}.pt") for rank in (0, 1)]
-        for key, expected in alone.items():
-            spec, site = SPECS[int(key.split("|")[0])], key.split("|")[1]
+        assert set(ranks[0]) == {key for key in alone if layout == "replicated" or int(key.split("|")[0]) < len(SPECS)}
+        for key in ranks[0]:
+            expected = alone[key]
+            spec, site = WHERE_PLAIN[int(key.split("|")[0])], key.split("|")[1]
             assert torch.equal(ranks[0][key], ranks[1][key]), f"{layout}: ranks differ in {spec} of {site}"
             error = float((ranks[0][key] - expected).norm() / expected.norm())
             assert error < (5e-3 if isinstance(spec, FiniteDifference) else 1e-4), f"{layout}: {spec} of {site}"

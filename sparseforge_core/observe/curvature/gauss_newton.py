@@ -113,10 +113,12 @@ class _Factors(CurvatureAverage):
         found = {key: torch.zeros_like(zero) for key, zero in self.average.items()}
         first = batch.first
         for piece, share in batch.pieces():
-            with _watched(self.sites) as calls:
-                with batch.autocast():
-                    loss, tokens = sampled_loss(batch, piece, first, self)
-                self._add(found, calls, loss, share, tokens)
+            with (
+                _watched(self.sites) as calls,
+                batch.autocast(),
+            ):  # not the backward: checkpointed blocks run again there
+                loss, tokens = sampled_loss(batch, piece, first, self)
+            self._add(found, calls, loss, share, tokens)
             first += piece.shape[0]
         return found
 

@@ -168,7 +168,16 @@ def _times(slopes: dict[str, Tensor], probes: dict[str, Tensor], weights: dict[s
     along = torch.stack([(slopes[name] * v).sum() for name, v in probes.items()]).sum()
     found: tuple[Tensor | None, ...] = (None,) * len(probes)
     if along.requires_grad:
-        found = torch.autograd.grad(along, [weights[name] for name in probes], retain_graph=True, allow_unused=True)
+        inputs = [weights[name] for name in probes]
+        try:
+            found = torch.autograd.grad(along, inputs, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            raise CurvatureUnavailable(
+                f"the forward cannot be differentiated twice, so {len(probes)} sites have no curvature "
+                f"({named(probes)}): {error}. Use FiniteDifference"
+            ) from error
     blind = [name for name, product in zip(probes, found, strict=True) if product is None]
     if blind:
         raise CurvatureUnavailable(

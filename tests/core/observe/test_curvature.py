@@ -240,6 +240,22 @@ def test_differences_agree_with_double_backward_in_float32_at_the_default_step()
         assert float((exact.of(site) - near.of(site)).norm() / exact.of(site).norm()) < 1e-2, site.name
 
 
+@pytest.mark.parametrize("spec", OWN_PASSES, ids=lambda s: s.kind)
+def test_blocks_that_are_recomputed_in_backward_give_the_same(spec: Curvature) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model, batch = llama_batch()
+        model.train()  # transformers checkpoints in training mode only; this model has no dropout
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        sites = sites_masked(model)
+        estimate = spec.start(sites)
+        estimate.observe(batch)
+        found.append([estimate.of(site) for site in sites])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=0.0) for a, b in zip(*found, strict=True))
+
+
 def test_experts_have_curvature_and_kfac_says_it_cannot() -> None:
     model, batch = llama_batch("deepseek_moe")
     sites = sites_masked(model)
@@ -302,6 +318,22 @@ def test_a_second_derivative_that_does_not_exist_is_named() -> None:
     linear = model.batch(loss=lambda tokens: model.first.weight.sum() + model.second.weight.square().sum())
     with pytest.raises(CurvatureUnavailable, match=r"no second gradient for 1 of 2 sites \(first\.weight\)"):
         Hutchinson().start(model.sites).observe(linear)
+
+
+def test_attention_that_cannot_be_made_eager_is_refused() -> None:
+    """A fused kernel has a first derivative only; a model that calls it itself has no switch for it."""
+    model = TwoMatrices()
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.linear(model.table[tokens].float(), model.first.weight.float())[:, None, :, :].tanh()
+        attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return torch.nn.functional.linear(attended, model.second.weight.float()).square().mean()
+
+    with pytest.raises(CurvatureUnavailable, match=r"cannot be differentiated twice.*first\.weight, second\.weight"):
+        Hutchinson().start(model.sites).observe(model.batch(loss=loss))
+    estimate = FiniteDifference(probes=1).start(model.sites)
+    estimate.observe(model.batch(loss=loss))
+    assert all(bool((estimate.of(site) > 0).any()) for site in model.sites)
 
 
 @pytest.mark.parametrize("spec", OWN_PASSES, ids=lambda s: s.kind)
