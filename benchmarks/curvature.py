@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     looks: dict[str, list[float]] = {kind: [] for kind in specs}
     for turn in range(options.repeats + 1):
         batch = batch_of(model, optimizer, options, device, turn)
-        forward_backward = seconds(lambda batch=batch: batch.loss(batch.tokens).backward(), device)
+        forward_backward = seconds(lambda batch=batch: batch.loss(batch.tokens, 0).backward(), device)
         for kind, estimate in estimates.items():
             looks[kind].append(seconds(lambda estimate=estimate, batch=batch: estimate.observe(batch), device))
         plain.append(forward_backward + seconds(lambda: (optimizer.step(), optimizer.zero_grad()), device))
@@ -91,7 +91,7 @@ def batch_of(model: Any, optimizer: Any, options: argparse.Namespace, device: to
         step=100 * (turn + 1),
         model=model,
         tokens=tokens,
-        loss=lambda piece: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
+        loss=lambda piece, place: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
         predictions=lambda piece: predictions(model, piece),
         optimizer=optimizer,
     )

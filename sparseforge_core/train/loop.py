@@ -135,7 +135,7 @@ def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:
         step=step,
         model=run.model,
         tokens=tokens.to(run.device),
-        loss=lambda piece: batch_losses(run.model, run.teacher, run.recipe.objective, piece).total,
+        loss=lambda piece, place: batch_losses(run.model, run.teacher, run.recipe.objective, piece).total,
         predictions=lambda piece: predictions(run.model, piece),
         optimizer=run.optimizer,
         micro_batch=run.micro_batch,

@@ -65,7 +65,7 @@ def curvatures(model: Any, sites: list[Any], forward: Any, specs: list[Curvature
             step=step,
             model=model,
             tokens=mine,
-            loss=lambda piece: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
+            loss=lambda piece, place: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
             predictions=lambda piece: predictions(model, piece),
             optimizer=optimizer,
             first=first,
@@ -99,7 +99,7 @@ def sharded(folder: Path) -> None:
         step=1,
         model=model,
         tokens=mine,
-        loss=lambda piece: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
+        loss=lambda piece, place: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
         predictions=lambda piece: predictions(model, piece),
         optimizer=torch.optim.AdamW(model.parameters()),
     )

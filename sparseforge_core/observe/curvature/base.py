@@ -30,22 +30,24 @@ class Batch:
     """The model itself, never its compiled form."""
     tokens: Tensor
     """Token ids `[sequences, length]`: this rank's share of the step's batch."""
-    loss: Callable[[Tensor], Tensor]
-    """The recipe's mean loss of some of these sequences, `[n, length]` -> scalar."""
+    loss: Callable[[Tensor, int], Tensor]
+    """The recipe's mean loss of some of these sequences, `[n, length]`, given the place of the first of them."""
     predictions: Callable[[Tensor], Tensor]
     """Logits of every position that has a label, `[n, length]` -> `[n, length - 1, vocabulary]`."""
     optimizer: torch.optim.Optimizer
     micro_batch: int | None = None
     """Sequences that fit into memory at once; None: all."""
     first: int = 0
-    """Place of this rank's first sequence in the batch of all ranks: random labels are those of the sequence."""
+    """Place of this rank's first sequence in the batch of all ranks: what is drawn at random is a sequence's own."""
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """The recipe's compute precision. Second differences leave it alone: bfloat16 would drown them."""
 
-    def pieces(self) -> Iterator[tuple[Tensor, float]]:
-        """The sequences in portions that fit into memory, each with its share of the whole."""
-        for piece in self.tokens.split(self.micro_batch or self.tokens.shape[0]):
-            yield piece, piece.shape[0] / self.tokens.shape[0]
+    def pieces(self, sequences: int | None = None) -> Iterator[tuple[Tensor, int, float]]:
+        """Portions of at most `sequences` (None: as fit into memory), each with its place and its share."""
+        place = self.first
+        for piece in self.tokens.split(sequences or self.micro_batch or self.tokens.shape[0]):
+            yield piece, place, piece.shape[0] / self.tokens.shape[0]
+            place += piece.shape[0]
 
 
 class Curvature(ABC):

@@ -70,7 +70,7 @@ class MicroBatchFisher(Curvature):
     """
 
     sequences: int = 1
-    """Sequences in each squared gradient."""
+    """Sequences in each squared gradient, all in memory at once."""
     every: int = 10
     """Steps between observations."""
     decay: float = 0.98
@@ -97,28 +97,25 @@ class PieceSquares(CurvatureAverage):
         self.sequences = sequences
 
     @abstractmethod
-    def scaled_loss(self, batch: Batch, piece: Tensor, first: int) -> tuple[Tensor, int]:
-        """The loss of `piece`, whose first sequence is the `first` of all ranks' batch, and the square's factor."""
+    def scaled_loss(self, batch: Batch, piece: Tensor, place: int) -> tuple[Tensor, int]:
+        """The loss of `piece`, whose first sequence has this place in the batch, and the square's factor."""
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        first = batch.first
-        for piece in batch.tokens.split(self.sequences):
-            share = piece.shape[0] / batch.tokens.shape[0]
+        for piece, place, share in batch.pieces(self.sequences):
             with effective_weights(self.sites) as weights:
                 with batch.autocast():
-                    loss, factor = self.scaled_loss(batch, piece, first)
+                    loss, factor = self.scaled_loss(batch, piece, place)
                 found = gradients(loss, weights, self.sites)
             for site in self.sites:
                 square = laid_out_like(found.pop(site.name).square().mul_(share * factor), site.weight)
                 sums[site.name] = sums[site.name].add_(square) if site.name in sums else square
-            first += piece.shape[0]
         return sums
 
 
 class _MicroBatchSquares(PieceSquares):
-    def scaled_loss(self, batch: Batch, piece: Tensor, first: int) -> tuple[Tensor, int]:
-        return batch.loss(piece), 1
+    def scaled_loss(self, batch: Batch, piece: Tensor, place: int) -> tuple[Tensor, int]:
+        return batch.loss(piece, place), 1
 
 
 @spec("adam-second-moment")

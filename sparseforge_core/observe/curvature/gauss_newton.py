@@ -61,8 +61,8 @@ class _BartlettSquares(PieceSquares):
         super().__init__(sites, spec.decay, spec.every, spec.sequences)
         self.seed = seed
 
-    def scaled_loss(self, batch: Batch, piece: Tensor, first: int) -> tuple[Tensor, int]:
-        return sampled_loss(batch, piece, first, self)
+    def scaled_loss(self, batch: Batch, piece: Tensor, place: int) -> tuple[Tensor, int]:
+        return sampled_loss(batch, piece, place, self)
 
 
 @spec("kfac-diagonal")
@@ -111,15 +111,13 @@ class _Factors(CurvatureAverage):
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         found = {key: torch.zeros_like(zero) for key, zero in self.average.items()}
-        first = batch.first
-        for piece, share in batch.pieces():
+        for piece, place, share in batch.pieces():
             with (
                 _watched(self.sites) as calls,
                 batch.autocast(),
             ):  # not the backward: checkpointed blocks run again there
-                loss, tokens = sampled_loss(batch, piece, first, self)
+                loss, tokens = sampled_loss(batch, piece, place, self)
             self._add(found, calls, loss, share, tokens)
-            first += piece.shape[0]
         return found
 
     def _add(self, found: dict[str, Tensor], calls: _Calls, loss: Tensor, share: float, tokens: int) -> None:
@@ -167,7 +165,7 @@ def _watched(sites: list[Site]) -> Iterator[_Calls]:
             handle.remove()
 
 
-def sampled_loss(batch: Batch, piece: Tensor, first: int, asking: _BartlettSquares | _Factors) -> tuple[Tensor, int]:
+def sampled_loss(batch: Batch, piece: Tensor, place: int, asking: _BartlettSquares | _Factors) -> tuple[Tensor, int]:
     """Mean cross-entropy of `piece` with labels drawn from the model's distribution, and their number.
 
     Each sequence's labels are a function of (seed, step, its place in the batch), however the batch is cut. Raises
@@ -181,8 +179,8 @@ def sampled_loss(batch: Batch, piece: Tensor, first: int, asking: _BartlettSquar
             f"{len(asking.sites)} sites ({named(s.name for s in asking.sites)}); none of it was kept"
         )
     labels = []
-    for place, sequence in enumerate(logits.detach(), start=first):
-        source = generator(logits.device, asking.seed, batch.step, "labels", place)
+    for number, sequence in enumerate(logits.detach(), start=place):
+        source = generator(logits.device, asking.seed, batch.step, "labels", number)
         labels.append(torch.multinomial(sequence.softmax(-1), 1, generator=source).squeeze(-1))
     drawn = torch.cat(labels)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), drawn), drawn.numel()

@@ -105,20 +105,20 @@ class _Probed(CurvatureAverage):
         self.signs = spec.signs
 
     @abstractmethod
-    def products(self, batch: Batch, piece: Tensor, add: Add) -> None:
+    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> None:
         """Call `add(probe, site, (H v) * v)` for the loss of `piece`, for each probe and site."""
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         apart = self.probes if self.signs == "before" else 1
         sums: list[dict[str, Tensor]] = [{} for _ in range(apart)]
-        for piece, share in batch.pieces():
+        for piece, place, share in batch.pieces():
 
             def add(probe: int, site: Site, product: Tensor, share: float = share) -> None:
                 into = sums[probe % apart]
                 part = laid_out_like(product.mul_(share / self.probes), site.weight)
                 into[site.name] = into[site.name].add_(part) if site.name in into else part
 
-            self.products(batch, piece, add)
+            self.products(batch, piece, place, add)
         if self.signs == "after":
             return sums[0]
         # Clamping is not linear: the ranks' parts of the batch must be averaged before it.
@@ -146,7 +146,7 @@ class _DoubleBackward(_Probed):
         super().__init__(sites, seed, spec)
         self.joint = spec.joint
 
-    def products(self, batch: Batch, piece: Tensor, add: Add) -> None:
+    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> None:
         sharded = [site.name for site in self.sites if is_sharded(site.weight)]
         if sharded:
             raise CurvatureUnavailable(
@@ -154,7 +154,7 @@ class _DoubleBackward(_Probed):
                 f"{named(sharded)}); use FiniteDifference, which needs ordinary backwards only"
             )
         with eager_attention(batch.model), effective_weights(self.sites) as weights:
-            slopes = gradients(batch.loss(piece), weights, self.sites, create_graph=True)
+            slopes = gradients(batch.loss(piece, place), weights, self.sites, create_graph=True)
             together = [self.sites] if self.joint else [[site] for site in self.sites]
             for number in range(self.probes):
                 for chosen in together:
@@ -193,11 +193,11 @@ class _Differences(_Probed):
         super().__init__(sites, seed, spec)
         self.eps = spec.eps
 
-    def products(self, batch: Batch, piece: Tensor, add: Add) -> None:
+    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> None:
         step = self._step()
         for number in range(self.probes):
-            up = self._slopes(batch, piece, number, step)
-            down = self._slopes(batch, piece, number, -step)
+            up = self._slopes(batch, piece, place, number, step)
+            down = self._slopes(batch, piece, place, number, -step)
             for site in self.sites:
                 difference = up.pop(site.name) - down.pop(site.name)
                 v = self.probe(batch, site, number, difference)
@@ -214,14 +214,14 @@ class _Differences(_Probed):
             )
         return step
 
-    def _slopes(self, batch: Batch, piece: Tensor, number: int, step: float) -> dict[str, Tensor]:
+    def _slopes(self, batch: Batch, piece: Tensor, place: int, number: int, step: float) -> dict[str, Tensor]:
         """Gradients at the effective weights moved by `step` v."""
 
         def shift(site: Site, weight: Tensor) -> Tensor:
             return weight + self.probe(batch, site, number, weight).mul_(step)
 
         with effective_weights(self.sites, shift) as weights:
-            return gradients(batch.loss(piece), weights, self.sites)
+            return gradients(batch.loss(piece, place), weights, self.sites)
 
 
 @contextlib.contextmanager

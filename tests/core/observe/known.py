@@ -30,7 +30,7 @@ class TwoMatrices(nn.Module):
         """Logits `[n, length - 1, vocabulary]`."""
         return self.second(torch.tanh(self.first(self.table[tokens])))[:, :-1]
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, place: int = 0) -> Tensor:
         return F.cross_entropy(self.predictions(tokens).flatten(0, 1), tokens[:, 1:].flatten())
 
     def batch(self, step: int = 1, sequences: int = 8, length: int = 5, **changes: Any) -> Batch:
@@ -95,7 +95,7 @@ class Quadratic(nn.Module):
         self.layer = nn.Linear(4, 3, bias=False, dtype=torch.float64)
         self.sites = [masked_site(self.layer, "layer.weight")]
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, place: int = 0) -> Tensor:
         w = self.layer.weight.flatten()
         return 0.5 * w @ self.matrix @ w
 

@@ -181,6 +181,20 @@ def test_how_a_batch_is_cut_into_memory_portions_changes_nothing(spec: Curvature
         assert torch.allclose(whole.of(site), parts.of(site), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("spec", [MicroBatchFisher(sequences=3), Hutchinson(probes=1), FiniteDifference(probes=1)])
+def test_a_loss_is_told_which_sequences_it_is_asked_for(spec: Curvature) -> None:
+    """An objective may draw something for each sequence: it must be that sequence's on any rank."""
+    model = TwoMatrices()
+    told: set[tuple[int, int]] = set()
+
+    def loss(tokens: torch.Tensor, place: int) -> torch.Tensor:
+        told.add((place, tokens.shape[0]))
+        return model.loss(tokens)
+
+    estimated(spec, model, batch=lambda step: model.batch(step, loss=loss, micro_batch=3, first=8))
+    assert told == {(8, 3), (11, 3), (14, 2)}
+
+
 @pytest.mark.parametrize("spec", [GaussNewtonBartlett(), Hutchinson(probes=1), FiniteDifference(), KFACDiagonal()])
 def test_what_is_drawn_is_a_function_of_seed_and_step(spec: Curvature) -> None:
     model = TwoMatrices()
@@ -286,7 +300,7 @@ def llama_batch(architecture: str = "llama") -> tuple[Any, Any]:
         step=1,
         model=model,
         tokens=tokens(2, 8),
-        loss=lambda piece: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
+        loss=lambda piece, place: next_token_loss(model(input_ids=piece, use_cache=False).logits, piece),
         predictions=lambda piece: predictions(model, piece),
         optimizer=torch.optim.AdamW(model.parameters()),
     )
@@ -315,7 +329,7 @@ def test_a_site_that_the_loss_does_not_reach_is_named(spec: Curvature) -> None:
 
 def test_a_second_derivative_that_does_not_exist_is_named() -> None:
     model = TwoMatrices()
-    linear = model.batch(loss=lambda tokens: model.first.weight.sum() + model.second.weight.square().sum())
+    linear = model.batch(loss=lambda tokens, place: model.first.weight.sum() + model.second.weight.square().sum())
     with pytest.raises(CurvatureUnavailable, match=r"no second gradient for 1 of 2 sites \(first\.weight\)"):
         Hutchinson().start(model.sites).observe(linear)
 
@@ -324,7 +338,7 @@ def test_attention_that_cannot_be_made_eager_is_refused() -> None:
     """A fused kernel has a first derivative only; a model that calls it itself has no switch for it."""
     model = TwoMatrices()
 
-    def loss(tokens: torch.Tensor) -> torch.Tensor:
+    def loss(tokens: torch.Tensor, place: int) -> torch.Tensor:
         x = torch.nn.functional.linear(model.table[tokens].float(), model.first.weight.float())[:, None, :, :].tanh()
         attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
         return torch.nn.functional.linear(attended, model.second.weight.float()).square().mean()

@@ -39,7 +39,7 @@ ALL: list[Curvature] = [
 
 def observed(spec: Curvature, model: TwoMatrices, batch: Batch) -> Estimate:
     model.zero_grad()
-    batch.loss(batch.tokens).backward()  # what the step has done before it is observed
+    batch.loss(batch.tokens, batch.first).backward()  # what the step has done before it is observed
     estimate = spec.start(model.sites, seed=1)
     estimate.observe(batch)
     return estimate
@@ -74,7 +74,7 @@ def test_a_loss_times_k_has_curvature_times_k_or_its_square(
 ) -> None:
     model = TwoMatrices(seed)
     batch = model.batch(sequences=4, length=3)
-    scaled = dataclasses.replace(batch, loss=lambda tokens: scale * model.loss(tokens))
+    scaled = dataclasses.replace(batch, loss=lambda tokens, place: scale * model.loss(tokens))
     one, other = observed(spec, model, batch), observed(spec, model, scaled)
     for site in model.sites:
         expected = scale**power * one.of(site)

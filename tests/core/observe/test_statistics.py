@@ -16,7 +16,7 @@ from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tokens
 def one_site(outputs: int = 3) -> tuple[nn.Linear, Site, Batch]:
     layer = nn.Linear(4, outputs, bias=False)
     optimizer = torch.optim.SGD(layer.parameters())
-    unused = {"tokens": torch.zeros(1, 1), "loss": torch.sum, "predictions": torch.sum, "optimizer": optimizer}
+    unused = {"tokens": torch.zeros(1, 1), "loss": torch.add, "predictions": torch.sum, "optimizer": optimizer}
     return layer, Site("layer.weight", layer, "weight", False, "mlp"), Batch(step=1, model=layer, **unused)
 
 
