@@ -183,6 +183,7 @@ class _Prepared:
             slorb=recipe.slorb,
             steps=recipe.train.steps,
             calibration=self._calibration,
+            seed=self.cell.seed,
         )
 
     def run(self, track: MaskTrack, checkpoints: Checkpoints, journal: Journal, execution: Execution) -> Run:
@@ -196,6 +197,7 @@ class _Prepared:
             model=self.model,
             forward=forward,
             teacher=teacher,
+            plain=forwards(self.model, self.teacher) if execution.compiled else None,
             track=track,
             optimizer=build_optimizer(self.model, self.sites, plan),
             stream=stream,

@@ -28,10 +28,14 @@ def core(names: str) -> set[str]:
 LEAVES = core("errors specs")
 """Importable by everyone."""
 
-SPECS = core("recipe identity methods objective schedules sparsity models.sources data.corpora evaluate.suites")
+SPECS = core(
+    "recipe identity methods objective schedules sparsity observe.curvature models.sources data.corpora evaluate.suites"
+)
 """What a grid is written with."""
 
-BELOW_TRAIN = core("checkpoint data files identity methods models objective observe opening recipe schedules sparsity")
+BELOW_TRAIN = core(
+    "checkpoint data distributed files identity methods models objective observe opening recipe schedules sparsity"
+)
 """All that turns a recipe into a model, and a model into losses and masks."""
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -43,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "sparsity": set(),
     CORE + "data": core("files"),
     CORE + "models": core("sparsity data files"),
-    CORE + "observe": core("sparsity models.sites models.layouts"),
+    CORE + "distributed": set(),
+    CORE + "observe": core("distributed sparsity models.sites models.layouts"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration"),
     CORE + "objective": core("models.sources models.heads"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
@@ -79,6 +84,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "datasets": ("sparseforge_core/data/corpora.py", "sparseforge_core/evaluate/"),
     "pyarrow": ("sparseforge_core/data/",),
     "tokenizers": ("sparseforge_core/data/vocabulary.py",),
+    "torch.distributed": ("sparseforge_core/distributed.py",),
     "torch": (
         *(
             f"sparseforge_core/{room}/"

@@ -1,4 +1,4 @@
-"""What a method is: a frozen spec that starts a mask track, and the track's five moments in the training loop."""
+"""What a method is: a frozen spec that starts a mask track, and the track's six moments in the training loop."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core.models.sites import Site
+from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.sparsity.patterns import check_weight
 from sparseforge_core.sparsity.report import mask_histogram, mask_summary
@@ -29,6 +30,8 @@ class Surroundings:
     """Optimizer steps that will follow; 0 for one-shot methods."""
     calibration: Callable[[int, int], list[Tensor]]
     """(number of sequences, length) -> batches of token ids, from the recipe's corpus and the cell's seed."""
+    seed: int = 0
+    """The cell's seed: what a method draws at random is a function of it and the step."""
 
 
 class MaskTrack:
@@ -38,8 +41,11 @@ class MaskTrack:
         self.sites = around.sites
         self.steps = around.steps
 
+    def observe(self, batch: Batch) -> None:
+        """After backward: the step's gradients and its batch may be looked at, and nothing changed."""
+
     def before_update(self, step: int) -> None:
-        """After backward, before clipping and the optimizer's update: gradients may be observed or changed."""
+        """Before clipping and the optimizer's update: gradients may be changed."""
 
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After the weights moved: the masks may move."""

@@ -18,7 +18,8 @@ from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, Method
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
-from sparseforge_core.observe.curvature import Curvature, CurvatureAverage, Fisher
+from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
+from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
 from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, standardize
 from sparseforge_core.sparsity.gate import (
@@ -86,7 +87,7 @@ class SparseForge(Method):
     pruned_decay: Schedule = Constant(value=0.0)
     """lambda over the same progress: (1 - m) W times this is added to the gradient, as in SR-STE."""
     calibration_samples: int = 32
-    """Sequences for criteria that need input norms."""
+    """Sequences for criteria that need statistics of inputs."""
 
     card: ClassVar[MethodCard] = MethodCard("SparseForge, arXiv 2605.06402", "retraining")
 
@@ -141,21 +142,23 @@ class SparseForgeTrack(MaskedTrack):
 
     def __init__(self, method: SparseForge, around: Surroundings) -> None:
         self.norms: dict[str, Tensor] = {}
-        if method.criterion.needs == "input_norms":
-            length = 2048
-            self.norms = input_norms(around.model, around.sites, around.calibration(method.calibration_samples, length))
+        if method.criterion.needs in ("input_norms", "inverse_gram"):
+            observe = input_norms if method.criterion.needs == "input_norms" else inverse_gram_diagonals
+            self.norms = observe(around.model, around.sites, around.calibration(method.calibration_samples, 2048))
         super().__init__(around)
         self.method = method
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
         self.step = 0
-        self.curvature: CurvatureAverage | None = None
+        self.curvature: Estimate | None = None
         if method.criterion.needs == "curvature":
-            self.curvature = method.curvature.start(self.sites)
+            self.curvature = method.curvature.start(self.sites, around.seed)
+
+    def observe(self, batch: Batch) -> None:
+        if self.curvature is not None and not self.frozen:
+            self.curvature.observe(batch)
 
     def before_update(self, step: int) -> None:
-        if self.curvature is not None and not self.frozen:
-            self.curvature.observe()
         decay = self.method.pruned_decay.at(self.phases.progress(step))
         if decay and not self.frozen:
             self._decay_pruned(decay)

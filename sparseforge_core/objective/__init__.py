@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparseforge_core.objective.batch import batch_losses, forwards
+from sparseforge_core.objective.batch import batch_losses, forwards, predictions
 from sparseforge_core.objective.divergence import forward_kl, next_token_loss
 from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.objective.objectives import Distill, Losses, Objective, TaskOnly
@@ -23,4 +23,5 @@ __all__ = [
     "forward_kl",
     "forwards",
     "next_token_loss",
+    "predictions",
 ]

@@ -83,6 +83,12 @@ def batch_losses(
     return objective.with_hidden(losses, objective.matching.loss(ours.hidden_states, theirs.hidden_states))
 
 
+def predictions(model: Any, tokens: Tensor) -> Tensor:
+    """Logits of every position that has a next token, `[batch, length - 1, vocabulary]`."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits[:, :-1]
+
+
 def _body(model: Any) -> Any:
     return model.body if isinstance(model, Split) else model
 

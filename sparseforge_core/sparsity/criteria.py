@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseforge_core.errors import CurvatureUnavailable
 from sparseforge_core.specs import spec
 
-Statistic = Literal["nothing", "curvature", "input_norms"]
+Statistic = Literal["nothing", "curvature", "input_norms", "inverse_gram"]
 
 
 class Criterion(ABC):
@@ -64,6 +64,20 @@ class HessianRatio(Criterion):
     def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
         curvature = _present(statistic, self)
         return weight.abs() / (curvature + self.relative_eps * curvature.mean()).clamp_min(1e-38).sqrt()
+
+
+@spec("sparsegpt-score")
+class SparseGPTScore(Criterion):
+    """w_ij^2 / [H^-1]_jj, `statistic` = diagonal of the inverse of the damped input Gram matrix, `[..., 1, in]`.
+
+    What removing an entry costs once the rest of its row has made up for it (SparseGPT, arXiv 2301.00774). Unlike there
+    nothing is made up for: it is a score, to start from or to anneal by.
+    """
+
+    needs: ClassVar[Statistic] = "inverse_gram"
+
+    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+        return weight.square() / _present(statistic, self)
 
 
 def _present(statistic: Tensor | None, criterion: Criterion) -> Tensor:

@@ -16,7 +16,8 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
 from sparseforge_core.errors import Diverged, Interrupted
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Draws, Losses, batch_losses
+from sparseforge_core.objective import Draws, Losses, batch_losses, predictions
+from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
@@ -50,6 +51,8 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     device: torch.device
+    plain: tuple[Any, Any | None] | None = None
+    """Student and teacher as they are before they are compiled; None: they are not."""
     seed: int = 0
     """The cell's, for what the objective draws."""
     micro_batch: int | None = None
@@ -85,7 +88,9 @@ def train(
     for step in range(first, plan.steps + 1):
         # ------------------------------------------------ one training step
         set_rate(run.optimizer, plan.lr.at(step / plan.steps))
-        losses = _backward(run, run.stream.batch(step), step)
+        tokens = run.stream.batch(step)
+        losses = _backward(run, tokens, step)
+        run.track.observe(_as_observed(run, tokens, step))
         run.track.before_update(step)
         norm = clip(run.model, plan.clip, step)
         run.optimizer.step()
@@ -133,6 +138,26 @@ def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
             if value is not None:
                 means[name] = means.get(name, 0.0) + share * float(value.detach())
     return means
+
+
+def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:
+    """The step's batch for whoever wants to look at it again, through the model itself, not its compiled form."""
+    student, teacher = run.plain or (run.forward, run.teacher)
+
+    def loss(piece: Tensor, row: int) -> Tensor:
+        draws = Draws(seed=run.seed, step=step, row=row)
+        return batch_losses(student, teacher, run.recipe.objective, piece, draws).total
+
+    return Batch(
+        step=step,
+        model=run.model,
+        tokens=tokens.to(run.device),
+        loss=loss,
+        predictions=lambda piece: predictions(run.model, piece),
+        optimizer=run.optimizer,
+        micro_batch=run.micro_batch,
+        autocast=lambda: _autocast(run),
+    )
 
 
 def _autocast(run: Run) -> contextlib.AbstractContextManager[Any]:

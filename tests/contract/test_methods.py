@@ -19,7 +19,7 @@ from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Constant, Geometric, Linear, WarmupLinear
-from sparseforge_core.sparsity.criteria import Magnitude, WandaScore
+from sparseforge_core.sparsity.criteria import Magnitude, SparseGPTScore, WandaScore
 from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
 from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.tracking.tracker import MemoryTracker
@@ -70,7 +70,7 @@ def recipe_of(method: Method, architecture: str = "llama", **changes: Any) -> Re
     return Recipe(**values)
 
 
-def start(recipe: Recipe, folder: Path) -> Run:
+def start(recipe: Recipe, folder: Path, seed: int = 0) -> Run:
     model = tiny_model(recipe.model.architecture)  # type: ignore[attr-defined]
     teacher = copy.deepcopy(model).requires_grad_(False)
     sites = assign_patterns(sites_of(model), recipe.pattern) if recipe.pattern else []
@@ -80,6 +80,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
         slorb=recipe.slorb,
         steps=recipe.train.steps,
         calibration=lambda samples, length: [tokens(samples, min(length, 16), seed=1)],
+        seed=seed,
     )
     return Run(
         recipe=recipe,
@@ -105,6 +106,7 @@ def every_method() -> list[Any]:
         FrozenMask(prior=Wanda(samples=4, length=16, sequential=False)),
         SparseForge(criterion=Magnitude()),
         SparseForge(criterion=WandaScore(), calibration_samples=4),
+        SparseForge(criterion=SparseGPTScore(), calibration_samples=4),
         SparseForge(threshold="nth", log_scores=False),
         LITERAL,
         PUBLISHED,

@@ -12,22 +12,24 @@ from torch.overrides import TorchFunctionMode
 from sparseforge_core.errors import CurvatureUnavailable
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
-from sparseforge_core.observe.curvature import Fisher
+from sparseforge_core.observe.curvature import Batch, Fisher
 from tests.tiny import ARCHITECTURES, MIXTURES, sites_of, tiny_model, tokens
 
 
-def one_site() -> tuple[nn.Linear, Site]:
-    layer = nn.Linear(4, 3, bias=False)
-    return layer, Site("layer.weight", layer, "weight", False, "mlp")
+def one_site(outputs: int = 3) -> tuple[nn.Linear, Site, Batch]:
+    layer = nn.Linear(4, outputs, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters())
+    unused = {"tokens": torch.zeros(1, 1), "loss": torch.add, "predictions": torch.sum, "optimizer": optimizer}
+    return layer, Site("layer.weight", layer, "weight", False, "mlp"), Batch(step=1, model=layer, **unused)
 
 
 def test_fisher_is_the_bias_corrected_average_of_squared_gradients() -> None:
-    layer, site = one_site()
+    layer, site, batch = one_site()
     average = Fisher(decay=0.9).start([site])
     gradients = [torch.randn(3, 4) for _ in range(5)]
     for gradient in gradients:
         layer.weight.grad = gradient.clone()
-        average.observe()
+        average.observe(batch)
     weights = torch.tensor([0.1 * 0.9 ** (4 - i) for i in range(5)])
     expected = sum(w * g**2 for w, g in zip(weights, gradients, strict=True)) / weights.sum()
     assert torch.allclose(average.of(site), expected, rtol=1e-5)
@@ -37,22 +39,21 @@ def test_fisher_converges_to_the_curvature_of_a_linear_gaussian_model() -> None:
     """For squared error with unit noise at the optimum, E[g g] equals the Hessian's diagonal E[x_j^2]."""
     torch.manual_seed(0)
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0])
-    layer = nn.Linear(4, 1, bias=False)
-    site = Site("layer.weight", layer, "weight", False, "mlp")
+    layer, site, batch = one_site(outputs=1)
     average = Fisher(decay=0.9998).start([site])
     for _ in range(6000):
         x = torch.randn(1, 4) * scale
         noise = torch.randn(1, 1)
         layer.weight.grad = (noise * x).detach()
-        average.observe()
+        average.observe(batch)
     assert torch.allclose(average.of(site)[0], scale**2, rtol=0.12)
 
 
 def test_a_site_without_a_gradient_is_an_error_by_name() -> None:
-    _, site = one_site()
+    _, site, batch = one_site()
     average = Fisher().start([site])
     with pytest.raises(CurvatureUnavailable, match=r"no gradient for 1 of 1 sites .*layer\.weight"):
-        average.observe()
+        average.observe(batch)
     with pytest.raises(CurvatureUnavailable, match="no gradient was observed"):
         average.of(site)
 

@@ -1,0 +1,23 @@
+"""The benchmark scripts run and say what they promise; how fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import curvature
+from sparseforge_core.observe.curvature import ESTIMATORS
+
+SMALL = ["--width", "16", "--layers", "1", "--sequences", "2", "--length", "8", "--repeats", "1", "--device", "cpu"]
+
+
+def test_curvature_reports_the_cost_of_every_estimator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert curvature.main([*SMALL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["estimator"] for row in found["rows"]] == list(ESTIMATORS)
+    assert found["masked_parameters"] == 4 * 16 * 16 + 3 * 16 * 48
+    for row in found["rows"]:
+        assert row["run_over_plain"] == pytest.approx(1.0 + row["look_over_step"] / row["every"])
+    assert curvature.main([*SMALL, "--only", "fisher"]) == 0
+    assert "fisher" in capsys.readouterr().out
