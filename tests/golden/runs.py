@@ -22,7 +22,7 @@ from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.tracking.tracker import MemoryTracker
 from sparseforge_core.train.loop import train
 from tests.contract.test_methods import recipe_of, start
-from tests.tiny import ARCHITECTURES
+from tests.tiny import EVERY_ARCHITECTURE
 
 FILE = Path(__file__).with_name("runs.json")
 STEPS = 30
@@ -57,7 +57,7 @@ def machine() -> str:
 def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: golden_run(name, Path(folder) / name) for name in ARCHITECTURES}
+        runs = {name: golden_run(name, Path(folder) / name) for name in EVERY_ARCHITECTURE}
     FILE.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1, sort_keys=True) + "\n")
     print(f"{FILE}: {len(runs)} runs of {STEPS} steps on {machine()}")
     return 0
