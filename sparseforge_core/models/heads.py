@@ -38,8 +38,10 @@ def split(model: Any) -> Split:
     """Split `model`. Raises UnsupportedModel if the logits of its parts are not those of the whole."""
     name = type(model).__name__
     body = model.get_decoder()
-    path = next(path for path, module in model.named_modules() if module is body)
-    if not path:
+    if body is model:  # what it answers where it knows none; the usual name is then worth the check below
+        body = getattr(model, "model", None)
+    path = next((path for path, module in model.named_modules() if module is body), None)
+    if path is None:
         raise UnsupportedModel(f"{name}: no body was found that could be told apart from the head")
     shell = _with(model, path, _Given())
 
