@@ -16,11 +16,13 @@ from torch import Tensor
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.phases import Phases
+from sparseforge_core.methods.wanda import blocks_of
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
-from sparseforge_core.observe.input_gram import inverse_gram_diagonals
+from sparseforge_core.observe.input_gram import input_grams, inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
+from sparseforge_core.sparsity.compensation import Compensation, compensate
 from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, standardize
 from sparseforge_core.sparsity.gate import (
     AnnealPoint,
@@ -84,6 +86,8 @@ class SparseForge(Method):
     """What the hard mask is the top N of: m, ties told apart by the scores, or the scores themselves."""
     rescale_rows: bool = False
     """Whether each output row of the effective weight keeps the norm that it has without a mask."""
+    compensation: Compensation | None = None
+    """At the projection: whether survivors take over what the view still let through (optimal brain surgeon)."""
     pruned_decay: Schedule = Constant(value=0.0)
     """lambda over the same progress: (1 - m) W times this is added to the gradient, as in SR-STE."""
     calibration_samples: int = 32
@@ -106,6 +110,8 @@ class SparseForge(Method):
             period = getattr(self, name)
             if period is not None and period < 1:
                 raise RecipeError(f"{name}={period}: must be at least 1")
+        if self.compensation is not None and self.rescale_rows:
+            raise RecipeError("rescale_rows: with compensation the survivors are fitted already; choose one of the two")
         if self.cooling is not None and not 0.0 < self.cooling < 1.0:
             raise RecipeError(f"cooling={self.cooling}: gamma must lie between 0 and 1, both excluded")
         self._check_schedules()
@@ -146,7 +152,7 @@ class SparseForgeTrack(MaskedTrack):
             observe = input_norms if method.criterion.needs == "input_norms" else inverse_gram_diagonals
             self.norms = observe(around.model, around.sites, around.calibration(method.calibration_samples, 2048))
         super().__init__(around)
-        self.method = method
+        self.method, self.around = method, around
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
         self.step = 0
@@ -177,6 +183,8 @@ class SparseForgeTrack(MaskedTrack):
         if self.phases.is_update(step):  # line 7: t mod T_update = 0
             self._update_masks(step)
         if step >= self.phases.freeze:
+            if self.method.compensation is not None:
+                self._compensate(self.method.compensation)
             self.freeze(optimizer)
         elif step >= self.phases.quench:
             for site in self.sites:
@@ -214,6 +222,22 @@ class SparseForgeTrack(MaskedTrack):
         soft.matrix(soft.mask).copy_(pattern.ungroup(new, shape))
         soft.matrix(soft.hard).copy_(pattern.ungroup(hard, shape))
         return float((hard != old).float().mean())
+
+    @torch.no_grad()
+    def _compensate(self, how: Compensation) -> None:
+        """Before the projection: kept weights become those whose outputs are closest to what the view still gives.
+
+        Block after block, so that each sees what the blocks before it put out then.
+        """
+        batches = self.around.calibration(how.samples, how.length)
+        for block in blocks_of(self.sites):
+            grams = input_grams(self.around.model, block, batches)
+            for site in block:
+                soft, weight = site.mask, site.weight.detach()
+                hard, target = soft.matrix(soft.hard), soft.matrix(weight * soft.view)
+                found = compensate(target, hard, grams[site.name][0], damping=how.damping)
+                soft.matrix(weight).copy_(torch.where(hard, found, soft.matrix(weight)))
+                site.mask.set_view(0.0)
 
     def _set_view(self, site: Site, softness: float) -> None:
         dense = site.weight.detach() if self.method.rescale_rows else None

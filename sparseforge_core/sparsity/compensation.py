@@ -10,10 +10,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.errors import CurvatureUnavailable, RecipeError
+from sparseforge_core.specs import spec
 
 TOLERANCE = 1e-6
 """Residual of a row, relative to its first, at which it counts as solved."""
+
+
+@spec("obs-compensation")
+class Compensation:
+    """Whether, and on how much text, the survivors make up for what the projection takes away."""
+
+    samples: int = 128
+    """Calibration sequences."""
+    length: int = 2048
+    """Tokens of each; cut to what the model and the corpus allow by the loader."""
+    damping: float = 0.01
+    """Share of the mean second moment that is added to the diagonal."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 1:
+            raise RecipeError(f"samples={self.samples}, length={self.length}: both must be at least 1")
+        if self.damping <= 0:
+            raise RecipeError(f"damping={self.damping}: must be above 0, or a constant input leaves no solution")
 
 
 @torch.no_grad()

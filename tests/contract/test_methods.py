@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Constant, Geometric, Linear, WarmupLinear
+from sparseforge_core.sparsity.compensation import Compensation
 from sparseforge_core.sparsity.criteria import Magnitude, SparseGPTScore, WandaScore
 from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -46,6 +48,8 @@ PUBLISHED = SparseForge(
     hysteresis=Constant(value=0.1),
 )
 """What the published code does, in miniature."""
+COMPENSATED = SparseForge(quench_begin=0.65, freeze_at=0.7, compensation=Compensation(samples=4, length=16))
+"""A projection at once, with the survivors fitted to what it takes away."""
 
 
 class Batches:
@@ -110,6 +114,7 @@ def every_method() -> list[Any]:
         SparseForge(threshold="nth", log_scores=False),
         LITERAL,
         PUBLISHED,
+        COMPENSATED,
     ]
     return [pytest.param(m, id=f"{m.kind}-{i}") for i, m in enumerate(variants)]  # type: ignore[attr-defined]
 
@@ -160,7 +165,7 @@ def test_every_layout_of_experts_ends_in_the_exact_pattern(architecture: str, me
 
 
 @pytest.mark.parametrize(
-    "method", [SparseForge(), LITERAL, PUBLISHED, SRSTE(), FrozenMask(), METHODS["dense-control"]()]
+    "method", [SparseForge(), LITERAL, PUBLISHED, COMPENSATED, SRSTE(), FrozenMask(), METHODS["dense-control"]()]
 )
 @pytest.mark.parametrize("stop", [1, 6, 14, 15, 18])
 def test_a_stopped_run_resumes_to_the_bit(method: Method, stop: int, tmp_path: Path) -> None:
@@ -228,6 +233,23 @@ def test_journalled_masks_end_hard_and_annealing_follows_its_schedule(tmp_path: 
     temperatures = [tracker.scalars_at(step)["anneal/temperature"] for step in range(1, STEPS + 1)]
     assert temperatures == sorted(temperatures, reverse=True)
     assert temperatures[-1] == pytest.approx(0.05)
+
+
+def test_compensation_brings_the_projected_model_closer_to_the_soft_one(tmp_path: Path) -> None:
+    """Of two equal runs up to the projection, the one with compensation changes its logits less by it."""
+    jumps = []
+    for method in (dataclasses.replace(COMPENSATED, compensation=None), COMPENSATED):
+        run = start(recipe_of(method), tmp_path / str(len(jumps)))
+        seen: list[int] = []
+        with pytest.raises(Interrupted):
+            train(run, on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == 13)  # noqa: B023
+        assert not run.track.frozen  # type: ignore[attr-defined]
+        with torch.no_grad():
+            before = run.model(tokens(4, 16, seed=1)).logits
+            run.track.after_update(14, run.optimizer)
+            jumps.append(float((run.model(tokens(4, 16, seed=1)).logits - before).square().mean()))
+        assert run.track.frozen  # type: ignore[attr-defined]
+    assert jumps[1] < 0.8 * jumps[0]
 
 
 def test_phases_are_fractions_of_the_budget() -> None:
