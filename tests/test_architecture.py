@@ -29,7 +29,8 @@ LEAVES = core("errors specs")
 """Importable by everyone."""
 
 SPECS = core(
-    "recipe identity methods objective schedules sparsity observe.curvature models.sources data.corpora evaluate.suites"
+    "presets recipe identity methods objective schedules sparsity observe.curvature models.sources data.corpora "
+    "evaluate.suites"
 )
 """What a grid is written with."""
 
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration"),
     CORE + "objective": core("models.sources models.heads"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
+    CORE + "presets": core("recipe methods sparsity objective observe schedules models.sources data.corpora"),
     CORE + "identity": core("recipe"),
     CORE + "checkpoint": core("recipe identity models sparsity files methods.base"),
     CORE + "opening": BELOW_TRAIN,

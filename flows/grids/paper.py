@@ -11,6 +11,7 @@ from dataclasses import replace
 from flows.grids import zoo
 from flows.grids.planned import Grid, Planned, Slot
 from flows.placements import card_of, model_name
+from sparseforge_core import presets
 from sparseforge_core.evaluate.suites import (
     CAST_7,
     DECODE,
@@ -33,7 +34,7 @@ from sparseforge_core.methods import (
 from sparseforge_core.models.sources import Hub
 from sparseforge_core.objective import Distill, TaskOnly
 from sparseforge_core.recipe import Recipe, TrainPlan
-from sparseforge_core.schedules import Constant, Geometric, SmoothStep, WarmupCosine, WarmupLinear
+from sparseforge_core.schedules import WarmupCosine, WarmupLinear
 from sparseforge_core.sparsity.criteria import Magnitude
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -83,26 +84,13 @@ def dense(model: Hub) -> Recipe:
 FULL = replace(forge(zoo.LLAMA2_7B), slorb=SLoRB(k=64))
 """Table 3's reference: the paper's full method on C4, with its side branch."""
 
-PAPER_METHOD = SparseForge(
-    log_scores=False,
-    temperature=Geometric(first=1.0, last=0.05, end=0.09),
-    structure_mix=SmoothStep(first=0.0, last=1.0, begin=0.12),
-    mask_rate=Constant(value=0.1),
-    target_freeze=1.0,
-    update_every=10,
-    quench_begin=0.64,
-    freeze_at=0.85,
-)
-"""The paper's text, with the constants of its published script where the text has none: raw z-scores, T falling by 0.98
-an update, the last 15 % of the steps for the finetune. Two departures: Fisher stands in for Hutchinson's estimator, and
-the finetune keeps its teacher."""
-
-PAPER = replace(
-    FULL,
-    method=PAPER_METHOD,
-    slorb=SLoRB(k=16),
-    objective=Distill(temperature=2.0),
-    train=replace(FULL.train, lr=WarmupCosine(peak=1e-4, last=1e-5), weight_decay=0.1),
+PAPER = presets.PAPER.recipe(
+    FULL.model,
+    FULL.corpus,
+    steps=FULL.train.steps,
+    sequences=FULL.train.sequences,
+    length=FULL.train.length,
+    compute_dtype="bfloat16",
 )
 """What the paper ran, as far as it can be told."""
 

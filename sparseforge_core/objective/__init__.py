@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparseforge_core.objective.batch import batch_losses, forwards, predictions
 from sparseforge_core.objective.divergence import forward_kl, next_token_loss
 from sparseforge_core.objective.hidden import HiddenMatch
-from sparseforge_core.objective.objectives import Distill, Losses, Objective, TaskOnly
+from sparseforge_core.objective.objectives import Distill, Losses, Objective, TaskOnly, Then
 from sparseforge_core.objective.teaching import Draws, Full, Sampled, TeacherLogits, TopK
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Sampled",
     "TaskOnly",
     "TeacherLogits",
+    "Then",
     "TopK",
     "batch_losses",
     "forward_kl",

@@ -35,6 +35,10 @@ class Objective(ABC):
     def distills(self) -> bool:
         """Whether a teacher's logits are needed."""
 
+    def at(self, progress: float) -> Objective:
+        """What is minimised in the step that begins at this share of the plan; most objectives never change."""
+        return self
+
     @property
     def matching(self) -> HiddenMatch | None:
         """How hidden states are matched, if they are."""
@@ -174,6 +178,53 @@ class Distill(Objective):
         if self.hidden is not None:
             shapes = [(config.hidden_size, config.num_hidden_layers) for config in (student, teacher)]
             self.hidden.check(shapes[0], shapes[1])
+
+
+@spec("then")
+class Then(Objective):
+    """One objective up to a share of the plan, another from there: the paper's finetune has no teacher any more."""
+
+    before: Objective
+    after: Objective
+    switch_at: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.switch_at < 1.0:
+            raise RecipeError(f"switch_at={self.switch_at}: must lie between 0 and 1, both excluded")
+        if any(isinstance(part, Then) for part in (self.before, self.after)):
+            raise RecipeError("before, after: a plan has one switch; neither may be another 'then'")
+        if len({part.teacher for part in self._distilling()}) > 1:
+            raise RecipeError("after.teacher: both parts need the same teacher; a run holds one")
+
+    def _distilling(self) -> list[Distill]:
+        return [part for part in (self.before, self.after) if isinstance(part, Distill)]
+
+    @property
+    def teacher(self) -> ModelSource | None:
+        """Who teaches, in whichever part does."""
+        return next((part.teacher for part in self._distilling()), None)
+
+    @property
+    def distills(self) -> bool:
+        return self.before.distills or self.after.distills
+
+    def at(self, progress: float) -> Objective:
+        return self.before if progress < self.switch_at else self.after
+
+    def losses(
+        self, logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, uniform: Tensor | None = None
+    ) -> Losses:
+        raise RecipeError("objective: 'then' has no losses of its own; ask `at(progress)` for the part in force")
+
+    def sums(self, logits: Tensor, teacher: Tensor | SparseTarget | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        raise RecipeError("objective: 'then' has no losses of its own; ask `at(progress)` for the part in force")
+
+    def of_sums(self, task: Tensor, kl: Tensor, count: int) -> Losses:
+        raise RecipeError("objective: 'then' has no losses of its own; ask `at(progress)` for the part in force")
+
+    def check(self, student: Any, teacher: Any) -> None:
+        for part in self._distilling():
+            part.check(student, teacher)
 
 
 def _same_vocabulary(student: int, teacher: int) -> None:

@@ -16,7 +16,7 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
 from sparseforge_core.errors import Diverged, Interrupted
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Draws, Losses, batch_losses, predictions
+from sparseforge_core.objective import Draws, Losses, Objective, batch_losses, predictions
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
@@ -117,15 +117,20 @@ def train(
     return Outcome(final_loss=loss, seconds=clock.seconds())
 
 
+def _objective(run: Run, step: int) -> Objective:
+    return run.recipe.objective.at((step - 1) / run.recipe.train.steps)
+
+
 def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
     """Forward and backward of one batch, in micro-batches whose gradients add up to that of the mean loss."""
     size = run.micro_batch or tokens.shape[0]
+    objective = _objective(run, step)
     means: dict[str, float] = {}
     for row, piece in zip(range(0, tokens.shape[0], size), tokens.split(size), strict=True):
         draws = Draws(seed=run.seed, step=step, row=row)
         share = piece.shape[0] / tokens.shape[0]
         with _autocast(run):
-            losses = batch_losses(run.forward, run.teacher, run.recipe.objective, piece.to(run.device), draws)
+            losses = batch_losses(run.forward, run.teacher, objective, piece.to(run.device), draws)
         _refuse_divergence(losses, step)
         (losses.total * share).backward()  # type: ignore[no-untyped-call]
         parts = {
@@ -146,7 +151,7 @@ def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:
 
     def loss(piece: Tensor, row: int) -> Tensor:
         draws = Draws(seed=run.seed, step=step, row=row)
-        return batch_losses(student, teacher, run.recipe.objective, piece, draws).total
+        return batch_losses(student, teacher, _objective(run, step), piece, draws).total
 
     return Batch(
         step=step,

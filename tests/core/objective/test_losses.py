@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseforge_core.errors import DataError, RecipeError
-from sparseforge_core.objective import Distill, TaskOnly, forward_kl, next_token_loss
+from sparseforge_core.objective import Distill, Objective, TaskOnly, Then, forward_kl, next_token_loss
+from sparseforge_core.specs import decode, encode
+from tests.tiny import tiny_source
 
 
 def test_cross_entropy_predicts_the_next_token() -> None:
@@ -134,3 +136,24 @@ def test_first_and_second_derivatives_agree_with_differences(temperature: float)
 
     assert torch.autograd.gradcheck(total, (logits,))
     assert torch.autograd.gradgradcheck(total, (logits,))
+
+
+def test_then_changes_its_part_at_a_share_of_the_plan() -> None:
+    before, after = Distill(task_weight=1.0, kl_weight=1.0, temperature=2.0), TaskOnly()
+    objective = Then(before=before, after=after, switch_at=0.85)
+    assert [objective.at(p) for p in (0.0, 0.8499, 0.85, 1.0)] == [before, before, after, after]
+    assert objective.distills
+    assert decode(encode(objective), Objective) == objective
+    assert TaskOnly().at(0.3) == TaskOnly()
+
+
+def test_then_refuses_what_one_run_cannot_do() -> None:
+    tiny = tiny_source("llama")
+    with pytest.raises(RecipeError, match=r"switch_at=1\.0"):
+        Then(before=Distill(), after=TaskOnly(), switch_at=1.0)
+    with pytest.raises(RecipeError, match=r"after\.teacher"):
+        Then(before=Distill(), after=Distill(teacher=tiny), switch_at=0.5)
+    inner = Then(before=Distill(), after=TaskOnly(), switch_at=0.5)
+    with pytest.raises(RecipeError, match="one switch"):
+        Then(before=inner, after=TaskOnly(), switch_at=0.5)
+    assert Then(before=Distill(teacher=tiny), after=TaskOnly(), switch_at=0.5).teacher == tiny

@@ -1,0 +1,161 @@
+"""The three named readings of the method, so that every claim can be traced: `paper`, `released`, `improved`.
+
+`paper` is the paper's text; where it prints no constant, that of its published script for most model families stands
+in. `released` is what that script would do if its curvature estimator worked. `improved` is what we recommend: the
+defaults of every field. A preset fixes method, objective, side branch and optimizer; model, text and budget are the
+caller's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparseforge_core.data.corpora import Corpus
+from sparseforge_core.errors import RecipeError, unknown
+from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.models.sources import ModelSource
+from sparseforge_core.objective import Distill, Objective, TaskOnly, Then
+from sparseforge_core.observe.curvature import Hutchinson
+from sparseforge_core.recipe import Recipe, TrainPlan
+from sparseforge_core.schedules import Constant, Geometric, Linear, Product, Schedule, SmoothStep, Switch, WarmupCosine
+from sparseforge_core.sparsity.patterns import PatternChoice, nm
+from sparseforge_core.sparsity.slorb import SLoRB
+
+STEPS, ANNEALED, EARLY, DELAY = 20_000, 17_000, 2_000, 500
+"""The script's steps: all with the finetune, without it, until T_update falls from 30 to 10, without any update."""
+
+FREEZE = ANNEALED / STEPS
+BEGIN = EARLY / ANNEALED
+"""Progress of heating and quench at which the script's structural windows open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """All of a recipe but its model, text and budget."""
+
+    name: str
+    about: str
+    method: SparseForge
+    objective: Objective
+    lr: Schedule
+    weight_decay: float = 0.0
+    decayed: Literal["unmasked", "all"] = "unmasked"
+    slorb: SLoRB | None = None
+
+    def recipe(
+        self,
+        model: ModelSource,
+        corpus: Corpus,
+        *,
+        steps: int,
+        sequences: int,
+        length: int,
+        pattern: PatternChoice | None = None,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Recipe:
+        """The preset on a model and a text, `steps` of `sequences` x `length` tokens; 2:4 unless told otherwise."""
+        plan = TrainPlan(
+            steps=steps,
+            sequences=sequences,
+            length=length,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            decayed=self.decayed,
+            compute_dtype=compute_dtype,
+        )
+        return Recipe(
+            model=model,
+            method=self.method,
+            corpus=corpus,
+            pattern=pattern or nm(2, 4),
+            objective=self.objective,
+            train=plan,
+            slorb=self.slorb,
+        )
+
+
+_HUTCHINSON = Hutchinson(probes=1, signs="before", every=1, decay=0.98)
+"""One joint probe a step. With so short an average of so few, clamping late is the worse of two biases."""
+
+_TAUGHT = Distill(task_weight=1.0, kl_weight=1.0, temperature=2.0)
+_OBJECTIVE = Then(before=_TAUGHT, after=TaskOnly(), switch_at=FREEZE)
+"""CE + KL at T = 2 (times T^2 = 4), then a finetune without the teacher."""
+
+_LR = WarmupCosine(peak=1e-4, warmup=0.05, last=1e-5, end=FREEZE)
+"""1e-4 to 1e-5 along a cosine, which is also the finetune's rate."""
+
+PAPER = Preset(
+    name="paper",
+    about="the paper's text; constants that it does not print are those of its published script",
+    method=SparseForge(
+        curvature=_HUTCHINSON,
+        log_scores=False,
+        temperature=Linear(first=1.0, last=0.05),
+        cooling=0.98,
+        structure_mix=SmoothStep(first=0.0, last=1.0, begin=0.12),
+        mid_push=Product(first=Linear(first=0.2, last=1.0), second=Linear(first=0.0, last=0.3)),
+        mask_rate=Constant(value=0.1),
+        target_freeze=1.0,
+        update_every=10,
+        early_update_every=30,
+        early_until=EARLY / STEPS,
+        quench_begin=0.75 * FREEZE,
+        freeze_at=FREEZE,
+    ),
+    objective=_OBJECTIVE,
+    lr=_LR,
+    weight_decay=0.1,
+    decayed="all",
+    slorb=SLoRB(k=16, begin="first-mask"),
+)
+
+RELEASED = Preset(
+    name="released",
+    about="what the published script for most model families would do if its curvature estimator worked",
+    method=SparseForge(
+        curvature=_HUTCHINSON,
+        log_scores=False,
+        gate_scope="layer",
+        push_target="gate",
+        # T is indexed by the step: 0.98 an update until T_update changes, where it falls to its floor at once.
+        temperature=Switch(
+            before=Geometric(first=1.0, last=0.98 ** (EARLY // 30), end=BEGIN),
+            after=Constant(value=0.05),
+            switch_at=BEGIN,
+        ),
+        structure_mix=SmoothStep(first=0.0, last=1.0, begin=BEGIN),
+        mid_push=Linear(first=0.06, last=0.3),
+        mask_rate=Constant(value=0.1),
+        target_freeze=1.0,
+        update_every=10,
+        early_update_every=30,
+        early_until=EARLY / STEPS,
+        first_update=DELAY / ANNEALED,
+        quench_begin=EARLY / STEPS,
+        freeze_at=FREEZE,
+        pruned_decay=Linear(first=0.0, last=1e-4, end=10_000 / ANNEALED),
+    ),
+    objective=_OBJECTIVE,
+    lr=_LR,
+    weight_decay=0.1,
+    decayed="all",
+    slorb=SLoRB(k=16, projection="trained", fit="sum", begin="start"),
+)
+
+IMPROVED = Preset(
+    name="improved",
+    about="what we recommend: the default of every field",
+    method=SparseForge(),
+    objective=Distill(),
+    lr=TrainPlan().lr,
+)
+
+PRESETS = {preset.name: preset for preset in (PAPER, RELEASED, IMPROVED)}
+
+
+def preset_named(name: str) -> Preset:
+    """A preset by name. Raises RecipeError, naming the nearest."""
+    if name not in PRESETS:
+        raise RecipeError(unknown("preset", name, PRESETS))
+    return PRESETS[name]

@@ -1,0 +1,81 @@
+"""The presets against the constants of the specification, and each of them as a run."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.identity import canonical
+from sparseforge_core.methods import SparseForge
+from sparseforge_core.methods.phases import Phases
+from sparseforge_core.models.sites import assign_patterns
+from sparseforge_core.objective import Distill, TaskOnly
+from sparseforge_core.presets import PAPER, PRESETS, RELEASED, Preset, preset_named
+from sparseforge_core.recipe import Recipe
+from sparseforge_core.specs import decode, encode
+from sparseforge_core.train.loop import train
+from tests.contract.test_methods import start
+from tests.tiny import sites_of, tiny_source
+
+
+def recipe(preset: Preset, steps: int) -> Recipe:
+    return preset.recipe(tiny_source("llama"), Synthetic(documents_count=10), steps=steps, sequences=4, length=16)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
+def test_a_preset_is_a_recipe_that_survives_its_json_and_ends_in_the_exact_pattern(
+    preset: Preset, tmp_path: Path
+) -> None:
+    made = recipe(preset, 40)
+    assert canonical(decode(encode(made, omit_defaults=False), Recipe)) == canonical(made)
+    run = start(made, tmp_path)
+    train(run)
+    assert bool(run.track.finish()) == (preset.slorb is not None)
+    for site in assign_patterns(sites_of(run.model), made.pattern):  # type: ignore[arg-type]
+        assert float((site.weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_improved_is_the_default_of_every_field() -> None:
+    assert recipe(PRESETS["improved"], 40).method == SparseForge()
+    assert recipe(PRESETS["improved"], 40).objective == Distill()
+
+
+@pytest.mark.parametrize("preset", [PAPER, RELEASED], ids=lambda p: p.name)
+def test_the_script_s_phases_fall_on_its_steps(preset: Preset) -> None:
+    phases = Phases.of(preset.method, 20_000)
+    assert phases.freeze == 17_000
+    assert (phases.early, phases.early_period, phases.period) == (2000, 30, 10)
+    made = [step for step in range(1, 20_000) if phases.is_update(step)]
+    assert made[-1] == 16_990
+    assert {b - a for a, b in itertools.pairwise(made) if b > 2010} == {10}
+    if preset is RELEASED:
+        assert phases.quench == 2000
+        assert made[0] == 510
+        assert len(made) in range(1540, 1560), "the design counts 1,550"
+    assert preset.lr.at(0.05) == pytest.approx(1e-4)
+    assert preset.lr.at(0.85) == preset.lr.at(1.0) == pytest.approx(1e-5)
+    assert preset.objective.at(0.84) == Distill(task_weight=1.0, kl_weight=1.0, temperature=2.0)
+    assert preset.objective.at(0.85) == TaskOnly()
+
+
+def test_the_paper_cools_by_gamma_an_update_and_the_script_jumps_to_its_floor(tmp_path: Path) -> None:
+    track = start(recipe(PAPER, 20_000), tmp_path).track
+    first = next(step for step in range(1, 100) if track.phases.is_update(step))  # type: ignore[attr-defined]
+    point = track.anneal_point  # type: ignore[attr-defined]
+    assert point(first).temperature == 1.0
+    assert point(first + 30).temperature == pytest.approx(0.98)
+    assert point(16_990).temperature == pytest.approx(0.05)
+    assert point(17_000).mid_push == pytest.approx(0.3)
+    released = start(recipe(RELEASED, 20_000), tmp_path).track.anneal_point  # type: ignore[attr-defined]
+    assert released(1990).temperature == pytest.approx(0.264, abs=2e-3)
+    assert released(2010).temperature == 0.05
+    assert released(16_990).mid_push == pytest.approx(0.3, abs=1e-3)
+
+
+def test_an_unknown_preset_suggests_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'paper'"):
+        preset_named("papers")
