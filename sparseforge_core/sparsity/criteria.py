@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.sparsity.patterns import all_finite
 from sparseforge_core.specs import spec
 
 Statistic = Literal["nothing", "curvature", "input_norms", "inverse_gram"]
@@ -96,6 +96,6 @@ def standardize(scores: Tensor, *, log: bool) -> Tensor:
     s = scores.float()
     if log:
         s = (s + 1e-10 * s.mean() + 1e-38).log()
-    if not bool(torch.isfinite(s).all()):
+    if not all_finite(s):
         raise CurvatureUnavailable("a score is not finite; the curvature or the weight behind it has diverged")
     return (s - s.mean()) / (s.std(correction=0) + 1e-6)

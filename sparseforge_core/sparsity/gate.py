@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparseforge_core.sparsity.patterns import SMALL, keep_top, ranks
+from sparseforge_core.sparsity.patterns import SMALL, columns_of, keep_top, ranks
 
 Threshold = Literal["midpoint", "nth", "exact-sum"]
 Scope = Literal["group", "layer"]
@@ -53,9 +53,24 @@ def threshold(z: Tensor, keep: int, mode: Threshold, temperature: float = 1.0) -
     """
     if mode == "exact-sum":
         return _exact_sum(z, keep, temperature)
-    place = ranks(z)
-    nth = _at_rank(z, place, keep - 1)
-    return nth if mode == "nth" else 0.5 * (nth + _at_rank(z, place, keep))
+    nth, following = order_statistics(z, keep)
+    return nth if mode == "nth" else 0.5 * (nth + following)
+
+
+def order_statistics(z: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The N-th largest entry of each group and the next, each `[..., tiles, 1]`."""
+    size = z.shape[-1]
+    if size > SMALL:
+        top = z.topk(keep + 1, dim=-1).values
+        return top[..., keep - 1 : keep], top[..., keep:]
+    columns = list(columns_of(z))
+    # Bubbling the largest of what is left to the front, N + 1 times: whole columns, no sort of tiny rows.
+    for front in range(keep + 1):
+        for j in range(size - 1, front, -1):
+            larger = torch.maximum(columns[j - 1], columns[j])
+            columns[j] = torch.minimum(columns[j - 1], columns[j])
+            columns[j - 1] = larger
+    return columns[keep - 1].unsqueeze(-1), columns[keep].unsqueeze(-1)
 
 
 def layer_threshold(z: Tensor, keep: int, mode: Threshold, temperature: float = 1.0) -> Tensor:
@@ -77,16 +92,6 @@ def _exact_sum(z: Tensor, keep: int, temperature: float) -> Tensor:
         too_many = torch.sigmoid((z - middle) / temperature).sum(-1, keepdim=True) > keep
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     return 0.5 * (low + high)
-
-
-def _at_rank(z: Tensor, place: Tensor, rank: int) -> Tensor:
-    """The entry of each group that has this rank, `[..., tiles, 1]`; exactly one has."""
-    if z.shape[-1] > SMALL:
-        return (z * (place == rank)).sum(-1, keepdim=True)
-    entry = torch.zeros_like(z[..., 0])
-    for column, at in zip(z.unbind(-1), place.unbind(-1), strict=True):
-        entry = torch.where(at == rank, column, entry)
-    return entry.unsqueeze(-1)
 
 
 def soft_gate(z: Tensor, keep: int, temperature: float, mode: Threshold, scope: Scope = "group") -> Tensor:

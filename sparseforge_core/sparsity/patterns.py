@@ -167,28 +167,38 @@ SMALL = 16
 """Groups up to this size are ranked by comparing pairs of entries, larger ones are sorted."""
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether every entry is finite. The sum says so in one pass unless it overflows; then all are looked at."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def columns_of(grouped: Tensor) -> tuple[Tensor, ...]:
+    """The entries of all groups by their place, each contiguous: elementwise work on them is as fast as copying."""
+    return grouped.movedim(-1, 0).contiguous().unbind(0)
+
+
 def ranks(grouped: Tensor, ties: Tensor | None = None) -> Tensor:
-    """Rank of each entry within its group, 0 for the largest, int32 for large groups, else int16 `[..., groups, size]`.
+    """Rank of each entry within its group, 0 for the largest, int32 for large groups, else int8 `[..., groups, size]`.
 
     Equal entries are ranked by `ties` (larger first), then by place (lower first); negative zero equals zero. Raises
     PatternViolation on a score that is not finite.
     """
     keys = [grouped] if ties is None else [grouped, ties]
-    if not all(bool(torch.isfinite(key).all()) for key in keys):
+    if not all(all_finite(key) for key in keys):
         raise PatternViolation("a score is not finite; nothing can be ranked by it")
     if grouped.shape[-1] > SMALL:
         return _ranks_by_sorting(keys)
     # Whole columns are compared, six times for 2:4: no reduction over a tiny last dimension, which is slow.
-    columns = [key.unbind(-1) for key in keys]
-    found = [torch.zeros_like(column, dtype=torch.int16) for column in columns[0]]
+    columns = [columns_of(key) for key in keys]
+    found = torch.zeros((grouped.shape[-1], *grouped.shape[:-1]), dtype=torch.int8, device=grouped.device)
     for i in range(len(found)):
         for j in range(i + 1, len(found)):
             later_wins = columns[0][j] > columns[0][i]
             if ties is not None:
                 later_wins |= (columns[0][j] == columns[0][i]) & (columns[1][j] > columns[1][i])
             found[i] += later_wins
-            found[j] += ~later_wins
-    return torch.stack(found, dim=-1)
+            found[j] += later_wins.logical_not_()
+    return found.movedim(0, -1).contiguous()
 
 
 def _ranks_by_sorting(keys: list[Tensor]) -> Tensor:
