@@ -81,7 +81,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "psycopg": ("sparseforge_core/store/",),
     "pandas": ("sparseforge_core/store/results.py", "analysis/"),
     "matplotlib": ("analysis/", "sparseforge_core/tracking/"),
-    "lm_eval": ("sparseforge_core/evaluate/harness.py",),
+    "lm_eval": tuple(f"sparseforge_core/evaluate/{file}.py" for file in ("harness", "packed_lm", "stock_tasks")),
     "transformers": ("sparseforge_core/models/",),
     "datasets": ("sparseforge_core/data/corpora.py", "sparseforge_core/evaluate/"),
     "pyarrow": ("sparseforge_core/data/",),
