@@ -33,12 +33,12 @@ def last_word(subject: Subject, suite: LastWordSuite) -> SuiteResult:
     answers: dict[int, Answer] = {}
     for batch in scorer.score(_requests(subject.tokenizer, found)):
         answers |= batch
-    items = []
+    items: list[dict[str, Any]] = []
     for index, (_, word) in enumerate(found):
         value, greedy = answers[index]
         known = math.isfinite(value)
-        items.append({"passage": index, "word": word.strip(), "acc": float(greedy) if known else None,
-                      "loglikelihood": value if known else None})  # fmt: skip
+        kept = {"acc": float(greedy) if known else None, "loglikelihood": value if known else None}
+        items.append({"passage": index, "word": word.strip(), **kept})
     about = {
         "text": "held-out split of the recipe's corpus; LAMBADA's question, not its data",
         "words": suite.words,
@@ -47,11 +47,11 @@ def last_word(subject: Subject, suite: LastWordSuite) -> SuiteResult:
         "truncated": scorer.truncated,
     }
     likelihood, error = mean_and_error([item["loglikelihood"] for item in items])
-    value = None if likelihood is None else math.exp(min(-likelihood, 700.0))
-    spread = None if value is None or error is None else value * error
+    surprise = None if likelihood is None else math.exp(min(-likelihood, 700.0))
+    spread = None if surprise is None or error is None else surprise * error
     rows = (
         measurement("last_word/acc", *mean_and_error([item["acc"] for item in items]), len(items), about),
-        measurement("last_word/perplexity", value, spread, len(items), about),
+        measurement("last_word/perplexity", surprise, spread, len(items), about),
     )
     return SuiteResult(rows, tuple(items), {"batch_size": subject.batch_size, "window": positions})
 

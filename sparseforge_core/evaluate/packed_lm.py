@@ -18,7 +18,7 @@ from sparseforge_core.evaluate.answers import Answers, digest
 from sparseforge_core.evaluate.scoring import Answer, Request, Scorer
 
 
-class PackedLM(HFLM):
+class PackedLM(HFLM):  # type: ignore[misc]
     """An lm-eval model that scores the choices of an item together."""
 
     def __init__(
