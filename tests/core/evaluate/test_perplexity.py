@@ -14,7 +14,7 @@ import transformers
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
-from sparseforge_core.evaluate.perplexity import perplexity, wikitext2_test, window_losses
+from sparseforge_core.evaluate.perplexity import c4_validation, perplexity, wikitext2_test, window_losses
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.models import hub
 from tests.tiny import tiny_model, tiny_source, tokens
@@ -82,6 +82,25 @@ def test_wikitext2_is_read_as_the_field_reads_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SPARSEFORGE_WIKITEXT2", str(folder))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizers/gpt2/tokenizer.json"))
     assert len(tokenizer.backend_tokenizer.encode(wikitext2_test(), add_special_tokens=False).ids) == 287_644
+
+
+def test_c4_is_the_first_documents_of_a_local_file_or_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path
+) -> None:
+    with pytest.raises(DataError, match=r"Set SPARSEFORGE_C4 to a JSON-lines file"):
+        c4_validation()
+    path = tmp_path / "c4.jsonl"
+    path.write_text("".join(json.dumps({"text": f"The fox {i} sees the dog."}) + "\n" for i in range(1200)))
+    monkeypatch.setenv("SPARSEFORGE_C4", str(path))
+    text = c4_validation()
+    assert text.startswith("The fox 0 sees the dog. The fox 1 sees")
+    assert text.endswith("The fox 1099 sees the dog.")
+    found = measured(PerplexitySuite(name="c4", text="c4", window=64, limit=4), home)["rows"]["nll"]  # type: ignore[index]
+    assert found["detail"]["text"] == "C4 validation, first 1100 documents"
+    assert found["detail"]["windows"] == 4
+    path.write_text('{"body": "no text"}\n')
+    with pytest.raises(DataError, match="unknown field 'text'"):
+        c4_validation()
 
 
 def test_a_real_small_checkpoint_has_its_known_loss() -> None:
