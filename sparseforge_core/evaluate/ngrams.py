@@ -52,40 +52,27 @@ class Wanted:
                 self.too_short.append(item)
             for words in split:
                 length = min(len(words), n)
-                places.setdefault(length, []).append((_grams(_hashes(words), length), len(self._texts)))
+                *_, (_, grams) = _grams(_hashes(words), length)
+                places.setdefault(length, []).append((grams, len(self._texts)))
                 self._texts.append((item, words))
-        self._tables = {length: _table(found) for length, found in sorted(places.items())}
+        self._tables = {length: _Table(found) for length, found in places.items()}
 
     def find(self, documents: Iterable[str]) -> Counted:
         """The items of which some gram occurs in the documents."""
         counted = Counted()
         for words in _batches(documents, counted):
-            hashes = _hashes(words)
-            for length, table in self._tables.items():
-                if len(words) >= length:
-                    self._match(words, _grams(hashes, length), length, table, counted)
+            for length, grams in _grams(_hashes(words), max(self._tables, default=0)):
+                if length in self._tables:
+                    self._match(words, grams, length, self._tables[length], counted)
         return counted
 
-    def _match(
-        self,
-        words: list[str],
-        grams: Hashes,
-        length: int,
-        table: tuple[Hashes, npt.NDArray[np.int64]],
-        counted: Counted,
-    ) -> None:
-        known, owners = table
-        first = np.searchsorted(known, grams)
-        hits = np.flatnonzero(known[np.minimum(first, len(known) - 1)] == grams)
-        for place in hits.tolist():
+    def _match(self, words: list[str], grams: Hashes, length: int, table: _Table, counted: Counted) -> None:
+        for place, owners in table.hits(grams):
             gram = words[place : place + length]
-            index = int(first[place])
-            while index < len(known) and known[index] == grams[place]:
-                text, start = divmod(int(owners[index]), 2**32)
+            for text, start in owners:
                 item, own = self._texts[text]
                 if item not in counted.found and own[start : start + length] == gram:
                     counted.found[item] = " ".join(gram)
-                index += 1
 
 
 class Counted:
@@ -118,18 +105,39 @@ def _hashes(words: list[str]) -> Hashes:
     return np.fromiter(map(hash, words), dtype=np.int64, count=len(words)).view(np.uint64)
 
 
-def _grams(hashes: Hashes, length: int) -> Hashes:
-    """Hash of every run of `length` words: sum of hash x MULTIPLIER**position, modulo 2**64."""
-    count = len(hashes) - length + 1
-    total = np.zeros(count, dtype=np.uint64)
-    for offset in range(length):
-        total += hashes[offset : offset + count] * np.uint64(pow(MULTIPLIER, offset, 2**64))
-    return total
+def _grams(hashes: Hashes, longest: int) -> Iterator[tuple[int, Hashes]]:
+    """(length, hash of every run of so many words) for each length up to `longest` that fits.
+
+    A run's hash is the sum of hash x MULTIPLIER**position, modulo 2**64.
+    """
+    grams = hashes
+    for length in range(1, min(longest, len(hashes)) + 1):
+        if length > 1:
+            grams = grams[:-1] + hashes[length - 1 :] * np.uint64(pow(MULTIPLIER, length - 1, 2**64))
+        yield length, grams
 
 
-def _table(found: list[tuple[Hashes, int]]) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """Sorted hashes, and for each the text and the word it begins at, as text x 2**32 + word."""
-    grams = np.concatenate([hashes for hashes, _ in found])
-    owners = np.concatenate([np.arange(len(hashes), dtype=np.int64) + text * 2**32 for hashes, text in found])
-    order = np.argsort(grams, kind="stable")
-    return grams[order], owners[order]
+class _Table:
+    """Sorted hashes, and where each comes from. A bit map in front answers most of the many that are not there."""
+
+    def __init__(self, found: list[tuple[Hashes, int]]) -> None:
+        """`found` are the gram hashes of each text, in the order of its words, with the text's number."""
+        grams = np.concatenate([hashes for hashes, _ in found])
+        order = np.argsort(grams, kind="stable")
+        self.grams = grams[order]
+        self.text = np.concatenate([np.full(len(hashes), text) for hashes, text in found])[order]
+        self.start = np.concatenate([np.arange(len(hashes)) for hashes, _ in found])[order]
+        bits = min(25, max(10, 4 + len(grams).bit_length()))
+        self.shift = np.uint64(64 - bits)
+        self.present = np.zeros(2**bits, dtype=np.bool_)
+        self.present[grams >> self.shift] = True
+
+    def hits(self, grams: Hashes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """(place in `grams`, (text, word) of every gram of the same hash)."""
+        places = np.flatnonzero(self.present[grams >> self.shift])
+        asked = grams[places]
+        first = np.searchsorted(self.grams, asked, side="left")
+        last = np.searchsorted(self.grams, asked, side="right")
+        for index in np.flatnonzero(last > first).tolist():
+            own = slice(int(first[index]), int(last[index]))
+            yield int(places[index]), list(zip(self.text[own].tolist(), self.start[own].tolist(), strict=True))
