@@ -39,7 +39,14 @@ from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import forwards
-from sparseforge_core.opening import cell_folder, open_family, open_finished, open_source, open_tokenizer, weights_identity
+from sparseforge_core.opening import (
+    cell_folder,
+    open_family,
+    open_finished,
+    open_source,
+    open_tokenizer,
+    weights_identity,
+)
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.tracking.tracker import Journal

@@ -20,7 +20,7 @@ from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.answers import Answers, file_name
 from sparseforge_core.evaluate.packed_lm import PackedLM
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
-from sparseforge_core.evaluate.stock_tasks import StockTask, stock_task
+from sparseforge_core.evaluate.stock_tasks import StockTask, stock_task, templates_compiled_once
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import HarnessSuite
 
@@ -80,13 +80,14 @@ def answered(
 
 def run_task(lm: PackedLM, opened: StockTask, limit: int | None) -> list[dict[str, Any]]:
     """One record per item, from lm-eval's own evaluation of the task."""
-    results: Any = evaluate(
-        lm=lm,
-        task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
-        limit=limit,
-        bootstrap_iters=0,  # standard errors are ours, from the items
-        log_samples=True,
-    )
+    with templates_compiled_once():
+        results: Any = evaluate(
+            lm=lm,
+            task_dict={"tasks": {opened.name: opened.task}, "groups": {}},
+            limit=limit,
+            bootstrap_iters=0,  # standard errors are ours, from the items
+            log_samples=True,
+        )
     if results is None:
         raise DataError(f"task {opened.name}: lm-eval returned nothing")
     kind = opened.task.OUTPUT_TYPE

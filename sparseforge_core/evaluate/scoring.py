@@ -66,7 +66,7 @@ class Scorer:
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length
-        self.packed = shared and packs(model)
+        self.packed = shared and packs(model, max_length)
         self.truncated = 0
         """Requests so far that were longer than the model and lost tokens on the left."""
 
@@ -177,17 +177,20 @@ class _Layout:
         return {"attention_mask": mask[:, None], "position_ids": self.positions.to(device)}
 
 
-def packs(model: Any) -> bool:
-    """Whether branches in one row are exact for this model: full attention, explicit positions, a kernel with masks."""
+def packs(model: Any, max_length: int) -> bool:
+    """Whether trees are exact for this model on inputs of `max_length`: every token may see its whole past, positions
+    are given and not counted off the row, and the attention takes a mask.
+    """
     config = model.config
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    allowed = {"full_attention"} if window is None or window < max_length else {"full_attention", "sliding_attention"}
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    takes = inspect.signature(model.forward).parameters
     return (
         getattr(config, "_attn_implementation", "") in ("sdpa", "eager")
-        and not windowed
-        and kinds == {"full_attention"}
-        and {"attention_mask", "position_ids"} <= set(takes)
+        and (window is None or window >= max_length)
+        and kinds <= allowed
+        and not getattr(config, "alibi", False)
+        and {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters)
     )
 
 

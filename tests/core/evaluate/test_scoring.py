@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.scoring import Request, Scorer, packs
-from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
+from tests.tiny import ARCHITECTURES, EVERY_ARCHITECTURE, VOCABULARY, tiny_model
 
 LENGTH = 24
 MODELS: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def test_every_layout_gives_what_each_request_gives_alone(
     architecture: str, items: list[tuple[list[int], list[list[int]]]], batch_size: int
 ) -> None:
     requests = [Request(context, choice, group) for group, (context, choices) in enumerate(items) for choice in choices]
-    assert packs(model(architecture))
+    assert packs(model(architecture), LENGTH)
     for shared in (True, False):
         for (value, greedy), request in zip(
             scored(model(architecture), requests, batch_size, shared=shared), requests, strict=True
@@ -77,10 +77,22 @@ def test_a_batch_holds_no_more_tokens_than_its_size_times_the_longest_request() 
     assert sum(seen) < sum(len(r.context) + len(r.continuation) - 1 for r in requests)
 
 
-def test_windowed_attention_is_not_packed() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+def test_every_declared_architecture_scores_as_it_does_alone(architecture: str) -> None:
+    subject = tiny_model(architecture)
+    requests = [Request(list(range(1, n)), [n, 2, c][: c + 1], n) for n in (3, 9, 17, 24) for c in range(3)]
+    for (value, greedy), request in zip(scored(subject, requests, 2), requests, strict=True):
+        assert (value, greedy) == (pytest.approx(alone(subject, request)[0], abs=2e-4), alone(subject, request)[1])
+
+
+def test_what_a_joined_row_would_change_is_run_alone() -> None:
     windowed = tiny_model("llama")
-    windowed.config.sliding_window = 8
-    assert not packs(windowed)
+    windowed.config.sliding_window = LENGTH
+    assert packs(windowed, LENGTH)
+    windowed.config.sliding_window = LENGTH - 1
+    assert not packs(windowed, LENGTH)
+    assert not packs(tiny_model("bloom"), LENGTH), "its positions are distances in the row"
 
 
 def test_a_long_context_loses_its_left_and_a_long_answer_is_refused() -> None:
