@@ -6,6 +6,7 @@ from typing import Any
 
 from sparseforge_core.evaluate.harness import VERSION, run_task
 from sparseforge_core.evaluate.packed_lm import PackedLM
+from sparseforge_core.evaluate.perplexity import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, measurement
 from sparseforge_core.evaluate.stock_tasks import stock_task
 from sparseforge_core.evaluate.subject import Subject
@@ -21,7 +22,7 @@ def batch_agreement(subject: Subject, suite: BatchAgreementSuite) -> SuiteResult
             [record for task in suite.tasks for record in run_task(lm, stock_task(task, suite.limit), suite.limit)]
         )
     items = [_compared(records) for records in zip(*runs, strict=True)]
-    dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_of(subject.model)
     about = {"batch_sizes": list(suite.batch_sizes), "tasks": list(suite.tasks), "limit": suite.limit, "dtype": dtype}
     differences = [item["difference"] for item in items]
     largest = None if None in differences else max(differences)

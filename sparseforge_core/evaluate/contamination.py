@@ -35,13 +35,17 @@ SHOWN = 100
 """Contaminated items named in a measurement; the kept finding names all, with the words that gave them away."""
 
 
+class CorpusUnreadable(DataError):
+    """The corpus that a model was retrained on is not at hand any more."""
+
+
 def contaminated(
     corpus: Corpus, home: Path, tasks: dict[str, list[list[str]]], *, n: int = NGRAM
 ) -> tuple[dict[str, Any], ...]:
     """`<task>/contaminated`, the share of a task's items that occur in the corpus, for each task.
 
     `tasks` holds the texts of every item. The detail counts the items, names them by document number, and says how
-    much text was read. Raises DataError if the corpus cannot be read or n is below 2.
+    much text was read. Raises CorpusUnreadable if the corpus cannot be read, DataError if n is below 2.
     """
     if n < 2:
         raise DataError(f"a scan for {n}-grams finds everything; use 13, or 2 at least")
@@ -71,7 +75,10 @@ def _scan(corpus: Corpus, home: Path, tasks: dict[str, list[list[str]]], n: int)
     began = time.monotonic()
     items = [texts for task in tasks for texts in tasks[task]]
     wanted = Wanted(items, n=n, shortest=min(SHORTEST, n))
-    counted = wanted.find(corpus.documents("train", home))
+    try:
+        counted = wanted.find(corpus.documents("train", home))
+    except DataError as error:
+        raise CorpusUnreadable(str(error)) from error
     log.info(
         "looked for %d items in %d documents (%.1f million words) in %.0f s: %d occur",
         len(items), counted.documents, counted.words / 1e6, time.monotonic() - began, len(counted.found),

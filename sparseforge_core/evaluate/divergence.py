@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
-from sparseforge_core.evaluate.perplexity import check_window, cut_windows
+from sparseforge_core.evaluate.perplexity import check_window, cut_windows, dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import DivergenceSuite
@@ -50,7 +50,7 @@ def divergence(subject: Subject, suite: DivergenceSuite) -> SuiteResult:
         measurement("kl_to_dense", *mean_and_error([item["kl"] for item in items]), predicted, about),
         measurement("top1_agreement", *mean_and_error([item["agree"] for item in items]), predicted, about),
     )
-    return SuiteResult(rows, tuple(items), {"batch_size": subject.batch_size})
+    return SuiteResult(rows, tuple(items), {"batch_size": subject.batch_size, "dtype": dtype_of(subject.model)})
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from sparseforge_core import files
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.answers import Answers, file_name
 from sparseforge_core.evaluate.packed_lm import PackedLM
+from sparseforge_core.evaluate.perplexity import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.stock_tasks import StockTask, stock_task, templates_compiled_once
 from sparseforge_core.evaluate.subject import Subject
@@ -47,7 +48,7 @@ def answered(
     Raises DataError naming a task whose items cannot be had, and for a tokenizer without an end-of-text token.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_of(subject.model)
     lm = PackedLM(subject.model, subject.tokenizer, device=subject.device, batch_size=subject.batch_size)
     records: list[dict[str, Any]] = []
     for name in tasks:

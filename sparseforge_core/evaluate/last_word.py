@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sparseforge_core.errors import DataError
+from sparseforge_core.evaluate.perplexity import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.scoring import Answer, Request, Scorer
 from sparseforge_core.evaluate.subject import Subject
@@ -53,7 +54,9 @@ def last_word(subject: Subject, suite: LastWordSuite) -> SuiteResult:
         measurement("last_word/acc", *mean_and_error([item["acc"] for item in items]), len(items), about),
         measurement("last_word/perplexity", surprise, spread, len(items), about),
     )
-    return SuiteResult(rows, tuple(items), {"batch_size": subject.batch_size, "window": positions})
+    return SuiteResult(
+        rows, tuple(items), {"batch_size": subject.batch_size, "dtype": dtype_of(subject.model), "window": positions}
+    )
 
 
 def passages(documents: Iterable[str], words: int, limit: int | None = None) -> list[tuple[str, str]]:

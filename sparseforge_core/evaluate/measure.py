@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.evaluate.contamination import NGRAM, contaminated, item_texts
+from sparseforge_core.evaluate.contamination import NGRAM, CorpusUnreadable, contaminated, item_texts
 from sparseforge_core.evaluate.divergence import divergence
 from sparseforge_core.evaluate.last_word import last_word
 from sparseforge_core.evaluate.perplexity import perplexity
@@ -21,6 +24,8 @@ from sparseforge_core.evaluate.suites import (
     ThroughputSuite,
 )
 from sparseforge_core.evaluate.throughput import throughput
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_model(subject: Subject, suite: Suite, *, ngram: int | None = NGRAM) -> SuiteResult:
@@ -58,16 +63,22 @@ def _harness(subject: Subject, suite: HarnessSuite, ngram: int | None) -> SuiteR
     from sparseforge_core.evaluate.stock_tasks import stock_task
 
     result = zero_shot(subject, suite)
-    if ngram is None or not subject.retrained:
-        why = "not asked for" if subject.retrained else "nothing to scan: the weights were not trained on the corpus"
-        return SuiteResult(result.measurements, result.items, {**result.context, "contamination": why})
-    texts = {
-        task: [item_texts(task, document) for document in stock_task(task, suite.limit).documents(suite.limit)]
-        for task in suite.tasks
-    }
-    found = contaminated(subject.corpus, subject.home, texts, n=ngram)
-    context = {**result.context, "contamination": f"{ngram}-gram scan of the retraining corpus"}
-    return SuiteResult((*result.measurements, *found), result.items, context)
+    found: tuple[dict[str, Any], ...] = ()
+    if not subject.retrained:
+        scan = "nothing to scan: the weights were not trained on the corpus"
+    elif ngram is None:
+        scan = "not scanned: it was not asked for"
+    else:
+        tasks = {task: stock_task(task, suite.limit).documents(suite.limit) for task in suite.tasks}
+        texts = {task: [item_texts(task, document) for document in documents] for task, documents in tasks.items()}
+        scan = f"{ngram}-gram scan of the retraining corpus"
+        try:
+            found = contaminated(subject.corpus, subject.home, texts, n=ngram)
+        except CorpusUnreadable as error:
+            # The accuracies stand without the scan; that there is none is said here and stored beside them.
+            scan = f"not scanned: {error}"
+            log.warning("contamination of suite %s is unknown: %s", suite.name, error)
+    return SuiteResult((*result.measurements, *found), result.items, {**result.context, "contamination": scan})
 
 
 def _of_answers(subject: Subject, suite: FlipSuite | CalibrationSuite | BatchAgreementSuite) -> SuiteResult:

@@ -6,17 +6,24 @@ A hash that matches is confirmed word by word, so nothing is found that is not t
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+log = logging.getLogger(__name__)
 
 WORD = re.compile(r"[^\W_]+")
 """A word: letters and digits of any script; everything else separates words."""
 
 BATCH_WORDS = 500_000
 """Words of the searched text hashed at a time."""
+
+REPORT_SECONDS = 60.0
+"""Between two lines of progress in the log."""
 
 BETWEEN = "\n"
 """Stands between two documents; no word equals it, so no n-gram spans two documents."""
@@ -60,7 +67,11 @@ class Wanted:
     def find(self, documents: Iterable[str]) -> Counted:
         """The items of which some gram occurs in the documents."""
         counted = Counted()
+        reported = time.monotonic()
         for words in _batches(documents, counted):
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                log.info("read %.1f million words, %d items occur so far", counted.words / 1e6, len(counted.found))
             for length, grams in _grams(_hashes(words), max(self._tables, default=0)):
                 if length in self._tables:
                     self._match(words, grams, length, self._tables[length], counted)

@@ -61,7 +61,12 @@ def perplexity(
         measurement("nll", mean, error, predicted, about),
     )
     items = tuple({"window": i, "nll": _finite(loss)} for i, loss in enumerate(losses.tolist()))
-    return SuiteResult(rows, items, {"batch_size": batch_size})
+    return SuiteResult(rows, items, {"batch_size": batch_size, "dtype": dtype_of(model)})
+
+
+def dtype_of(model: Any) -> str:
+    """Number format of the weights that are run, such as float32."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def check_window(model: Any, name: str, window: int) -> None:

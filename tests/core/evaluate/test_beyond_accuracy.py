@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.data.corpora import Synthetic, TextFiles
 from sparseforge_core.errors import DataError, RecipeError
 from sparseforge_core.evaluate.divergence import window_divergence
 from sparseforge_core.evaluate.last_word import passages
@@ -164,6 +164,20 @@ def test_a_retrained_model_comes_with_a_scan_of_its_corpus(home: Path) -> None:
         result = evaluate_model(subject, suite, ngram=ngram)
         assert not any("contaminated" in row["metric"] for row in result.measurements)
         assert result.context["contamination"]
+
+
+@items
+def test_a_corpus_that_is_gone_leaves_the_accuracies_and_is_said(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("The fox sees the dog.\n<|endoftext|>\nThe dog follows the fox.\n")
+    subject = tiny_subject(home, retrained=True, corpus=TextFiles.of(path))
+    path.unlink()
+    result = evaluate_model(subject, HarnessSuite(name="a", tasks=("rte",), limit=2))
+    assert [row["metric"] for row in result.measurements] == ["rte/acc", "mean/acc"]
+    assert result.context["contamination"].startswith(f"not scanned: corpus file {path} cannot be read")
+    assert "contamination of suite a is unknown" in caplog.text
 
 
 def test_fields_of_suites_that_make_no_sense_are_refused() -> None:
