@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,30 @@ class Answers:
             log.warning("%s: its first line is damaged or of something else; every item is answered again", self.path)
         kept = ({"item": i, "asked": asked, "answer": answer} for i, (asked, answer) in sorted(self.known.items()))
         files.write_text(self.path, _line(self.about) + "".join(map(_line, kept)))
+
+
+def remembered(
+    folder: Path,
+    name: str,
+    about: dict[str, Any],
+    asked: Sequence[str],
+    run: Callable[[list[int]], Iterator[dict[int, Any]]],
+) -> list[Any]:
+    """The answer to each of `asked`, those that `folder` does not hold from `run`, which gives them as they come.
+
+    `run` gets the numbers of what is left and yields answers by number; each is kept at once.
+    """
+    path = folder / file_name(name, about)
+    with files.only_one(path):
+        answers = Answers(path, about)
+        try:
+            left = [item for item, text in enumerate(asked) if answers.get(item, text) is None]
+            for found in run(left):
+                for item, answer in found.items():
+                    answers.put(item, asked[item], answer)
+            return [answers.known[item][1] for item in range(len(asked))]
+        finally:
+            answers.close()
 
 
 def digest(asked: Any) -> str:

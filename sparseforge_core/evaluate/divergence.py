@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
-from sparseforge_core.evaluate.perplexity import check_window, cut_windows, dtype_of
+from sparseforge_core.evaluate.perplexity import by_window, check_window, cut_windows, dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import DivergenceSuite
@@ -31,12 +32,17 @@ def divergence(subject: Subject, suite: DivergenceSuite) -> SuiteResult:
             f"suite {suite.name}: the dense model's vocabulary has {dense.config.vocab_size} entries, this model's "
             f"{subject.model.config.vocab_size}; they cannot be compared token by token"
         )
-    items: list[dict[str, Any]] = []
-    for batch in table.split(subject.batch_size):
-        kl, same = window_divergence(dense, subject.model, batch.to(subject.device))
-        for a, b in zip(kl.tolist(), same.tolist(), strict=True):
-            finite = math.isfinite(a)
-            items.append({"window": len(items), "kl": a if finite else None, "agree": b if finite else None})
+
+    def run(left: list[int]) -> Iterator[dict[int, Any]]:
+        for places in torch.tensor(left, dtype=torch.long).split(subject.batch_size):
+            kl, same = window_divergence(dense, subject.model, table[places].to(subject.device))
+            yield {
+                place: [a, b] if math.isfinite(a) else [None, None]
+                for place, a, b in zip(places.tolist(), kl.tolist(), same.tolist(), strict=True)
+            }
+
+    known = by_window(subject, "kl-to-dense", table, run)
+    items = [{"window": place, "kl": kl, "agree": same} for place, (kl, same) in enumerate(known)]
     predicted = len(table) * (suite.window - 1)
     about = {
         "text": "held-out split of the recipe's corpus",

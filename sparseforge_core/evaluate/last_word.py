@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sparseforge_core.errors import DataError
+from sparseforge_core.evaluate.answers import digest, remembered
 from sparseforge_core.evaluate.perplexity import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
-from sparseforge_core.evaluate.scoring import Answer, Request, Scorer
+from sparseforge_core.evaluate.scoring import Request, Scorer
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import LastWordSuite
 
@@ -31,21 +32,33 @@ def last_word(subject: Subject, suite: LastWordSuite) -> SuiteResult:
         )
     positions = getattr(subject.model.config, "max_position_embeddings", None) or subject.model.config.n_positions
     scorer = Scorer(subject.model, batch_size=subject.batch_size, max_length=positions)
-    answers: dict[int, Answer] = {}
-    for batch in scorer.score(_requests(subject.tokenizer, found)):
-        answers |= batch
-    items: list[dict[str, Any]] = []
-    for index, (_, word) in enumerate(found):
-        value, greedy = answers[index]
-        known = math.isfinite(value)
-        kept = {"acc": float(greedy) if known else None, "loglikelihood": value if known else None}
-        items.append({"passage": index, "word": word.strip(), **kept})
+    requests = _requests(subject.tokenizer, found)
+
+    def run(left: list[int]) -> Iterator[dict[int, Any]]:
+        for batch in scorer.score([requests[place] for place in left]):
+            yield {
+                left[index]: [value, greedy] if math.isfinite(value) else [None, None]
+                for index, (value, greedy) in batch.items()
+            }
+
+    kept = {"task": "last-word", "model": subject.identity, "dtype": dtype_of(subject.model)}
+    asked = [digest([request.context, request.continuation]) for request in requests]
+    known = remembered(subject.items_dir, "last-word", kept, asked, run)
+    items: list[dict[str, Any]] = [
+        {
+            "passage": place,
+            "word": word.strip(),
+            "acc": None if greedy is None else float(greedy),
+            "loglikelihood": value,
+        }
+        for place, ((_, word), (value, greedy)) in enumerate(zip(found, known, strict=True))
+    ]
     about = {
         "text": "held-out split of the recipe's corpus; LAMBADA's question, not its data",
         "words": suite.words,
         "letters": LETTERS,
         "limit": suite.limit,
-        "truncated": scorer.truncated,
+        "truncated": sum(len(r.context) + len(r.continuation) > positions + 1 for r in requests),
     }
     likelihood, error = mean_and_error([item["loglikelihood"] for item in items])
     surprise = None if likelihood is None else math.exp(min(-likelihood, 700.0))

@@ -39,15 +39,7 @@ def evaluate_model(subject: Subject, suite: Suite, *, ngram: int | None = NGRAM)
     if isinstance(suite, (FlipSuite, CalibrationSuite, BatchAgreementSuite)):
         return _of_answers(subject, suite)
     if isinstance(suite, PerplexitySuite):
-        return perplexity(
-            subject.model,
-            subject.tokenizer,
-            suite,
-            corpus=subject.corpus,
-            home=subject.home,
-            device=subject.device,
-            batch_size=subject.batch_size,
-        )
+        return perplexity(subject, suite)
     if isinstance(suite, DivergenceSuite):
         return divergence(subject, suite)
     if isinstance(suite, LastWordSuite):

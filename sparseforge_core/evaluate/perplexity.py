@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from sparseforge_core.data.corpora import Corpus
 from sparseforge_core.data.textfiles import read_documents
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
+from sparseforge_core.evaluate.answers import remembered
 from sparseforge_core.evaluate.result import SuiteResult, measurement
+from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import PerplexitySuite
 
 WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -31,26 +34,24 @@ C4_DOCUMENTS = 1100
 """Documents of the validation split that are joined, as SparseGPT and Wanda do."""
 
 
-def perplexity(
-    model: Any,
-    tokenizer: Any,
-    suite: PerplexitySuite,
-    *,
-    corpus: Corpus,
-    home: Path,
-    device: torch.device,
-    batch_size: int,
-) -> SuiteResult:
+def perplexity(subject: Subject, suite: PerplexitySuite) -> SuiteResult:
     """`perplexity` and `nll` (nats per predicted token) of the suite's text.
 
     The standard error is that of the mean over windows; for the perplexity by the delta method. Raises DataError
     if the window exceeds the model's positions or the text is shorter than one window.
     """
-    check_window(model, suite.name, suite.window)
-    ids, about = _text(tokenizer, suite, corpus, home)
+    check_window(subject.model, suite.name, suite.window)
+    ids, about = _text(subject.tokenizer, suite, subject.corpus, subject.home)
     table = cut_windows(ids, suite.name, suite.window, suite.limit)
     windows = len(table)
-    losses = torch.cat([window_losses(model, batch.to(device)) for batch in table.split(batch_size)]).double()
+
+    def run(left: list[int]) -> Iterator[dict[int, Any]]:
+        for places in torch.tensor(left, dtype=torch.long).split(subject.batch_size):
+            found = window_losses(subject.model, table[places].to(subject.device))
+            yield {place: [_finite(loss)] for place, loss in zip(places.tolist(), found.tolist(), strict=True)}
+
+    known = by_window(subject, f"perplexity-{suite.text}", table, run)
+    losses = torch.tensor([math.nan if loss is None else loss for (loss,) in known], dtype=torch.float64)
     mean = float(losses.mean())
     error = float(losses.std()) / math.sqrt(windows) if windows > 1 else None
     predicted = windows * (suite.window - 1)
@@ -61,7 +62,16 @@ def perplexity(
         measurement("nll", mean, error, predicted, about),
     )
     items = tuple({"window": i, "nll": _finite(loss)} for i, loss in enumerate(losses.tolist()))
-    return SuiteResult(rows, items, {"batch_size": batch_size, "dtype": dtype_of(model)})
+    return SuiteResult(rows, items, {"batch_size": subject.batch_size, "dtype": dtype_of(subject.model)})
+
+
+def by_window(
+    subject: Subject, name: str, table: torch.Tensor, run: Callable[[list[int]], Iterator[dict[int, Any]]]
+) -> list[Any]:
+    """What `run` gives for each window of `table`, kept in the cell's folder so that an interrupted pass goes on."""
+    about = {"task": name, "window": table.shape[1], "model": subject.identity, "dtype": dtype_of(subject.model)}
+    asked = [hashlib.sha256(window.numpy().tobytes()).hexdigest()[:12] for window in table]
+    return remembered(subject.items_dir, name, about, asked, run)
 
 
 def dtype_of(model: Any) -> str:

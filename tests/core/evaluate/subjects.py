@@ -16,9 +16,11 @@ from tests.tiny import tiny_source
 TEXT = Synthetic(documents_count=400)
 
 
-def tiny_subject(home: Path, *, batch_size: int = 8, corpus: Corpus = TEXT, **changes: Any) -> Subject:
+def tiny_subject(
+    home: Path, *, batch_size: int = 8, corpus: Corpus = TEXT, positions: int = 512, **changes: Any
+) -> Subject:
     """The tiny LLaMA untouched: its own dense model."""
-    source = tiny_source("llama", positions=512)
+    source = tiny_source("llama", positions=positions)
     values: dict[str, Any] = {
         "model": hub.load_model(source, home).eval(),
         "tokenizer": hub.load_tokenizer(source, home),

@@ -72,8 +72,8 @@ def test_kl_to_dense_grows_with_what_is_pruned(home: Path) -> None:
     suite = DivergenceSuite(name="kl", window=32, limit=6)
     subject = tiny_subject(home)
     values = [
-        evaluate_model(replace(subject, model=model), suite).measurements[0]["value"]
-        for model in (subject.model, pruned(subject, 0.3), pruned(subject, 0.8))
+        evaluate_model(replace(subject, model=model, identity=str(number)), suite).measurements[0]["value"]
+        for number, model in enumerate((subject.model, pruned(subject, 0.3), pruned(subject, 0.8)))
     ]
     assert values[0] == pytest.approx(0.0, abs=1e-9)
     assert values[0] < values[1] < values[2]

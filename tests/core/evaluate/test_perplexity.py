@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 
-from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.perplexity import c4_validation, perplexity, wikitext2_test, window_losses
 from sparseforge_core.evaluate.suites import PerplexitySuite
-from sparseforge_core.models import hub
-from tests.tiny import tiny_model, tiny_source, tokens
+from tests.core.evaluate.subjects import tiny_subject
+from tests.tiny import tiny_model, tokens
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -33,13 +32,9 @@ def test_the_loss_of_a_window_is_the_formula() -> None:
 
 
 def measured(suite: PerplexitySuite, home: Path, batch_size: int = 4) -> dict[str, object]:
-    corpus = Synthetic(documents_count=400)
-    source = tiny_source("llama")
-    model, tokenizer = hub.load_model(source, home), hub.load_tokenizer(source, home)
-    result = perplexity(
-        model, tokenizer, suite, corpus=corpus, home=home, device=torch.device("cpu"), batch_size=batch_size
-    )
-    available = tokenize_once(corpus, "heldout", tokenizer, home).tokens
+    subject = tiny_subject(home, batch_size=batch_size, positions=64, items_dir=home / f"items-{batch_size}")
+    result = perplexity(subject, suite)
+    available = tokenize_once(subject.corpus, "heldout", subject.tokenizer, home).tokens
     return {"rows": {row["metric"]: row for row in result.measurements}, "items": result.items, "tokens": available}
 
 
@@ -58,6 +53,27 @@ def test_the_batch_size_does_not_change_the_answer(home: Path) -> None:
     suite = PerplexitySuite(name="heldout", text="heldout", window=16, limit=9)
     one, many = (measured(suite, home, batch_size=size)["rows"]["nll"]["value"] for size in (1, 9))  # type: ignore[index]
     assert one == pytest.approx(many, rel=1e-6)
+
+
+def test_an_interrupted_pass_goes_on_with_the_windows_left(home: Path) -> None:
+    suite = PerplexitySuite(name="heldout", text="heldout", window=16, limit=12)
+    whole = perplexity(tiny_subject(home, batch_size=4, items_dir=home / "whole"), suite)
+    broken, forwards = tiny_subject(home, batch_size=4), [0]
+
+    def stop(*_: object) -> None:
+        forwards[0] += 1
+        if forwards[0] == 2:
+            raise KeyboardInterrupt
+
+    broken.model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(broken, suite)
+    again, rows = tiny_subject(home, batch_size=4), list[int]()
+    again.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert perplexity(again, suite).items == whole.items
+    assert rows == [4, 4]
 
 
 def test_a_window_beyond_the_model_and_a_text_too_short_are_refused(home: Path) -> None:
