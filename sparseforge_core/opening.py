@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from sparseforge_core.checkpoint import load_branches, verify
+from sparseforge_core.checkpoint import MANIFEST, load_branches, verify
+from sparseforge_core.data.cache import content_key
 from sparseforge_core.errors import CheckpointMismatch
-from sparseforge_core.identity import cell_key
+from sparseforge_core.identity import canonical, cell_key
 from sparseforge_core.models import hub
 from sparseforge_core.models.families import Family
 from sparseforge_core.models.sites import find_sites
@@ -53,6 +55,30 @@ def open_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
     if isinstance(source, Trained):
         return open_tokenizer(source.recipe.model, home)
     return hub.load_tokenizer(source, home)
+
+
+def weights_identity(cell: Cell, home: Path) -> str:
+    """Which weights `open_finished` gives: the hashes of the files that the cell made, or the source it left untouched.
+
+    16 hex digits. What depends on the weights, such as stored answers, is kept under it. Raises CheckpointMismatch if
+    the cell has no finished model.
+    """
+    if not cell.recipe.method.sparsifies and not cell.recipe.method.trains:
+        return source_identity(cell.recipe.model, home)
+    try:
+        manifest = json.loads((final_folder(home, cell) / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointMismatch(
+            f"cell {cell_key(cell)} has no readable {MANIFEST}: {error}; run its train stage first"
+        ) from error
+    return content_key({"cell": cell_key(cell), "files": manifest["files"]})
+
+
+def source_identity(source: ModelSource, home: Path) -> str:
+    """Which weights `open_source` gives, 16 hex digits."""
+    if isinstance(source, Trained):
+        return weights_identity(Cell(recipe=source.recipe, seed=source.seed), home)
+    return content_key({"source": canonical(source)})
 
 
 def open_finished(cell: Cell, home: Path) -> PreTrainedModel:

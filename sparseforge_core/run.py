@@ -29,7 +29,9 @@ from sparseforge_core.checkpoint import Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
 from sparseforge_core.errors import DataError, Interrupted, SparseForgeError
+from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
+from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import Suite, suite_key
 from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.methods.base import MaskTrack, Surroundings
@@ -37,7 +39,14 @@ from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import forwards
-from sparseforge_core.opening import cell_folder, open_family, open_finished, open_source, open_tokenizer
+from sparseforge_core.opening import (
+    cell_folder,
+    open_family,
+    open_finished,
+    open_source,
+    open_tokenizer,
+    weights_identity,
+)
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.tracking.tracker import Journal
@@ -119,8 +128,13 @@ def finished_training(cell: Cell, directory: Path) -> Path | None:
     return path
 
 
-def evaluate_cell(cell: Cell, suite: Suite, directory: Path, home: Path, *, batch_size: int = 16) -> Path:
-    """Measure a finished cell under a suite and return the measurements file in `directory`."""
+def evaluate_cell(
+    cell: Cell, suite: Suite, directory: Path, home: Path, *, batch_size: int = 16, ngram: int | None = NGRAM
+) -> Path:
+    """Measure a finished cell under a suite and return the measurements file in `directory`.
+
+    `ngram` is the length, in words, of what the contamination scan looks for; None leaves the scan out.
+    """
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     device = default_device()
@@ -129,17 +143,20 @@ def evaluate_cell(cell: Cell, suite: Suite, directory: Path, home: Path, *, batc
     sites: list[Site] = []
     if recipe.pattern is not None:
         sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
-    result = evaluate_model(
-        model,
-        open_tokenizer(recipe.model, home),
-        suite,
+    subject = Subject(
+        model=model,
+        tokenizer=open_tokenizer(recipe.model, home),
+        identity=weights_identity(cell, home),
+        source=recipe.model,
         corpus=recipe.corpus,
+        retrained=recipe.method.trains,
         home=home,
         items_dir=cell_folder(home, cell) / "items",
         device=device,
         batch_size=batch_size,
         sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
+    result = evaluate_model(subject, suite, ngram=ngram)
     digest = None
     if result.items:
         lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
@@ -327,6 +344,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
         command.add_argument("--compile", action="store_true", help="compile the forwards")
     evaluation.add_argument("suite", type=Path, help="suite file (JSON)")
+    evaluation.add_argument(
+        "--ngram", type=int, default=NGRAM, help="words in a row that the contamination scan looks for; 0: no scan"
+    )
     for command in (training, evaluation):
         command.add_argument("directory", type=Path, help="folder for what the stage makes")
     options = parser.parse_args(arguments)
@@ -347,7 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
     if options.command == "evaluate":
         suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
-        return evaluate_cell(loads(options.cell.read_text()), suite, options.directory, options.home)
+        cell = loads(options.cell.read_text())
+        return evaluate_cell(cell, suite, options.directory, options.home, ngram=options.ngram or None)
     execution = Execution(options.micro_batch, options.compile)
     if options.command == "bundle":
         return run_bundle(options.folder, options.home, execution, should_stop)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "psycopg": ("sparseforge_core/store/",),
     "pandas": ("sparseforge_core/store/results.py", "analysis/"),
     "matplotlib": ("analysis/", "sparseforge_core/tracking/"),
-    "lm_eval": ("sparseforge_core/evaluate/harness.py",),
+    "lm_eval": tuple(f"sparseforge_core/evaluate/{file}.py" for file in ("harness", "packed_lm", "stock_tasks")),
     "transformers": ("sparseforge_core/models/",),
     "datasets": ("sparseforge_core/data/corpora.py", "sparseforge_core/evaluate/"),
     "pyarrow": ("sparseforge_core/data/",),
@@ -315,3 +316,57 @@ def modules_after(statement: str) -> set[str]:
 )
 def test_what_an_import_costs(statement: str, never: set[str]) -> None:
     assert not modules_after(statement) & never
+
+
+TRAINING = core("train methods objective observe sparsity checkpoint recipe identity models data schedules")
+"""Rooms that decide what a model becomes."""
+
+
+def imported_rooms(start: str) -> set[str]:
+    """Every module of ours that importing the modules of room `start` brings in, at run time."""
+    modules = {module_of(path): path for path in sources()}
+    left, seen = {name for name in modules if within(name, start)}, set[str]()
+    while left:
+        module = left.pop()
+        seen.add(module)
+        for found in imports(modules[module]):
+            if not found.for_types:
+                left |= {name for name in modules if within(found.name, name) and name != "sparseforge_core"} - seen
+    return seen
+
+
+@pytest.mark.parametrize("room", sorted(TRAINING))
+def test_nothing_that_trains_can_reach_an_evaluation(room: str) -> None:
+    """No selection on test: neither methods nor the loop can import a suite, a benchmark or the code that measures."""
+    reached = imported_rooms(room)
+    assert any(within(module, room) for module in reached)
+    assert not [module for module in reached if within(module, CORE + "evaluate")]
+
+
+def test_training_a_cell_uses_nothing_of_evaluation() -> None:
+    """`run.py` serves both stages; what `train_cell` calls in it names nothing that comes from `evaluate`."""
+    path = ROOT / "sparseforge_core/run.py"
+    ours = {i.name.rpartition(".")[2] for i in imports(path) if within(i.name, CORE + "evaluate")}
+    assert "evaluate_model" in ours
+    bodies = {n.name: n for n in tree(path).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    left, reached = {"train_cell", "finished_training", "_Prepared"}, set[str]()
+    while left:
+        name = left.pop()
+        reached.add(name)
+        inside = bodies[name].body
+        used = {n.id for statement in inside for n in ast.walk(statement) if isinstance(n, ast.Name)}
+        assert not used & ours, f"{name} in run.py uses {', '.join(sorted(used & ours))}, which is evaluation"
+        left |= (used & bodies.keys()) - reached
+    assert "_write_measurements" in reached
+    assert "evaluate_cell" not in reached
+
+
+def test_a_checkpoint_holds_no_metric() -> None:
+    """Nothing in the code of checkpoints names a score: they are kept, and found again, by their step."""
+    path = ROOT / "sparseforge_core/checkpoint.py"
+    names = {n.id for n in ast.walk(tree(path)) if isinstance(n, ast.Name)}
+    names |= {n.arg for n in ast.walk(tree(path)) if isinstance(n, ast.arg)}
+    names |= {n.value for n in ast.walk(tree(path)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    short = {name for name in names if len(name.split()) == 1}  # sentences are messages and docstrings
+    assert {"step", "optimizer", "track", "cell"} <= short
+    assert not [name for name in short if re.search(r"metric|accura|perplex|loss|score|best", name)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +15,43 @@ import torch
 from torch.nn import functional as F
 
 from sparseforge_core.data.corpora import Corpus
+from sparseforge_core.data.textfiles import read_documents
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
+from sparseforge_core.evaluate.answers import remembered
 from sparseforge_core.evaluate.result import SuiteResult, measurement
+from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import PerplexitySuite
 
 WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 WIKITEXT_ENV = "SPARSEFORGE_WIKITEXT2"
 
+C4_HUB = "allenai/c4"
+C4_FILE = "en/c4-validation.00000-of-00008.json.gz"
+C4_ENV = "SPARSEFORGE_C4"
+"""The environment variable that names a local JSON-lines file of C4 validation documents, compressed or not."""
+C4_DOCUMENTS = 1100
+"""Documents of the validation split that are joined, as SparseGPT and Wanda do."""
 
-def perplexity(
-    model: Any,
-    tokenizer: Any,
-    suite: PerplexitySuite,
-    *,
-    corpus: Corpus,
-    home: Path,
-    device: torch.device,
-    batch_size: int,
-) -> SuiteResult:
+
+def perplexity(subject: Subject, suite: PerplexitySuite) -> SuiteResult:
     """`perplexity` and `nll` (nats per predicted token) of the suite's text.
 
     The standard error is that of the mean over windows; for the perplexity by the delta method. Raises DataError
     if the window exceeds the model's positions or the text is shorter than one window.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
-    if suite.window > positions:
-        raise DataError(f"suite {suite.name}: window={suite.window}, and the model accepts at most {positions} tokens")
-    ids, about = _text(tokenizer, suite, corpus, home)
-    windows = len(ids) // suite.window
-    if suite.limit is not None:
-        windows = min(windows, suite.limit)
-    if windows == 0:
-        raise DataError(f"suite {suite.name}: the text has {len(ids)} tokens, fewer than one window of {suite.window}")
-    table = torch.from_numpy(np.array(ids[: windows * suite.window], dtype=np.int64)).view(windows, suite.window)
-    losses = torch.cat([window_losses(model, batch.to(device)) for batch in table.split(batch_size)]).double()
+    check_window(subject.model, suite.name, suite.window)
+    ids, about = _text(subject.tokenizer, suite, subject.corpus, subject.home)
+    table = cut_windows(ids, suite.name, suite.window, suite.limit)
+    windows = len(table)
+
+    def run(left: list[int]) -> Iterator[dict[int, Any]]:
+        for places in torch.tensor(left, dtype=torch.long).split(subject.batch_size):
+            found = window_losses(subject.model, table[places].to(subject.device))
+            yield {place: [_finite(loss)] for place, loss in zip(places.tolist(), found.tolist(), strict=True)}
+
+    known = by_window(subject, f"perplexity-{suite.text}", table, run)
+    losses = torch.tensor([math.nan if loss is None else loss for (loss,) in known], dtype=torch.float64)
     mean = float(losses.mean())
     error = float(losses.std()) / math.sqrt(windows) if windows > 1 else None
     predicted = windows * (suite.window - 1)
@@ -58,7 +62,36 @@ def perplexity(
         measurement("nll", mean, error, predicted, about),
     )
     items = tuple({"window": i, "nll": _finite(loss)} for i, loss in enumerate(losses.tolist()))
-    return SuiteResult(rows, items, {"batch_size": batch_size})
+    return SuiteResult(rows, items, {"batch_size": subject.batch_size, "dtype": dtype_of(subject.model)})
+
+
+def by_window(
+    subject: Subject, name: str, table: torch.Tensor, run: Callable[[list[int]], Iterator[dict[int, Any]]]
+) -> list[Any]:
+    """What `run` gives for each window of `table`, kept in the cell's folder so that an interrupted pass goes on."""
+    about = {"task": name, "window": table.shape[1], "model": subject.identity, "dtype": dtype_of(subject.model)}
+    asked = [hashlib.sha256(window.numpy().tobytes()).hexdigest()[:12] for window in table]
+    return remembered(subject.items_dir, name, about, asked, run)
+
+
+def dtype_of(model: Any) -> str:
+    """Number format of the weights that are run, such as float32."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def check_window(model: Any, name: str, window: int) -> None:
+    """Raise DataError if the model accepts fewer than `window` tokens."""
+    positions = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+    if window > positions:
+        raise DataError(f"suite {name}: window={window}, and the model accepts at most {positions} tokens")
+
+
+def cut_windows(ids: Any, name: str, window: int, limit: int | None) -> torch.Tensor:
+    """Non-overlapping windows `[windows, window]`, the first `limit`. Raises DataError if the text is too short."""
+    windows = len(ids) // window if limit is None else min(len(ids) // window, limit)
+    if windows == 0:
+        raise DataError(f"suite {name}: the text has {len(ids)} tokens, fewer than one window of {window}")
+    return torch.from_numpy(np.array(ids[: windows * window], dtype=np.int64)).view(windows, window)
 
 
 def _finite(value: float) -> float | None:
@@ -77,8 +110,13 @@ def _text(tokenizer: Any, suite: PerplexitySuite, corpus: Corpus, home: Path) ->
     if suite.text == "heldout":
         tokens = tokenize_once(corpus, "heldout", tokenizer, home)
         return tokens.ids, {"text": "held-out split of the recipe's corpus", "sha256": tokens.sha256}
-    text = wikitext2_test()
-    about = {"text": "WikiText-2 raw test", "join": "blank line", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if suite.text == "c4":
+        text = c4_validation()
+        about = {"text": f"C4 validation, first {C4_DOCUMENTS} documents", "join": "one space"}
+    else:
+        text = wikitext2_test()
+        about = {"text": "WikiText-2 raw test", "join": "blank line"}
+    about["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, about
 
 
@@ -104,3 +142,25 @@ def wikitext2_test() -> str:
             f"WikiText-2 is not at hand: the hub cannot be reached. Set {WIKITEXT_ENV} to a folder with wiki.test.raw"
         ) from error
     return "\n\n".join(rows["text"])
+
+
+def c4_validation() -> str:
+    """The first 1,100 documents of C4's English validation split, joined by one space.
+
+    From the JSON-lines file in $SPARSEFORGE_C4 (a row a document, its text under "text"), else from the hub. Raises
+    DataError saying how to provide it.
+    """
+    named = os.environ.get(C4_ENV)
+    if named:
+        documents = itertools.islice(read_documents(Path(named), field="text", separator=None), C4_DOCUMENTS)
+        return " ".join(documents)
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(C4_HUB, data_files={"validation": C4_FILE}, split="validation", streaming=True)
+        return " ".join(str(row["text"]) for row in rows.take(C4_DOCUMENTS))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"C4 validation text is not at hand: the hub cannot be reached. Set {C4_ENV} to a JSON-lines file of its "
+            f"documents, such as {C4_FILE} of {C4_HUB}"
+        ) from error

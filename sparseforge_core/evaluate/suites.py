@@ -21,6 +21,8 @@ TASKS = (
     "winogrande",
     "piqa",
     "race",
+    "lambada_openai",
+    "gsm8k",
 )
 """lm-eval tasks that our suites may name."""
 
@@ -29,6 +31,14 @@ class Suite:
     """Base of every suite."""
 
     name: str
+
+
+def _check_tasks(name: str, tasks: tuple[str, ...], limit: int | None) -> None:
+    for task in tasks:
+        if task not in TASKS:
+            raise RecipeError(f"suite {name}: " + unknown("task", task, TASKS))
+    if limit is not None and limit < 2:
+        raise RecipeError(f"suite {name}: limit={limit}: must be at least 2")
 
 
 @spec("zero-shot")
@@ -41,11 +51,7 @@ class HarnessSuite(Suite):
     """Only the first so many items of each task; None takes all."""
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise RecipeError(f"suite {self.name}: " + unknown("task", task, TASKS))
-        if self.limit is not None and self.limit < 2:
-            raise RecipeError(f"suite {self.name}: limit={self.limit}: must be at least 2")
+        _check_tasks(self.name, self.tasks, self.limit)
 
 
 @spec("perplexity")
@@ -57,8 +63,9 @@ class PerplexitySuite(Suite):
     """
 
     name: str
-    text: Literal["heldout", "wikitext2"]
-    """The held-out split of the recipe's own corpus, or the raw WikiText-2 test set, rows joined by blank lines."""
+    text: Literal["heldout", "wikitext2", "c4"]
+    """The held-out split of the recipe's own corpus; the raw WikiText-2 test set, rows joined by blank lines; or the
+    first 1,100 documents of C4's validation split, joined by one space, as SparseGPT and Wanda read it."""
     window: int
     limit: int | None = None
     """Only the first so many windows; None takes all."""
@@ -72,6 +79,92 @@ class ThroughputSuite(Suite):
     prompt_output: tuple[tuple[int, int], ...]
     batch: int = 1
     repeats: int = 3
+
+
+@spec("flips")
+class FlipSuite(Suite):
+    """Share of items that the model answers otherwise than the recipe's own dense model, whatever the right answer.
+
+    Equal accuracies can hide many changed answers: those lost and those gained are counted apart.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    """Only the first so many items of each task; None takes all."""
+
+    def __post_init__(self) -> None:
+        _check_tasks(self.name, self.tasks, self.limit)
+
+
+@spec("divergence")
+class DivergenceSuite(Suite):
+    """KL(dense || model) per token at temperature 1 on the held-out split of the recipe's corpus.
+
+    In nats, over the `window - 1` predictions of each non-overlapping window, windows as in `PerplexitySuite`.
+    """
+
+    name: str
+    window: int
+    limit: int | None = None
+    """Only the first so many windows; None takes all."""
+
+
+@spec("calibration")
+class CalibrationSuite(Suite):
+    """Expected calibration error of the probabilities over an item's choices.
+
+    The probabilities are the softmax of the choices' log-likelihoods, as `acc` compares them; items are binned by the
+    probability of the chosen one, in bins of equal width.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    """Only the first so many items of each task; None takes all."""
+    bins: int = 15
+    """Of equal width over [0, 1]."""
+
+    def __post_init__(self) -> None:
+        _check_tasks(self.name, self.tasks, self.limit)
+        if self.bins < 1:
+            raise RecipeError(f"suite {self.name}: bins={self.bins}: must be at least 1")
+
+
+@spec("last-word")
+class LastWordSuite(Suite):
+    """LAMBADA's question on the held-out split of the recipe's own corpus: predict a passage's last word.
+
+    Not LAMBADA: no reader checked that the word follows from the passage. Passages are consecutive, do not overlap,
+    and are cut back to end with a word of at least four letters.
+    """
+
+    name: str
+    words: int = 64
+    """Longest passage, its last word included."""
+    limit: int | None = None
+    """Only the first so many passages; None takes all."""
+
+    def __post_init__(self) -> None:
+        if self.words < 8:
+            raise RecipeError(f"suite {self.name}: words={self.words}: must be at least 8")
+
+
+@spec("batch-agreement")
+class BatchAgreementSuite(Suite):
+    """Whether the batch size changes anything: the largest difference of a log-likelihood, and the answers changed."""
+
+    name: str
+    tasks: tuple[str, ...]
+    limit: int = 16
+    """Only the first so many items of each task."""
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    """The first is what the others are compared with."""
+
+    def __post_init__(self) -> None:
+        _check_tasks(self.name, self.tasks, self.limit)
+        if len(self.batch_sizes) < 2 or min(self.batch_sizes) < 1:
+            raise RecipeError(f"suite {self.name}: batch_sizes={self.batch_sizes}: needs two or more, each at least 1")
 
 
 ZERO_SHOT_7 = HarnessSuite(
@@ -96,13 +189,41 @@ WIKITEXT2_2048 = PerplexitySuite(name="wikitext2-2048", text="wikitext2", window
 WIKITEXT2_4096 = PerplexitySuite(name="wikitext2-4096", text="wikitext2", window=4096)
 WIKITEXT2_1024 = PerplexitySuite(name="wikitext2-1024", text="wikitext2", window=1024)
 """For models of 1,024 positions."""
+C4_HELDOUT = PerplexitySuite(name="c4-heldout", text="c4", window=2048, limit=256)
+"""C4 as the one-shot pruning papers measure it."""
 HELDOUT = PerplexitySuite(name="heldout", text="heldout", window=256)
 DECODE = ThroughputSuite(name="decode", prompt_output=((128, 128), (128, 1024), (1024, 128), (1024, 1024)))
 """The length pairs of the paper's Table 7."""
 
+LAMBADA = HarnessSuite(name="lambada", tasks=("lambada_openai",))
+GSM8K = HarnessSuite(name="gsm8k", tasks=("gsm8k",))
+"""Optional: five examples in the prompt, the answer generated; its data is on the hub or in $SPARSEFORGE_TASKS."""
+LAST_WORD = LastWordSuite(name="last-word", limit=2000)
+FLIPS = FlipSuite(name="flips", tasks=ZERO_SHOT_7.tasks)
+CALIBRATION = CalibrationSuite(name="calibration", tasks=ZERO_SHOT_7.tasks)
+KL_TO_DENSE = DivergenceSuite(name="kl-to-dense", window=256)
+BATCH_AGREEMENT = BatchAgreementSuite(name="batch-agreement", tasks=ZERO_SHOT_7.tasks)
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
-    for suite in (ZERO_SHOT_7, CAST_7, CAST_6, WIKITEXT2_1024, WIKITEXT2_2048, WIKITEXT2_4096, HELDOUT, DECODE)
+    for suite in (
+        ZERO_SHOT_7,
+        CAST_7,
+        CAST_6,
+        WIKITEXT2_1024,
+        WIKITEXT2_2048,
+        WIKITEXT2_4096,
+        HELDOUT,
+        C4_HELDOUT,
+        LAMBADA,
+        LAST_WORD,
+        FLIPS,
+        KL_TO_DENSE,
+        CALIBRATION,
+        GSM8K,
+        BATCH_AGREEMENT,
+        DECODE,
+    )
 }
 
 

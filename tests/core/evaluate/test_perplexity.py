@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 
-from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
-from sparseforge_core.evaluate.perplexity import perplexity, wikitext2_test, window_losses
+from sparseforge_core.evaluate.perplexity import c4_validation, perplexity, wikitext2_test, window_losses
 from sparseforge_core.evaluate.suites import PerplexitySuite
-from sparseforge_core.models import hub
-from tests.tiny import tiny_model, tiny_source, tokens
+from tests.core.evaluate.subjects import tiny_subject
+from tests.tiny import tiny_model, tokens
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -33,13 +32,9 @@ def test_the_loss_of_a_window_is_the_formula() -> None:
 
 
 def measured(suite: PerplexitySuite, home: Path, batch_size: int = 4) -> dict[str, object]:
-    corpus = Synthetic(documents_count=400)
-    source = tiny_source("llama")
-    model, tokenizer = hub.load_model(source, home), hub.load_tokenizer(source, home)
-    result = perplexity(
-        model, tokenizer, suite, corpus=corpus, home=home, device=torch.device("cpu"), batch_size=batch_size
-    )
-    available = tokenize_once(corpus, "heldout", tokenizer, home).tokens
+    subject = tiny_subject(home, batch_size=batch_size, positions=64, items_dir=home / f"items-{batch_size}")
+    result = perplexity(subject, suite)
+    available = tokenize_once(subject.corpus, "heldout", subject.tokenizer, home).tokens
     return {"rows": {row["metric"]: row for row in result.measurements}, "items": result.items, "tokens": available}
 
 
@@ -58,6 +53,27 @@ def test_the_batch_size_does_not_change_the_answer(home: Path) -> None:
     suite = PerplexitySuite(name="heldout", text="heldout", window=16, limit=9)
     one, many = (measured(suite, home, batch_size=size)["rows"]["nll"]["value"] for size in (1, 9))  # type: ignore[index]
     assert one == pytest.approx(many, rel=1e-6)
+
+
+def test_an_interrupted_pass_goes_on_with_the_windows_left(home: Path) -> None:
+    suite = PerplexitySuite(name="heldout", text="heldout", window=16, limit=12)
+    whole = perplexity(tiny_subject(home, batch_size=4, items_dir=home / "whole"), suite)
+    broken, forwards = tiny_subject(home, batch_size=4), [0]
+
+    def stop(*_: object) -> None:
+        forwards[0] += 1
+        if forwards[0] == 2:
+            raise KeyboardInterrupt
+
+    broken.model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(broken, suite)
+    again, rows = tiny_subject(home, batch_size=4), list[int]()
+    again.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert perplexity(again, suite).items == whole.items
+    assert rows == [4, 4]
 
 
 def test_a_window_beyond_the_model_and_a_text_too_short_are_refused(home: Path) -> None:
@@ -82,6 +98,25 @@ def test_wikitext2_is_read_as_the_field_reads_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SPARSEFORGE_WIKITEXT2", str(folder))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizers/gpt2/tokenizer.json"))
     assert len(tokenizer.backend_tokenizer.encode(wikitext2_test(), add_special_tokens=False).ids) == 287_644
+
+
+def test_c4_is_the_first_documents_of_a_local_file_or_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path
+) -> None:
+    with pytest.raises(DataError, match=r"Set SPARSEFORGE_C4 to a JSON-lines file"):
+        c4_validation()
+    path = tmp_path / "c4.jsonl"
+    path.write_text("".join(json.dumps({"text": f"The fox {i} sees the dog."}) + "\n" for i in range(1200)))
+    monkeypatch.setenv("SPARSEFORGE_C4", str(path))
+    text = c4_validation()
+    assert text.startswith("The fox 0 sees the dog. The fox 1 sees")
+    assert text.endswith("The fox 1099 sees the dog.")
+    found = measured(PerplexitySuite(name="c4", text="c4", window=64, limit=4), home)["rows"]["nll"]  # type: ignore[index]
+    assert found["detail"]["text"] == "C4 validation, first 1100 documents"
+    assert found["detail"]["windows"] == 4
+    path.write_text('{"body": "no text"}\n')
+    with pytest.raises(DataError, match="unknown field 'text'"):
+        c4_validation()
 
 
 def test_a_real_small_checkpoint_has_its_known_loss() -> None:

@@ -32,6 +32,14 @@ def test_a_key_tells_suites_apart_that_measure_differently() -> None:
     assert suite_key(limited(ZERO_SHOT_7, 20)) == suite_key(limited(ZERO_SHOT_7, 20))
 
 
+def test_results_that_are_stored_keep_their_keys() -> None:
+    stored = {
+        "zero-shot-7": "4f7b6e", "cast-7": "5c3ca7", "cast-6": "339907", "wikitext2-1024": "5342a6",
+        "wikitext2-2048": "b7a0ab", "wikitext2-4096": "e739e0", "heldout": "e24ce7", "decode": "1d90a1",
+    }  # fmt: skip
+    assert {name: suite_key(SUITES[name]) for name in stored} == {n: f"{n}-{key}" for n, key in stored.items()}
+
+
 @pytest.mark.parametrize("name", sorted(SUITES))
 def test_every_suite_survives_its_json(name: str) -> None:
     suite = SUITES[name]
