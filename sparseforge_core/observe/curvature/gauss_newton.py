@@ -152,7 +152,7 @@ def _watched(sites: list[Site]) -> Iterator[_Calls]:
 
     def tap(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             calls[name].append((x.detach().reshape(-1, x.shape[-1]), output))
 
         return hook
