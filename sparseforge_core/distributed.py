@@ -88,5 +88,14 @@ def finite_everywhere(tensors: list[Tensor]) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
+def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether it is set on some rank. Collective."""
+    if world() == 1 or not flags:
+        return flags
+    found = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]
+
+
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from sparseforge_core import specs
 from sparseforge_core.errors import CurvatureUnavailable, Interrupted
 from sparseforge_core.methods import SparseForge
 from sparseforge_core.methods.sparseforge import SparseForgeTrack
+from sparseforge_core.models.heads import split
 from sparseforge_core.observe.curvature import ESTIMATORS, Curvature, FiniteDifference, Hutchinson
 from sparseforge_core.sparsity.patterns import check_weight
 from sparseforge_core.train.loop import train
@@ -92,3 +94,19 @@ def test_an_estimator_that_cannot_answer_stops_the_run_before_a_mask_moves(tmp_p
         train(run)
     assert all(bool((site.mask.mask == 1).all()) for site in run.track.sites)
     assert run.checkpoints.steps() == []
+
+
+@pytest.mark.parametrize("kind", ["micro-batch-fisher", "finite-difference", "hutchinson"])
+def test_a_model_split_for_its_vocabulary_is_observed_like_a_whole_one(kind: str, tmp_path: Path) -> None:
+    found = []
+    for divided in (False, True):
+        run = start(recipe_of(SparseForge(curvature=small(kind))), tmp_path / str(divided))
+        if divided:
+            run = dataclasses.replace(run, forward=split(run.model), teacher=split(run.teacher))
+        assert isinstance(run.track, SparseForgeTrack)
+        with pytest.raises(Interrupted):
+            train(run, should_stop=lambda: True)
+        assert run.track.curvature is not None
+        found.append([run.track.curvature.of(site) for site in run.track.sites])
+    for whole, parts in zip(*found, strict=True):
+        assert float((whole - parts).norm() / whole.norm()) < 1e-3

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseforge_core.distributed import finite_everywhere, mean_over_ranks
+from sparseforge_core.distributed import finite_everywhere, mean_over_ranks, on_any_rank
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.models.sites import Site
 
@@ -165,6 +165,17 @@ def no_gradient(blind: list[str], sites: list[Site]) -> CurvatureUnavailable:
         f"no gradient for {len(blind)} of {len(sites)} sites ({named(blind)}); their curvature would stay zero and "
         "their scores be magnitudes. Check that these weights train."
     )
+
+
+def refuse_blind(sites: list[Site], reached: set[str]) -> None:
+    """Raise CurvatureUnavailable, on all ranks together, naming the sites that no sequence of the batch reached.
+
+    One sequence may well pass an expert by: its gradient there is zero, and that is an answer.
+    """
+    answered = on_any_rank([site.name in reached for site in sites], sites[0].weight.device)
+    blind = [site.name for site, there in zip(sites, answered, strict=True) if not there]
+    if blind:
+        raise no_gradient(blind, sites)
 
 
 def refuse_non_finite(found: dict[str, Tensor]) -> None:

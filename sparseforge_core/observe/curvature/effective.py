@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from sparseforge_core.models.sites import Site
-from sparseforge_core.observe.curvature.base import no_gradient
 
 
 @contextlib.contextmanager
@@ -48,17 +47,17 @@ def effective_weights(
 def gradients(
     loss: Tensor, weights: dict[str, Tensor], sites: list[Site], *, create_graph: bool = False
 ) -> dict[str, Tensor]:
-    """d loss / d effective weight of each site, this rank's own, full and in the stored layout.
-
-    Raises CurvatureUnavailable naming the sites that the loss does not depend on.
-    """
+    """d loss / d effective weight, by the sites that the loss depends on; this rank's own, full, as stored."""
     reached = [s.name for s in sites if s.name in weights and weights[s.name].requires_grad]
     found: tuple[Tensor | None, ...] = ()
     if reached and loss.requires_grad:
         inputs = [weights[name] for name in reached]
         found = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
-    by_name = {name: grad for name, grad in zip(reached, found, strict=False) if grad is not None}
-    blind = [site.name for site in sites if site.name not in by_name]
-    if blind:
-        raise no_gradient(blind, sites)
-    return by_name
+    return {name: grad for name, grad in zip(reached, found, strict=False) if grad is not None}
+
+
+def taken(found: dict[str, Tensor], site: Site) -> Tensor:
+    """The gradient of a site taken out of `found`; zero where the loss did not depend on it."""
+    if site.name in found:
+        return found.pop(site.name)
+    return torch.zeros(site.weight.shape, device=site.weight.device, dtype=site.weight.dtype)

@@ -22,8 +22,9 @@ from sparseforge_core.observe.curvature.base import (
     check_pace,
     checked,
     no_gradient,
+    refuse_blind,
 )
-from sparseforge_core.observe.curvature.effective import effective_weights, gradients
+from sparseforge_core.observe.curvature.effective import effective_weights, gradients, taken
 from sparseforge_core.specs import spec
 
 
@@ -102,14 +103,17 @@ class PieceSquares(CurvatureAverage):
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
+        reached: set[str] = set()
         for piece, place, share in batch.pieces(self.sequences):
             with effective_weights(self.sites) as weights:
                 with batch.autocast():
                     loss, factor = self.scaled_loss(batch, piece, place)
                 found = gradients(loss, weights, self.sites)
+            reached |= found.keys()
             for site in self.sites:
-                square = laid_out_like(found.pop(site.name).square().mul_(share * factor), site.weight)
+                square = laid_out_like(taken(found, site).square().mul_(share * factor), site.weight)
                 sums[site.name] = sums[site.name].add_(square) if site.name in sums else square
+        refuse_blind(self.sites, reached)
         return sums
 
 

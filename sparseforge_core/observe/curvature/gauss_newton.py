@@ -25,7 +25,7 @@ from sparseforge_core.observe.curvature.base import (
     checked,
     generator,
     named,
-    no_gradient,
+    refuse_blind,
 )
 from sparseforge_core.observe.curvature.first_order import PieceSquares
 from sparseforge_core.specs import spec
@@ -94,7 +94,12 @@ class KFACDiagonal(Curvature):
 
 
 class _Factors(CurvatureAverage):
-    """Averages of both factors: E[x_j^2], `[1, in]`, and E[d_i^2], `[out, 1]`, by site name and '|in' or '|out'."""
+    """Averages by site name and what they are of: '|in' sum_t x_j^2 / T, `[1, in]`; '|out' sum_t d_i^2 / N, `[out, 1]`;
+    '|seen' the share of the T tokens that the matrix received, which is 1 but for an expert's own matrix, `[1, 1]`.
+
+    d_t is the gradient of the sum over the N predicted tokens. All three are means over sequences, so equal on any
+    number of ranks; diag(GGN) is their in * out / seen.
+    """
 
     def __init__(self, sites: list[Site], seed: int, spec: KFACDiagonal) -> None:
         self.seed = seed
@@ -104,42 +109,46 @@ class _Factors(CurvatureAverage):
         found = {}
         for site in self.sites:
             outputs, inputs = site.matrix(site.weight).shape
-            for key, shape in (("in", (1, inputs)), ("out", (outputs, 1))):
+            for key, shape in (("in", (1, inputs)), ("out", (outputs, 1)), ("seen", (1, 1))):
                 zero = torch.zeros(shape, device=site.weight.device, dtype=site.weight.dtype)
                 found[f"{site.name}|{key}"] = zero
         return found
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         found = {key: torch.zeros_like(zero) for key, zero in self.average.items()}
+        reached: set[str] = set()
         for piece, place, share in batch.pieces():
-            with (
-                _watched(self.sites) as calls,
-                batch.autocast(),
-            ):  # not the backward: checkpointed blocks run again there
-                loss, tokens = sampled_loss(batch, piece, place, self)
-            self._add(found, calls, loss, share, tokens)
+            # Watched in the forward only: checkpointed blocks run again in the backward.
+            with _watched(self.sites) as calls, batch.autocast():
+                loss, labels = sampled_loss(batch, piece, place, self)
+            reached |= self._add(found, calls, loss, share / piece.numel(), share * labels)
+        refuse_blind(self.sites, reached)
         return found
 
-    def _add(self, found: dict[str, Tensor], calls: _Calls, loss: Tensor, share: float, tokens: int) -> None:
-        """Add this piece's moments. Of a mean loss, d_t is `tokens` times smaller than the token's own gradient."""
-        reached = [(s.name, x, z) for s in self.sites for x, z in calls[s.name] if z.requires_grad]
-        slopes = torch.autograd.grad(loss, [z for _, _, z in reached], allow_unused=True) if reached else ()
-        seen = {name: sum(x.shape[0] for x, _ in calls[name]) for name in calls}
-        answered = set()
-        for (name, x, _), slope in zip(reached, slopes, strict=True):
+    def _add(
+        self, found: dict[str, Tensor], calls: _Calls, loss: Tensor, per_token: float, per_slope: float
+    ) -> set[str]:
+        """Add a piece's sums to `found`; returns the names of the sites that its loss depends on.
+
+        The slopes of a mean loss are N times smaller than those of the sum: their squares over N are `per_slope` times
+        the squares at hand.
+        """
+        watched = [(s.name, x, z) for s in self.sites for x, z in calls[s.name] if z.requires_grad]
+        slopes = torch.autograd.grad(loss, [z for _, _, z in watched], allow_unused=True) if watched else ()
+        reached = set()
+        for (name, x, _), slope in zip(watched, slopes, strict=True):
             if slope is not None:
-                answered.add(name)
-                inputs, outputs = found[f"{name}|in"], found[f"{name}|out"]
+                reached.add(name)
+                inputs, outputs, seen = (found[f"{name}|{key}"] for key in ("in", "out", "seen"))
                 d = slope.reshape(-1, slope.shape[-1]).to(outputs.dtype)
-                inputs.add_(x.to(inputs.dtype).square().sum(0, keepdim=True), alpha=share / seen[name])
-                outputs.add_(d.square().sum(0).unsqueeze(-1), alpha=share * tokens)
-        blind = [site.name for site in self.sites if site.name not in answered]
-        if blind:
-            raise no_gradient(blind, self.sites)
+                inputs.add_(x.to(inputs.dtype).square().sum(0, keepdim=True), alpha=per_token)
+                outputs.add_(d.square().sum(0).unsqueeze(-1), alpha=per_slope)
+                seen.add_(x.shape[0] * per_token)
+        return reached
 
     def of(self, site: Site) -> Tensor:
-        outer = self.mean(site, f"{site.name}|out") * self.mean(site, f"{site.name}|in")
-        return checked(laid_out_like(site.matrix(outer), site.weight), site)
+        inputs, outputs, seen = (self.mean(site, f"{site.name}|{key}") for key in ("in", "out", "seen"))
+        return checked(laid_out_like(site.matrix(outputs * (inputs / seen)), site.weight), site)
 
 
 _Calls = dict[str, list[tuple[Tensor, Tensor]]]
@@ -152,7 +161,7 @@ def _watched(sites: list[Site]) -> Iterator[_Calls]:
 
     def tap(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             calls[name].append((x.detach().reshape(-1, x.shape[-1]), output))
 
         return hook

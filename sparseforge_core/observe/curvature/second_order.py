@@ -26,8 +26,9 @@ from sparseforge_core.observe.curvature.base import (
     checked,
     generator,
     named,
+    refuse_blind,
 )
-from sparseforge_core.observe.curvature.effective import effective_weights, gradients
+from sparseforge_core.observe.curvature.effective import effective_weights, gradients, taken
 from sparseforge_core.specs import spec
 
 Signs = Literal["before", "after", "mean"]
@@ -105,12 +106,13 @@ class _Probed(CurvatureAverage):
         self.signs = spec.signs
 
     @abstractmethod
-    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> None:
-        """Call `add(probe, site, (H v) * v)` for the loss of `piece`, for each probe and site."""
+    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> set[str]:
+        """Call `add(probe, site, (H v) * v)` for the loss of `piece`; returns the names of the sites it depends on."""
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
         apart = self.probes if self.signs == "before" else 1
         sums: list[dict[str, Tensor]] = [{} for _ in range(apart)]
+        reached: set[str] = set()
         for piece, place, share in batch.pieces():
 
             def add(probe: int, site: Site, product: Tensor, share: float = share) -> None:
@@ -118,7 +120,8 @@ class _Probed(CurvatureAverage):
                 part = laid_out_like(product.mul_(share / self.probes), site.weight)
                 into[site.name] = into[site.name].add_(part) if site.name in into else part
 
-            self.products(batch, piece, place, add)
+            reached |= self.products(batch, piece, place, add)
+        refuse_blind(self.sites, reached)
         if self.signs == "after":
             return sums[0]
         # Clamping is not linear: the ranks' parts of the batch must be averaged before it.
@@ -146,7 +149,7 @@ class _DoubleBackward(_Probed):
         super().__init__(sites, seed, spec)
         self.joint = spec.joint
 
-    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> None:
+    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> set[str]:
         sharded = [site.name for site in self.sites if is_sharded(site.weight)]
         if sharded:
             raise CurvatureUnavailable(
@@ -155,12 +158,14 @@ class _DoubleBackward(_Probed):
             )
         with eager_attention(batch.model), effective_weights(self.sites) as weights:
             slopes = gradients(batch.loss(piece, place), weights, self.sites, create_graph=True)
-            together = [self.sites] if self.joint else [[site] for site in self.sites]
-            for number in range(self.probes):
+            sites = [site for site in self.sites if site.name in slopes]
+            together = [sites] if self.joint else [[site] for site in sites]
+            for number in range(self.probes if sites else 0):
                 for chosen in together:
                     probes = {s.name: self.probe(batch, s, number, weights[s.name]) for s in chosen}
                     for site, product in zip(chosen, _times(slopes, probes, weights), strict=True):
                         add(number, site, product.mul_(probes[site.name]))
+            return set(slopes)
 
 
 def _times(slopes: dict[str, Tensor], probes: dict[str, Tensor], weights: dict[str, Tensor]) -> list[Tensor]:
@@ -193,15 +198,18 @@ class _Differences(_Probed):
         super().__init__(sites, seed, spec)
         self.eps = spec.eps
 
-    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> None:
+    def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> set[str]:
         step = self._step()
+        reached: set[str] = set()
         for number in range(self.probes):
             up = self._slopes(batch, piece, place, number, step)
             down = self._slopes(batch, piece, place, number, -step)
+            reached |= up.keys() | down.keys()
             for site in self.sites:
-                difference = up.pop(site.name) - down.pop(site.name)
+                difference = taken(up, site) - taken(down, site)
                 v = self.probe(batch, site, number, difference)
                 add(number, site, difference.mul_(v).div_(2.0 * step))
+        return reached
 
     def _step(self) -> float:
         """e: one number for all sites, as v is one vector; steps of their own would inflate the noise between sites."""

@@ -282,6 +282,23 @@ def test_experts_have_curvature_and_kfac_says_it_cannot() -> None:
         KFACDiagonal().start(sites)
 
 
+def test_kfac_knows_the_tokens_of_an_expert_with_matrices_of_its_own() -> None:
+    """Product of the means over the tokens that were routed to it, times their share."""
+    model, batch = llama_batch("deepseek-original")
+    sites = sites_masked(model)
+    estimate = KFACDiagonal().start(sites)
+    estimate.observe(batch)
+    expert = next(site for site in sites if ".experts." in site.name)
+    seen: list[torch.Tensor] = []
+    expert.module.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
+    batch.predictions(batch.tokens)
+    x = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in seen])
+    assert 0 < x.shape[0] < batch.tokens.numel()
+    found = estimate.of(expert)
+    assert torch.allclose(found / found.sum(1, keepdim=True), (x.square().mean(0) / x.square().mean(0).sum())[None])
+    assert torch.allclose(estimate.mean(expert, f"{expert.name}|seen"), torch.tensor(x.shape[0] / batch.tokens.numel()))
+
+
 def test_conv1d_statistics_lie_as_the_weight_is_stored() -> None:
     model, batch = llama_batch("gpt2")
     sites = sites_masked(model)
@@ -325,6 +342,22 @@ def test_a_site_that_the_loss_does_not_reach_is_named(spec: Curvature) -> None:
         estimate.observe(model.batch())
     with pytest.raises(CurvatureUnavailable, match=r"first\.weight: no gradient was observed"):
         estimate.of(model.sites[0])
+
+
+@pytest.mark.parametrize("spec", [MicroBatchFisher(), Hutchinson(probes=1), FiniteDifference(probes=1, eps=1e-4)])
+def test_a_sequence_that_passes_a_site_by_has_no_slope_there(spec: Curvature) -> None:
+    """An expert that one sequence is not routed to, while another is: a zero, not an error."""
+    model = TwoMatrices()
+
+    def loss(tokens: torch.Tensor, place: int) -> torch.Tensor:
+        return model.loss(tokens) if place else model.first.weight.square().sum()
+
+    batch = model.batch(sequences=2, micro_batch=1, loss=loss)
+    only = dataclasses.replace(batch, tokens=batch.tokens[1:], first=1)
+    estimate, alone = estimated(spec, model, batch=lambda _: batch), estimated(spec, model, batch=lambda _: only)
+    second = model.sites[1]
+    assert torch.allclose(estimate.of(second), alone.of(second) / 2, rtol=1e-6, atol=1e-12)
+    assert bool((estimate.of(second) > 0).any())
 
 
 def test_a_second_derivative_that_does_not_exist_is_named() -> None:
