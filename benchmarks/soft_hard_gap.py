@@ -90,10 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in found["rows"][:: max(1, len(found["rows"]) // 12)]:
         print(f"step {row['step']:>6}  mid {row['mask/mid_fraction']:.4f}  gap {row['mask/soft_hard_gap']:.6f}")
     last = found["last_before_projection"]
-    print(
-        f"{found['preset']}, {found['masked_parameters']:,.0f} masked weights, {found['updates']} updates: "
-        f"mean |m - m_hat| {last['mask/soft_hard_gap']:.6f} at step {last['step']}, projection at {found['projection_at']}"
-    )
+    print(f"{found['preset']}, {found['masked_parameters']:,.0f} masked weights, {found['updates']} updates")
+    print(f"mean |m - m_hat| {last['mask/soft_hard_gap']:.6f} at step {last['step']} of {found['projection_at']}")
     return 0
 
 
