@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import Diverged, Interrupted, RecipeError
 from sparseforge_core.methods import METHODS, SRSTE, FrozenMask, Method, SparseForge, Wanda, method_named
-from sparseforge_core.methods.base import Surroundings
+from sparseforge_core.methods.base import MaskedTrack, Surroundings
 from sparseforge_core.methods.sparseforge import Phases
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
@@ -301,3 +303,32 @@ def test_temperature_must_stay_positive_and_names_are_suggested() -> None:
         SparseForge(temperature=Geometric(first=1.0, last=0.0))
     with pytest.raises(RecipeError, match="Did you mean 'wanda'"):
         method_named("wnada")
+
+
+@given(period=st.integers(1, 20), early=st.integers(1, 40), steps=st.integers(400, 3000))
+@settings(max_examples=25, deadline=None)
+def test_the_temperature_reaches_its_floor_at_its_fraction_whatever_the_periods(
+    period: int, early: int, steps: int
+) -> None:
+    method = SparseForge(update_every=period, early_update_every=early)
+    phases = Phases.of(method, steps)
+    reached = next(s for s in range(1, steps) if method.temperature.at(phases.progress(s)) <= 0.05 + 1e-12)
+    assert reached == pytest.approx(0.6 * phases.freeze, abs=1)
+    made = sum(phases.is_update(s) for s in range(1, phases.freeze))
+    assert made == phases.updates(phases.freeze)
+
+
+@pytest.mark.parametrize("method", [SRSTE(decay=0.1), SparseForge(pruned_decay=Constant(value=0.1), update_every=1)])
+def test_decay_of_pruned_weights_never_touches_kept_ones(method: Method, tmp_path: Path) -> None:
+    run = start(recipe_of(method), tmp_path)
+    track = run.track
+    assert isinstance(track, MaskedTrack)
+    for site in track.sites:
+        site.mask.harden(site.weight.detach().abs(), nm(2, 4))
+        site.mask.mask.copy_(site.mask.hard)
+        site.weight.grad = torch.zeros_like(site.weight)
+    track.before_update(1)
+    for site in track.sites:
+        assert site.weight.grad is not None
+        expected = torch.where(site.mask.hard, torch.zeros_like(site.weight), 0.1 * site.weight)
+        assert torch.allclose(site.weight.grad, expected)
