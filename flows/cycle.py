@@ -156,7 +156,10 @@ def execute_stage(
 
 
 def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
-    """Commit a measurements file, with its items' outcomes and the journal beside it. Raises CheckpointMismatch if it is of another stage or its items were altered."""
+    """Commit a measurements file, with its items' outcomes and the journal beside it.
+
+    Raises CheckpointMismatch if it is of another stage or its items were altered.
+    """
     body = _read(path)
     found = (body.get("cell"), body.get("stage"))
     if found != (attempt.cell_key, attempt.stage):

@@ -78,17 +78,20 @@ def pack(values: Iterable[float | None]) -> bytes:
 
 def unpack(body: bytes) -> tuple[float | None, ...]:
     """What `pack` was given. Raises ValueError for bytes that it did not make."""
-    kind, data = body[:1], _plain(body[1:])
+    kind, data = expand(body)
     if kind == SMALL:
         return tuple(None if value == NONE else float(value) for value in data)
-    if kind != LARGE or len(data) % 8:
-        raise ValueError("these bytes are no packed outcomes")
     numbers = struct.unpack(f"<{len(data) // 8}d", data)
     return tuple(None if math.isnan(value) else value for value in numbers)
 
 
-def _plain(data: bytes) -> bytes:
+def expand(body: bytes) -> tuple[bytes, bytes]:
+    """(SMALL or LARGE, the outcomes as one or eight bytes each). Raises ValueError for bytes that nobody packed."""
+    kind = body[:1]
     try:
-        return zlib.decompress(data)
+        data = zlib.decompress(body[1:])
     except zlib.error as error:
         raise ValueError(f"these bytes are no packed outcomes ({error})") from error
+    if kind not in (SMALL, LARGE) or (kind == LARGE and len(data) % 8):
+        raise ValueError("these bytes are no packed outcomes")
+    return kind, data

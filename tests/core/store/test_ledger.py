@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def test_every_finished_stage_is_one_entry_and_follows_the_one_before(store: Res
         entries = connection.execute(sa.select(schema.ledger).order_by(schema.ledger.c.id)).all()
     assert len(entries) == 3
     assert entries[0].previous == FIRST
-    for before, after in zip(entries, entries[1:], strict=False):
+    for before, after in itertools.pairwise(entries):
         assert after.previous == before.digest
     assert all(link(entry.previous, entry.body) == entry.digest for entry in entries)
     assert store.fsck() == []
