@@ -22,7 +22,10 @@ if __package__ in (None, ""):
 from analysis.exhibits import EXHIBITS, FIGURE, TABLES
 from analysis.figures import STYLE, accuracy_vs_tokens, figure_csv
 from analysis.frames import ExhibitData, exhibit_data
+from analysis.hypertext import to_html
+from analysis.items import Bank
 from analysis.render import to_csv, to_latex, to_markdown
+from analysis.verdicts import verdicts_csv
 from sparseforge_core.errors import IncompleteExhibit, SparseForgeError, unknown
 from sparseforge_core.store.results import Results
 
@@ -83,19 +86,21 @@ def make_tables(
 def _collect(results: Results, grid: str, exhibits: Sequence[str]) -> dict[str, ExhibitData]:
     quotes = bool(results.grid(grid)["published"])
     slots, measured, missing = results.slots(grid), results.measurements(grid), results.missing(grid)
-    suites = results.suite_specs()
+    suites, bank = results.suite_specs(), Bank(results.outcomes(grid))
     found = {}
     for exhibit in exhibits:
         published = results.published(exhibit)
         published = published if quotes else published.iloc[:0]
-        found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites)
+        found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites, bank)
     return found
 
 
 def _table_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
     table = TABLES[data.exhibit](data)
     base = out / "tables" / data.exhibit
-    texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table)}
+    texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table), ".html": to_html(table)}
+    if table.verdicts:
+        texts[".tests.csv"] = verdicts_csv(table.verdicts)
     return {base.with_suffix(ending): text.encode() for ending, text in texts.items()}
 
 

@@ -48,8 +48,17 @@ def _suite_sentence(suite: dict[str, Any], context: dict[str, str]) -> str:
 def _mark_notes(table: Table, over: str) -> list[str]:
     cells = [cell for line in table.lines for cell in line.cells]
     notes = []
-    if any(table.marks()):
-        notes.append("Bold: best sparse row of the column (by the printed number, not by a test).")
+    if any(table.marked):
+        notes.append(
+            "Bold: the best sparse row of the column and every row not shown to be worse than it (paired tests on "
+            "single items, over seeds where there are several; Holm over all pairs, 5 %). No bold where all tie."
+        )
+    elif any(column.better for column in table.columns) and not table.untested:
+        notes.append("No bold: in no column is a sparse row shown to be worse than the best (paired tests, Holm, 5 %).")
+    if table.untested:
+        notes.append(
+            "Columns without a mark: the store has no outcomes of single items for some rows, so nothing can be tested."
+        )
     if any(cell.estimate is not None and cell.estimate.half is not None for cell in cells):
         notes.append(f"\N{PLUS-MINUS SIGN}: half the 95 % t interval over {over}.")
     if any(cell.diverged for cell in cells):

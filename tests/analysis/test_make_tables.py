@@ -28,7 +28,8 @@ def test_every_format_of_every_exhibit_is_written_and_nothing_else(sqlite_url: s
     everything().write(sqlite_url).close()
     out = tmp_path / "out"
     report = make_tables(Results(sqlite_url), None, out)
-    wanted = {f"tables/table-{n}.{ending}" for n in (1, 2, 3, 4, 7) for ending in ("md", "tex", "csv")}
+    wanted = {f"tables/table-{n}.{ending}" for n in (1, 2, 3, 4, 7) for ending in ("md", "tex", "csv", "html")}
+    wanted |= {f"tables/table-{n}.tests.csv" for n in (1, 2, 3, 4)}
     wanted |= {f"figures/accuracy-vs-tokens.{ending}" for ending in ("csv", "png", "svg")}
     assert set(contents(out)) == wanted == {str(path.relative_to(out)) for path in report.files}
     assert report.empty == ["table-5", "table-6"]
@@ -76,7 +77,7 @@ def test_strict_looks_only_at_what_was_asked_for(sqlite_url: str, tmp_path: Path
     everything().write(sqlite_url).close()
     arguments = ["--db", sqlite_url, "--out", str(tmp_path / "out"), "--strict", "--only", "table-3", "table-7"]
     assert main(arguments) == 0
-    assert {Path(name).stem for name in contents(tmp_path / "out")} == {"table-3", "table-7"}
+    assert {Path(name).stem for name in contents(tmp_path / "out")} == {"table-3", "table-3.tests", "table-7"}
 
 
 def test_strict_is_content_with_a_complete_grid(sqlite_url: str, tmp_path: Path) -> None:

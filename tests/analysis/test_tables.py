@@ -44,21 +44,30 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("exhibit", ["table-1", "table-2", "table-3", "table-4", "table-7"])
-@pytest.mark.parametrize("ending", [".md", ".tex", ".csv"])
+@pytest.mark.parametrize("ending", [".md", ".tex", ".csv", ".html", ".tests.csv"])
 def test_a_hand_filled_store_gives_the_stored_files(written: Path, exhibit: str, ending: str) -> None:
     """With SPARSEFORGE_WRITE_GOLDEN=1 the stored files are written anew; read the difference before keeping it."""
-    made = (written / exhibit).with_suffix(ending).read_text()
+    if (exhibit, ending) == ("table-7", ".tests.csv"):
+        assert not (written / "table-7.tests.csv").exists()
+        return
+    made = _body((written / exhibit).with_suffix(ending))
     stored = GOLDEN / f"{exhibit}{ending}"
     if os.environ.get("SPARSEFORGE_WRITE_GOLDEN") == "1":
         stored.write_text(made)
     assert made == stored.read_text()
 
 
+def _body(path: Path) -> str:
+    """A file's text; of a page only what is its own, so that a change of style changes no golden file."""
+    text = path.read_text()
+    return text if path.suffix != ".html" else text[text.index("<main>") : text.index("</main>") + 7] + "\n"
+
+
 def test_both_databases_give_the_same_bytes(store_url: str, tmp_path: Path) -> None:
     everything().write(store_url, PUBLISHED).close()
     folder = tables(store_url, tmp_path)
     for stored in GOLDEN.iterdir():
-        assert (folder / stored.name).read_text() == stored.read_text()
+        assert _body(folder / stored.name) == stored.read_text()
 
 
 def test_columns_are_those_that_the_suites_plan(sqlite_url: str, tmp_path: Path) -> None:
