@@ -107,7 +107,7 @@ def _by_task(
             if compare and _is_compared(column, mean):
                 cells.append(EMPTY if reference is row else _difference(row, reference, metric))
         table.lines.append(Line(row.row, row.label, cells, reference=row.is_reference))
-    tested = [(column.title, metric) for column, metric in shown if column.in_print]
+    tested = [(column.title, metric) for column, metric in shown if _is_compared(column, mean)]
     return _finished(table, data, tested, compare or "dense")
 
 

@@ -6,7 +6,6 @@ python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import shlex
 import sys
@@ -19,8 +18,8 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from analysis.exhibits import EXHIBITS, FIGURE, TABLES
-from analysis.figures import STYLE, accuracy_vs_tokens, figure_csv
+from analysis.drawing import FORMATS, save
+from analysis.exhibits import EXHIBITS, FIGURES, SHOWN, TABLES
 from analysis.frames import ExhibitData, exhibit_data
 from analysis.hypertext import to_html
 from analysis.items import Bank
@@ -64,13 +63,15 @@ def make_tables(
             raise SparseForgeError(unknown("exhibit", name, EXHIBITS))
     report = Report(results.grid(grid)["name"])
     ready: dict[Path, bytes] = {}
-    for exhibit, data in _collect(results, report.grid, only or EXHIBITS).items():
-        if not data.rows and data.published.empty:
+    material = collect(results, report.grid)
+    for exhibit in only or EXHIBITS:
+        files = _figure_files(material, exhibit, out) if exhibit in FIGURES else _table_files(material, exhibit, out)
+        if not files:
             report.empty.append(exhibit)
             continue
-        if data.missing:
-            report.missing[exhibit] = data.missing
-        ready |= _figure_files(data, out) if exhibit == FIGURE else _table_files(data, out)
+        ready |= files
+        if exhibit in material.exhibits and material.exhibits[exhibit].missing:
+            report.missing[exhibit] = material.exhibits[exhibit].missing
     if only and report.empty:
         raise SparseForgeError(
             f"grid {report.grid} has no rows for {', '.join(report.empty)}; --grid names another grid"
@@ -83,44 +84,49 @@ def make_tables(
     return report
 
 
-def _collect(results: Results, grid: str, exhibits: Sequence[str]) -> dict[str, ExhibitData]:
-    quotes = bool(results.grid(grid)["published"])
+@dataclass
+class Material:
+    """All that the exhibits of a grid are made of."""
+
+    grid: str
+    title: str
+    exhibits: dict[str, ExhibitData]
+    curves: Any
+
+
+def collect(results: Results, grid: str) -> Material:
+    """Read a grid's exhibits and curves. Raises MixedSuites for a column that would hold what does not compare."""
+    about = results.grid(grid)
     slots, measured, missing = results.slots(grid), results.measurements(grid), results.missing(grid)
     suites, bank = results.suite_specs(), Bank(results.outcomes(grid))
     found = {}
-    for exhibit in exhibits:
+    for exhibit in SHOWN:
         published = results.published(exhibit)
-        published = published if quotes else published.iloc[:0]
+        published = published if about["published"] else published.iloc[:0]
         found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites, bank)
-    return found
+    return Material(grid, about["title"], found, results.curves(grid))
 
 
-def _table_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
-    table = TABLES[data.exhibit](data)
-    base = out / "tables" / data.exhibit
+def _table_files(material: Material, exhibit: str, out: Path) -> dict[Path, bytes]:
+    data = material.exhibits[exhibit]
+    if not data.rows and data.published.empty:
+        return {}
+    table = TABLES[exhibit](data)
+    base = out / "tables" / exhibit
     texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table), ".html": to_html(table)}
     if table.verdicts:
         texts[".tests.csv"] = verdicts_csv(table.verdicts)
     return {base.with_suffix(ending): text.encode() for ending, text in texts.items()}
 
 
-def _figure_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
-    import matplotlib as mpl
-
-    base = out / "figures" / data.exhibit
-    figure = accuracy_vs_tokens(data)
-    files = {base.with_suffix(".csv"): figure_csv(data).encode()}
-    # No date, no version: the same store gives the same bytes.
-    options: dict[str, dict[str, Any]] = {
-        ".svg": {"metadata": {"Date": None, "Creator": None}},
-        ".png": {"dpi": 200, "metadata": {"Software": None}},
-    }
-    for ending, arguments in options.items():
-        buffer = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            figure.savefig(buffer, format=ending[1:], **arguments)
-        files[base.with_suffix(ending)] = buffer.getvalue()
-    return files
+def _figure_files(material: Material, exhibit: str, out: Path) -> dict[Path, bytes]:
+    made = FIGURES[exhibit](material.exhibits, material.curves)
+    if made is None:
+        return {}
+    figure, numbers = made
+    base = out / "figures" / exhibit
+    files = {base.with_suffix(ending): save(figure, ending) for ending in FORMATS}
+    return {base.with_suffix(".csv"): numbers.encode(), **files}
 
 
 def _write(path: Path, body: bytes) -> None:
@@ -159,7 +165,8 @@ def run_make_tables(
     if not quiet:
         print(f"grid {name}{'' if grid else ' (the one planned last)'}: {len(report.files)} files in {target}")
         for exhibit in report.empty:
-            print(f"  {exhibit}: this grid has no rows for it")
+            what = "rows" if exhibit in SHOWN else "rows or training curves"
+            print(f"  {exhibit}: this grid has no {what} for it")
     fill = _fill_command(url, home, name)
     _print_missing(report, fill)
     if strict and report.partial:

@@ -28,6 +28,8 @@ DRAWS = 9_999
 """Sign flips of a permutation test."""
 FEW = 200
 """Items with a difference up to which flips are drawn; with more the normal limit is as good."""
+MANY = 500
+"""Items from which a bootstrap draws their mean from its normal limit."""
 RESAMPLES = 2_000
 SEED = 260_506_402
 """Of every random draw here: the same store gives the same bytes."""
@@ -101,20 +103,24 @@ def equivalence(found: Comparison, margin: float) -> float:
     return float(max(low, high))
 
 
-def interval(a: Items, b: Items, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile interval of A minus B, resampling the seeds of each and the items (the same of both)."""
+def interval(a: Items, b: Items) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of A minus B: the seeds of each side and the items (the same of both) anew.
+
+    With more than MANY items the mean of a resample of them is drawn from its normal limit, which is what it has then.
+    """
     rng = np.random.default_rng(SEED)
-    means = np.zeros((resamples, a.seeds + b.seeds))
-    for x, y in zip(a.strata, b.strata, strict=True):
-        patterns, counts = np.unique(np.vstack([x, y]).T, axis=0, return_counts=True)
-        n = int(counts.sum())
-        drawn = rng.multinomial(n, counts / n, size=resamples)
-        means += drawn @ patterns / n / len(a.strata)
-    sides = []
-    for part in (means[:, : a.seeds], means[:, a.seeds :]):
-        chosen = rng.integers(0, part.shape[1], part.shape)
-        sides.append(np.take_along_axis(part, chosen, axis=1).mean(axis=1))
-    low, high = np.quantile(sides[0] - sides[1], [LEVEL / 2, 1 - LEVEL / 2])
+    differences = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a.strata, b.strata, strict=True)]
+    if a.n > MANY:
+        spread = math.sqrt(sum(float(d.var()) / len(d) for d in differences)) / len(differences)
+        drawn = float(np.mean([d.mean() for d in differences])) + spread * rng.standard_normal(RESAMPLES)
+    else:
+        drawn = np.mean([d[rng.integers(0, len(d), (RESAMPLES, len(d)))].mean(axis=1) for d in differences], axis=0)
+    for sign, side in ((1, a), (-1, b)):
+        if side.seeds > 1:
+            means = side.by_seed
+            chosen = means[rng.integers(0, side.seeds, (RESAMPLES, side.seeds))].mean(axis=1)
+            drawn = drawn + sign * (chosen - means.mean())
+    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 

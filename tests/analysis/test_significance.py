@@ -122,7 +122,7 @@ def test_the_bootstrap_interval_covers_the_true_difference() -> None:
     for _ in range(100):
         a = Items(((rng.random((1, 400)) < 0.6).astype(float),), ("q",))
         b = Items(((rng.random((1, 400)) < 0.5).astype(float),), ("q",))
-        low, high = interval(a, b, 500)
+        low, high = interval(a, b)
         hits += low <= 0.1 <= high
     assert hits >= 88
 
