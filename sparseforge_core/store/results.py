@@ -188,6 +188,12 @@ class Results:
         chosen = sa.select(table).where(table.c.cell_key == cell_key, table.c.stage == stage)
         return {row.metric: (row.identity, unpack(row.body)) for row in self._rows(chosen)}
 
+    def items_hashes(self) -> dict[tuple[str, str], str | None]:
+        """Hash of the items file of every done stage of the store, None for a stage without items."""
+        table = schema.attempt
+        chosen = sa.select(table.c.cell_key, table.c.stage, table.c.items_sha256).where(table.c.status == "done")
+        return {(row.cell_key, row.stage): row.items_sha256 for row in self._rows(chosen)}
+
     def breaks(self) -> list[Break]:
         """Every contradiction between the results log, itself and the results; see `ledger.py`."""
         with reading(self.engine) as connection:
