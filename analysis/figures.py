@@ -95,7 +95,7 @@ def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) 
         axes.set_xscale("log")
         axes.set_xlim(budgets[0] / 1.35, budgets[-1] * 1.35)
         labelled = ticks(budgets)
-        axes.set_xticks(labelled, [_short(tokens) for tokens in labelled])
+        axes.set_xticks(labelled, [short(tokens) for tokens in labelled])
         axes.minorticks_off()
     else:
         axes.set_xticks([])
@@ -215,7 +215,8 @@ def _quoted(value: float | None) -> Estimate | None:
     return None if value is None or pd.isna(value) else Estimate(float(value), None, 1, None)
 
 
-def _short(tokens: int) -> str:
+def short(tokens: int) -> str:
+    """A number of tokens in three digits."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if tokens >= size:
             return f"{tokens / size:.3g}{letter}"

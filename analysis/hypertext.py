@@ -38,9 +38,13 @@ def grid(head: list[str], rows: list[list[str]], kind: str = "scroll") -> str:
     return f'<div class="{kind}"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
+def shown_columns(table: Table) -> list[int]:
+    """Numbers of the columns that are printed."""
+    return [index for index, column in enumerate(table.columns) if column.in_print]
+
+
 def _rows(table: Table, key_of: Callable[[Place], str], kind: str = "scroll") -> str:
-    shown = [index for index, column in enumerate(table.columns) if column.in_print]
-    marked = table.marked
+    shown, marked = shown_columns(table), table.marked
     quoted = list(dict.fromkeys(line.source for line in table.lines))
     rows = []
     for number, line in enumerate(table.lines):

@@ -6,8 +6,10 @@ python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from analysis.frames import ExhibitData, exhibit_data
 from analysis.hypertext import to_html
 from analysis.items import Bank
 from analysis.render import to_csv, to_latex, to_markdown
+from analysis.table import Table
+from analysis.terminal import to_text
 from analysis.verdicts import verdicts_csv
 from sparseforge_core.errors import IncompleteExhibit, SparseForgeError, unknown
 from sparseforge_core.store.results import Results
@@ -42,6 +46,13 @@ class Report:
     """(row, cell, stage, status) of what is planned and not done, by exhibit."""
     empty: list[str] = field(default_factory=list)
     """Exhibits that this grid has no rows for."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    """What the written tables are, by exhibit."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        files = [str(path) for path in self.files]
+        return {"grid": self.grid, "files": files, "missing": self.missing, "empty": self.empty}
 
     @property
     def partial(self) -> bool:
@@ -65,7 +76,10 @@ def make_tables(
     ready: dict[Path, bytes] = {}
     material = collect(results, report.grid)
     for exhibit in only or EXHIBITS:
-        files = _figure_files(material, exhibit, out) if exhibit in FIGURES else _table_files(material, exhibit, out)
+        if exhibit in FIGURES:
+            files = _figure_files(material, exhibit, out)
+        else:
+            files = _table_files(material, exhibit, out, report.tables)
         if not files:
             report.empty.append(exhibit)
             continue
@@ -77,7 +91,7 @@ def make_tables(
             f"grid {report.grid} has no rows for {', '.join(report.empty)}; --grid names another grid"
         )
     for path, body in ready.items():
-        _write(path, body)
+        write(path, body)
         report.files.append(path)
     if strict and report.partial:
         raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {report.grid} lack results")
@@ -107,11 +121,11 @@ def collect(results: Results, grid: str) -> Material:
     return Material(grid, about["title"], found, results.curves(grid))
 
 
-def _table_files(material: Material, exhibit: str, out: Path) -> dict[Path, bytes]:
+def _table_files(material: Material, exhibit: str, out: Path, made: dict[str, Table]) -> dict[Path, bytes]:
     data = material.exhibits[exhibit]
     if not data.rows and data.published.empty:
         return {}
-    table = TABLES[exhibit](data)
+    table = made[exhibit] = TABLES[exhibit](data)
     base = out / "tables" / exhibit
     texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table), ".html": to_html(table)}
     if table.verdicts:
@@ -129,7 +143,8 @@ def _figure_files(material: Material, exhibit: str, out: Path) -> dict[Path, byt
     return {base.with_suffix(".csv"): numbers.encode(), **files}
 
 
-def _write(path: Path, body: bytes) -> None:
+def write(path: Path, body: bytes) -> None:
+    """Replace a file whole or not at all. Raises SparseForgeError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +168,7 @@ def run_make_tables(
     only: Sequence[str] | None = None,
     strict: bool = False,
     quiet: bool = False,
+    as_json: bool = False,
 ) -> int:
     """The command behind `make_tables.py` and `sparseforge tables`; returns the exit code.
 
@@ -162,16 +178,26 @@ def run_make_tables(
     name = results.grid(grid)["name"]
     target = out or home / name
     report = make_tables(results, name, target, only or ())
-    if not quiet:
+    if as_json:
+        print(json.dumps(report.as_json(), indent=1))
+    elif not quiet:
+        for table in report.tables.values() if only else ():
+            print(to_text(table, color=may_color(), width=shutil.get_terminal_size().columns) + "\n")
         print(f"grid {name}{'' if grid else ' (the one planned last)'}: {len(report.files)} files in {target}")
         for exhibit in report.empty:
             what = "rows" if exhibit in SHOWN else "rows or training curves"
             print(f"  {exhibit}: this grid has no {what} for it")
     fill = _fill_command(url, home, name)
-    _print_missing(report, fill)
+    if not as_json:
+        _print_missing(report, fill)
     if strict and report.partial:
         raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {name} lack results; fill them with: {fill}")
     return 0
+
+
+def may_color() -> bool:
+    """Whether standard output is a terminal that shows bold, and nobody has said no: https://no-color.org."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _fill_command(url: str, home: Path, grid: str) -> str:
@@ -216,11 +242,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", action="extend", nargs="+", metavar="EXHIBIT", help="exhibits, such as table-2; may be repeated"
     )
     parser.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
+    parser.add_argument("--quiet", action="store_true", help="say only what is missing")
+    parser.add_argument("--json", action="store_true", help="machine-readable: files, what is missing, what is empty")
     options = parser.parse_args(arguments)
     home = Path(options.home or os.environ.get("SPARSEFORGE_HOME") or "runs")
     url = options.db or os.environ.get("SPARSEFORGE_DB") or f"sqlite:///{home / 'store.db'}"
     try:
-        return run_make_tables(url, home, grid=options.grid, out=options.out, only=options.only, strict=options.strict)
+        return run_make_tables(
+            url,
+            home,
+            grid=options.grid,
+            out=options.out,
+            only=options.only,
+            strict=options.strict,
+            quiet=options.quiet,
+            as_json=options.json,
+        )
     except SparseForgeError as error:
         print(f"make_tables: {error}", file=sys.stderr)
         return 2

@@ -8,25 +8,27 @@ STYLE = """
 :root { --ground: #fcfcfb; --card: #ffffff; --ink: #1d2126; --soft: #5d6670; --line: #dfe2e5; --head: #f3f4f5;
   --accent: #0b62a3; --good: #1b7a4b; --bad: #b3401c; --mark: #fff3c9; --paper: #ffffff; }
 :root[data-theme=dark] { --ground: #14171a; --card: #1b1f23; --ink: #e6e8ea; --soft: #9aa4ae; --line: #31373d;
-  --head: #22272c; --accent: #6bb6f0; --good: #6fcf9b; --bad: #f0936f; --mark: #4a3f16; --paper: #f4f4f2; }
+  --head: #22272c; --accent: #6bb6f0; --good: #6fcf9b; --bad: #f0936f; --mark: #4a3f16; --paper: #191919; }
+:root[data-theme=dark] figure svg { filter: invert(.9) hue-rotate(180deg); }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 3.4rem; -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 76rem; margin: 0 auto; padding: 0 1rem 6rem; }
 nav { position: sticky; top: 0; z-index: 5; background: var(--ground); border-bottom: 1px solid var(--line); }
-nav div { max-width: 76rem; margin: 0 auto; padding: .55rem 1rem; display: flex; gap: 1rem; align-items: center;
-  overflow-x: auto; white-space: nowrap; scrollbar-width: none; }
-nav a { color: var(--soft); text-decoration: none; font-size: 14px; }
+nav div { max-width: 76rem; margin: 0 auto; padding: .55rem 1rem; display: flex; gap: .8rem; align-items: center; }
+nav span { display: flex; gap: .8rem; overflow-x: auto; white-space: nowrap; scrollbar-width: none; flex: 1;
+  mask-image: linear-gradient(90deg, #000 94%, transparent); }
+nav a { color: var(--soft); text-decoration: none; font-size: 13.5px; }
 nav a:hover { color: var(--accent); }
 nav strong { margin-right: .4rem; }
 button { font: inherit; font-size: 13px; color: var(--ink); background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: .2rem .6rem; cursor: pointer; }
-nav button { margin-left: auto; }
+nav button { flex: none; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1.6rem 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; color: var(--soft); font-weight: 600; }
-p { margin: .4rem 0; max-width: 64rem; }
+p { margin: .4rem 0; max-width: 64rem; overflow-wrap: anywhere; }
 .soft, .notes p { color: var(--soft); font-size: 13.5px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; margin: 1rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
@@ -50,10 +52,12 @@ td[data-p] { cursor: help; }
 td[data-p]:hover, td[data-p]:focus { outline: 2px solid var(--accent); outline-offset: -2px; }
 td.text { text-align: left; white-space: normal; min-width: 14rem; }
 tr.reference td { color: var(--soft); }
+.tall { max-height: 31rem; overflow: auto; }
+.tall thead th { position: sticky; top: 0; z-index: 1; } .tall thead th:first-child { z-index: 2; }
 .published { border-style: dashed; }
 figure { margin: .8rem 0; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: .6rem; }
 figure svg { display: block; width: 100%; height: auto; max-width: 56rem; margin: 0 auto; }
-figcaption { color: #555; font-size: 13px; padding: .3rem .4rem 0; }
+figcaption { color: var(--soft); font-size: 13px; padding: .3rem .4rem 0; }
 .better { color: var(--good); } .worse { color: var(--bad); }
 #origin { position: fixed; left: 0; right: 0; bottom: 0; max-height: 46vh; overflow: auto; background: var(--card);
   border-top: 2px solid var(--accent); padding: .7rem 1rem 1rem; font-size: 13px; display: none; z-index: 9;
@@ -66,7 +70,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 600px) {
   body { font-size: 14.5px; } th, td { padding: .3rem .45rem; } table { font-size: 13px; }
   h1 { font-size: 1.35rem; } figure { padding: .3rem; overflow-x: auto; } figure svg { min-width: 34rem; }
-  th:first-child, td:first-child { max-width: 9.5rem; white-space: normal; }
+  th:first-child, td:first-child { min-width: 7.2rem; max-width: 9.5rem; white-space: normal; }
 }
 @media print { nav, #origin { display: none; } .scroll { overflow: visible; } }
 """
@@ -124,7 +128,7 @@ def page(title: str, body: str, origins: str = "{}", nav: str = "") -> str:
             "script-src 'unsafe-inline'; img-src data:\">",
             '<link rel="icon" href="data:,">',
             f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-            f'<nav><div><strong>SparseForge</strong>{nav}<button id="theme">light / dark</button></div></nav>',
+            f'<nav><div><strong>SparseForge</strong><span>{nav}</span><button id="theme">theme</button></div></nav>',
             f"<main>{body}</main>",
             '<aside id="origin" aria-live="polite"><button>close</button><strong>Where this number comes from</strong>'
             "<pre></pre></aside>",

@@ -152,7 +152,7 @@ class Trace:
 
 
 def find(exhibits: Mapping[str, ExhibitData], exhibit: str, row: str, column: str) -> Trace:
-    """The cell of a table by exhibit, row (name or label) and column title. Raises SparseForgeError naming the nearest."""
+    """The cell of a table by exhibit, row (name or label) and column. Raises SparseForgeError naming the nearest."""
     if exhibit not in TABLES:
         raise SparseForgeError(unknown("table", exhibit, TABLES))
     table = TABLES[exhibit](exhibits[exhibit])
@@ -182,7 +182,7 @@ def trace_lines(trace: Trace, results: Results, grid: str) -> list[str]:
 
 def origin_text(place: Place, origin: Mapping[str, Any] | None) -> str:
     """Where the results of one stage come from, in a few lines."""
-    head = f"cell {place[0]}, stage {place[1]}"
+    head = f"cell {place[0]} (seed {place[0].rpartition('-s')[2]}), stage {place[1]}"
     if origin is None:
         return f"{head}: not done"
     context = origin["context"]

@@ -101,7 +101,13 @@ class Filled:
         for key, stage, measurements, context in self.results:
             items = outcomes(key, measurements) if self.with_items else []
             record(
-                store, self.cells[key], stage, *measurements, outcomes=items, curves=self.curves.get(key, ()), **context
+                store,
+                self.cells[key],
+                stage,
+                *measurements,
+                outcomes=items,
+                curves=self.curves.get(key, ()) if stage == "train" else (),
+                **context,
             )
         return store
 
@@ -140,7 +146,7 @@ def scores(
     """Results of both suites; the mean accuracy follows."""
     means = [None if a is None or b is None else (a + b) / 2 for a, b in zip(hellaswag, arc_easy, strict=True)]
     accuracy = {"hellaswag/acc": hellaswag, "arc_easy/acc": arc_easy, "mean/acc": means, "arc_easy/acc_norm": arc_easy}
-    return {ZERO_SHOT.key: accuracy, TEXT.key: {"perplexity": ppl, "nll": [1.0] * len(ppl)}}
+    return {ZERO_SHOT.key: accuracy, TEXT.key: {"perplexity": ppl, "nll": [math.log(p) if p else None for p in ppl]}}
 
 
 def methods(filled: Filled) -> Filled:

@@ -191,7 +191,7 @@ def test_an_empty_place_says_so(sqlite_url: str) -> None:
     results = Results(sqlite_url)
     trace = find(collect(results, "demo").exhibits, "table-2", "a", "Avg")
     assert trace_lines(trace, results, "demo") == ["table-2, A, Avg: no result yet"]
-    assert origin_text(("c", "s"), None) == "cell c, stage s: not done"
+    assert origin_text(("c-s1", "s"), None) == "cell c-s1 (seed 1), stage s: not done"
 
 
 def test_stages_from_before_outcomes_rest_on_the_log(sqlite_url: str) -> None:
