@@ -29,7 +29,6 @@ MIDDLE, GAP = "mask/mid_fraction", "mask/soft_hard_gap"
 GRID = 101
 """Points of the common axis on which curves of several seeds are averaged."""
 
-Curves = pd.DataFrame
 Made = tuple[Any, str] | None
 
 
@@ -45,7 +44,7 @@ class Band:
     high: Any
 
 
-def bands(curves: Curves, exhibits: tuple[str, ...], names: tuple[str, ...]) -> list[Band]:
+def bands(curves: pd.DataFrame, exhibits: tuple[str, ...], names: tuple[str, ...]) -> list[Band]:
     """The curves of the first of `exhibits` that has any of the first of `names` that it has, by row."""
     for exhibit in exhibits:
         for name in names:
@@ -55,7 +54,7 @@ def bands(curves: Curves, exhibits: tuple[str, ...], names: tuple[str, ...]) -> 
     return []
 
 
-def _band(label: str, rows: Curves) -> Band:
+def _band(label: str, rows: pd.DataFrame) -> Band:
     done = np.linspace(0, 1, GRID)
     lines = []
     for curve in rows.curve:
@@ -66,7 +65,7 @@ def _band(label: str, rows: Curves) -> Band:
     return Band(label, len(lines), done, stacked.mean(axis=0), stacked.min(axis=0), stacked.max(axis=0))
 
 
-def hard_vs_soft(exhibits: Mapping[str, ExhibitData], curves: Curves) -> Made:
+def hard_vs_soft(exhibits: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
     """Training loss of every retrained method of Table 2, and where it ends: soft masks against hard ones."""
     found = bands(curves, ("table-2", "accuracy-vs-tokens"), LOSS)
     if not found:
@@ -106,7 +105,7 @@ def _lines(axes: Any, found: list[Band], title: str) -> None:
     plain(axes, "y")
 
 
-def mask_softness(_: Mapping[str, ExhibitData], curves: Curves) -> Made:
+def mask_softness(_: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
     """Share of mask entries in (0.1, 0.9), and mean distance to the hard mask, over training."""
     where = ("table-3", "table-2", "accuracy-vs-tokens")
     middle, gap = bands(curves, where, (MIDDLE,)), bands(curves, where, (GAP,))
@@ -182,7 +181,7 @@ def _delta(row: ExhibitRow, full: ExhibitRow, quantity: str, metric: str) -> Del
     return Delta(row.label, quantity, 100 * value, None, None, "no outcomes of single items", False)
 
 
-def ablations(exhibits: Mapping[str, ExhibitData], _: Curves) -> Made:
+def ablations(exhibits: Mapping[str, ExhibitData], _: pd.DataFrame) -> Made:
     """Table 3 as differences to the full method; the criterion's ablations are among its rows."""
     found = deltas(exhibits["table-3"])
     if not found:
@@ -223,7 +222,7 @@ def _deltas_csv(found: list[Delta]) -> str:
     return out.getvalue()
 
 
-def mask_histograms(_: Mapping[str, ExhibitData], curves: Curves) -> Made:
+def mask_histograms(_: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
     """Mask values of one SparseForge run, by kind of weight (rows) and moment (columns)."""
     own = curves[curves.name.str.startswith("histogram:")]
     order = {name: place for place, name in enumerate(("table-2", "table-3", "accuracy-vs-tokens"))}

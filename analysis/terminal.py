@@ -29,7 +29,7 @@ def _rows(table: Table, color: bool) -> list[str]:
     quoted = list(dict.fromkeys(line.source for line in table.lines))
     style = TEXT_STYLE if color else STARS
     rows = [[table.first, *(table.columns[i].title for i in shown)]]
-    bold = {}
+    bold: dict[tuple[int, int], bool] = {}
     for number, line in enumerate(table.lines):
         label = f"{line.label} [{quoted.index(line.source) + 1}]" if line.source else line.label
         cells = [cell_text(table.columns[i], line.cells[i], style, bold=number in marked[i]) for i in shown]

@@ -236,9 +236,9 @@ def _audit(options: argparse.Namespace, home: Home) -> int:
 
 
 def _completion(options: argparse.Namespace, _home: Home) -> int:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["sparseforge"], shell=options.shell))
+    print(shellcode(["sparseforge"], shell=options.shell))
     return OK
 
 
