@@ -156,7 +156,9 @@ def exhibit_data(
     rows = {slot.row: _row(slot, suite_specs, bank or Bank({})) for slot in shown}
     versions: dict[str, tuple[str, ...]] = {}
     contexts: dict[str, dict[str, str]] = {}
-    for record in measured[measured.exhibit == exhibit].itertuples():
+    planned = {metric.rpartition(":")[2] for row in rows.values() for metric in row.plans}
+    own = measured[measured.exhibit == exhibit]
+    for record in own[(own.stage == "train") | own.metric.isin(planned)].itertuples():
         if record.stage != "train":
             if not pd.isna(record.value):  # one that diverged puts no number into the column
                 _refuse_mixture(exhibit, record, versions)

@@ -114,8 +114,9 @@ def mask_softness(_: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
     with new_figure(7.4, 3.6) as figure:
         left, right = figure.subplots(1, 2)
         _lines(left, middle, "Mid-range share of the mask")
-        _lines(right, gap, r"Soft-hard gap, mean $|m-\hat{m}|$")
+        _lines(right, gap, "Soft-hard gap, mean |m - hard m|")
         right.set_yscale("log")
+        right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default's powers cost a parser and a font
         handles, labels = left.get_legend_handles_labels()
         title = "Lines: mean over seeds; bands: lowest to highest seed" if max(b.seeds for b in middle) > 1 else None
         figure.legend(

@@ -84,7 +84,9 @@ class Results:
                 for record in recorded.get(slot["recipe_key"], [])
                 if record["stage"] in stages and record["seed"] in slot["seeds"]
             ]
-        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS).astype({"value": float, "stderr": float})
+        # as objects: reading texts back one by one out of Arrow's strings takes longer than everything else
+        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS, dtype=object)
+        frame = frame.astype({"value": float, "stderr": float, "seed": int, "position": int, "tokens": int, "n": int})
         return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
 
     def missing(self, grid: str) -> pd.DataFrame:
@@ -228,7 +230,7 @@ class Results:
         slot = schema.slot
         shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
         rows = self._rows(
-            sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.detail, a.c.context)
+            sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.detail, m.c.attempt_id)
             .add_columns(c.c.seed, c.c.recipe_key, r.c.model, r.c.family, r.c.pattern, r.c.method)
             .add_columns(r.c.variant, r.c.tokens)
             .join(a, a.c.id == m.c.attempt_id)
@@ -236,9 +238,11 @@ class Results:
             .join(r, r.c.key == c.c.recipe_key)
             .where(a.c.status == "done", r.c.key.in_(shown))
         )
+        done = self._rows(sa.select(a.c.id, a.c.context).where(a.c.status == "done"))
+        contexts = {row.id: _sorted(row.context) for row in done}  # one for the many measurements of a stage
         grouped: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            record = {**row._mapping, "detail": _sorted(row.detail), "context": _sorted(row.context)}
+            record = {**row._mapping, "detail": _sorted(row.detail), "context": contexts[row.attempt_id]}
             grouped.setdefault(row.recipe_key, []).append(record)
         return grouped
 
