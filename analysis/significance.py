@@ -14,6 +14,7 @@ Only `scipy.special` is used: `scipy.stats` and statsmodels would add a second o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -180,9 +181,15 @@ def _items_test(differences: Sequence[Array], *, single: bool) -> tuple[float, s
     observed = abs(float(weighted.sum()))
     if len(weighted) > FEW:
         return float(2 * special.ndtr(-observed / math.sqrt(float((weighted**2).sum())))), "sign-flip permutation"
-    signs = np.random.default_rng(SEED).integers(0, 2, (DRAWS, len(weighted)), dtype=np.int8) * 2 - 1
-    extreme = int((np.abs(signs @ weighted) >= observed * (1 - 1e-12)).sum())
+    extreme = int((np.abs(_signs(len(weighted)) @ weighted) >= observed * (1 - 1e-12)).sum())
     return (extreme + 1) / (DRAWS + 1), "sign-flip permutation"
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(n: int) -> Array:
+    """The sign flips of `n` items: `[DRAWS, n]`, the same for every comparison."""
+    flips: Array = np.random.default_rng(SEED).integers(0, 2, (DRAWS, n), dtype=np.int8) * 2.0 - 1.0
+    return flips
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,3 +137,27 @@ def test_csv_holds_unrounded_numbers_and_hidden_columns() -> None:
 def test_groups_are_set_apart_in_latex() -> None:
     rows = [Line(name, name, [cell(0.5), EMPTY]) for name in ("m/dense", "m/sparse", "n/dense")]
     assert to_latex(table(*rows)).count(r"\addlinespace") == 1
+
+
+def test_latex_is_balanced_and_every_row_has_its_columns() -> None:
+    made = to_latex(table(Line("a", "A_1 & B", [answered(90), EMPTY]), Line("b", "B", [answered(20), cell(2.0)])))
+    assert made.count("{") - made.count(r"\{") == made.count("}") - made.count(r"\}")
+    for name in ("table", "tabular"):
+        assert made.count(rf"\begin{{{name}}}") == made.count(rf"\end{{{name}}}") == 1
+    assert [made.count(rf"\{rule}") for rule in ("toprule", "midrule", "bottomrule")] == [1, 1, 1]
+    rows = [line for line in made.splitlines() if line.endswith(r"\\")]
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {2}
+
+
+@pytest.mark.skipif(
+    shutil.which("pdflatex") is None, reason="no pdflatex on this machine: the tables were not compiled"
+)
+def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
+    golden = sorted((Path(__file__).parent / "golden").glob("*.tex"))
+    inputs = "\n".join(rf"\input{{{path}}}" for path in golden)
+    text = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{inputs}\end{{document}}"
+    (tmp_path / "all.tex").write_text(text)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "all.pdf").read_bytes().startswith(b"%PDF")
