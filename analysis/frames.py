@@ -18,6 +18,8 @@ CAPTION = "__caption__"
 DECODE = "decode_tokens_per_second/"
 NLL = "nll"
 """The outcome of a window of text; its mean is the log of the perplexity."""
+FOUND = "contaminated"
+"""Share of a task's items that were found in the text that a row was retrained on."""
 REFERENCES = ("dense", "dense-control")
 """Methods that prune nothing."""
 
@@ -47,6 +49,10 @@ class ExhibitRow:
     """(cell, stage, status) of what is not done."""
     sources: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
     """(cell, stage) that each value comes from, by metric and seed."""
+    contaminated: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(items found in the retraining corpus, items) by task; empty for a row that was not scanned."""
+    unscanned: str = ""
+    """Why the corpus was not scanned, where it should have been."""
     parts: dict[str, list[str]] = field(default_factory=dict)
     """The metrics whose items make another one's: the tasks of a mean."""
     bank: Bank = field(default_factory=lambda: Bank({}))
@@ -181,15 +187,23 @@ def _row(slot: Any, suite_specs: Mapping[str, dict[str, Any]], bank: Bank) -> Ex
 def planned_metrics(suite: Mapping[str, Any]) -> list[str]:
     """The metrics that a table may show of a suite, by the names that rows keep them under."""
     if suite["kind"] == "zero-shot":
-        return ["mean/acc", *(f"{task}/{metric}" for task in suite["tasks"] for metric in ("acc", "acc_norm"))]
+        return ["mean/acc", *(f"{task}/{metric}" for task in suite["tasks"] for metric in ("acc", "acc_norm", FOUND))]
     if suite["kind"] == "perplexity":
         return [metric_name(str(suite["name"]), "perplexity")]
+    if suite["kind"] != "throughput":
+        return []  # measured and stored, and shown in no table yet
     rates = [f"{DECODE}{prompt}x{output}" for prompt, output in suite["prompt_output"]]
     return [*rates, "weight_bytes_dense", "weight_bytes_packed"]
 
 
 def _add(row: ExhibitRow, record: Any) -> None:
     metric = metric_name(str(record.suite), str(record.metric))
+    about = str((record.context or {}).get("contamination", ""))
+    row.unscanned = row.unscanned or (about if about.startswith("not scanned") else "")
+    if metric.endswith(f"/{FOUND}"):
+        task, of = metric.rpartition("/")[0], int(record.n)
+        row.contaminated[task] = max(row.contaminated.get(task, (0, of)), (round(record.value * of), of))
+        return
     if pd.isna(record.value):
         row.diverged[metric] = row.diverged.get(metric, 0) + 1
         return

@@ -162,3 +162,28 @@ def test_the_module_of_hand_filled_rows_names_the_caption_row_as_the_grids_do() 
     from flows.grids.planned import CAPTION as PLANNED
 
     assert filled.CAPTION == CAPTION == PLANNED
+
+
+def test_contamination_is_printed_under_the_table(sqlite_url: str, tmp_path: Path) -> None:
+    grid = Filled()
+    measured = scores([0.3], [0.4], [9.0])
+    measured[ZERO_SHOT.key] |= {"hellaswag/contaminated": [0.04], "arc_easy/contaminated": [0.0]}
+    grid.row("table-2", "a", "A", measured, tokens=5)
+    reason = "not scanned: the corpus is gone"
+    grid.row("table-2", "b", "B", scores([0.3], [0.4], [9.0]), context={"contamination": reason})
+    grid.write(sqlite_url).close()
+    text = text_of(sqlite_url, tmp_path, "table-2")
+    assert "by a scan for shared word sequences: hellaswag 1 of 25 items." in text
+    assert "Contamination not scanned: the corpus is gone (B)." in text
+    assert "contaminated |" not in text
+
+
+def test_a_suite_of_another_kind_is_named_and_has_no_column(sqlite_url: str, tmp_path: Path) -> None:
+    grid = Filled()
+    flips = suite("flips", "flips", tasks=["hellaswag"])
+    measured = {**scores([0.3], [0.4], [9.0]), flips.key: {"mean/flips": [0.1]}}
+    grid.row("table-2", "a", "A", measured, shown=(ZERO_SHOT, TEXT, flips))
+    grid.write(sqlite_url).close()
+    text = text_of(sqlite_url, tmp_path, "table-2")
+    assert "Suite flips: flips; it is in the store and in no column here." in text
+    assert "| Method | Tokens | HellaSwag | ARC-e | Avg | PPL |" in text
