@@ -26,6 +26,8 @@ PICTURES = 6
 """Moments of a mask that are shown."""
 LOSS = ("loss/task", "loss/total")
 MIDDLE, GAP = "mask/mid_fraction", "mask/soft_hard_gap"
+GAPS = (0, 0.001, 0.01, 0.1, 0.5)
+"""Labels of the axis of soft-hard gaps."""
 GRID = 101
 """Points of the common axis on which curves of several seeds are averaged."""
 
@@ -115,8 +117,11 @@ def mask_softness(_: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
         left, right = figure.subplots(1, 2)
         _lines(left, middle, "Mid-range share of the mask")
         _lines(right, gap, "Soft-hard gap, mean |m - hard m|")
-        right.set_yscale("log")
-        right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default's powers cost a parser and a font
+        # Logarithmic down to the smallest gap that matters, then straight to zero, where every mask must end.
+        right.set_yscale("symlog", linthresh=GAPS[1])
+        right.set_yticks(GAPS, [f"{gap:g}" for gap in GAPS])
+        right.set_ylim(-GAPS[1] / 10, 0.6)
+        right.minorticks_off()
         handles, labels = left.get_legend_handles_labels()
         title = "Lines: mean over seeds; bands: lowest to highest seed" if max(b.seeds for b in middle) > 1 else None
         figure.legend(
@@ -235,7 +240,8 @@ def mask_histograms(_: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
     own = own[(own.exhibit == first.exhibit) & (own.row == first.row) & (own.seed == first.seed)].sort_values("name")
     kinds = [(curve.name.rpartition("/")[2], curve) for curve in own.curve]
     with new_figure(7.4, 0.75 + 1.25 * len(kinds)) as figure:
-        panels = figure.subplots(len(kinds), PICTURES, sharex=True, sharey=True, squeeze=False)
+        moments = min(PICTURES, *(len(curve.steps) for _, curve in kinds), PICTURES)
+        panels = figure.subplots(len(kinds), moments, sharex=True, sharey=True, squeeze=False)
         for row, (kind, curve) in zip(panels, kinds, strict=True):
             _moments(row, kind, curve)
         for axes in panels[-1]:
@@ -246,7 +252,7 @@ def mask_histograms(_: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
 
 def _moments(row: Any, kind: str, curve: Any) -> None:
     last = len(curve.steps) - 1
-    chosen = [round(index * last / (PICTURES - 1)) for index in range(PICTURES)]
+    chosen = [round(index * last / max(len(row) - 1, 1)) for index in range(len(row))]
     for axes, index in zip(row, chosen, strict=True):
         counts = np.array(curve.values[index], dtype=float)
         edges = curve.edges

@@ -38,6 +38,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         (["run", "demo", "--workers", "0"], "--workers 0: needs at least 1"),
         (["run", "demo", "--prefect", "--pool", "cpu"], "with Prefect, the work pools choose"),
         (["status", "demo"], "sparseforge: "),
+        (["report"], "there is no store at"),
+        (["verify"], "there is no store at"),
+        (["audit", "demo"], "there is no store at"),
+        (["tables"], "there is no store at"),
+        (["completion", "powershell"], "invalid choice"),
         ([], "required: COMMAND"),
     ],
 )
