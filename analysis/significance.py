@@ -188,8 +188,8 @@ def _items_test(differences: Sequence[Array], *, single: bool) -> tuple[float, s
 @functools.lru_cache(maxsize=8)
 def _signs(n: int) -> Array:
     """The sign flips of `n` items: `[DRAWS, n]`, the same for every comparison."""
-    flips: Array = np.random.default_rng(SEED).integers(0, 2, (DRAWS, n), dtype=np.int8) * 2.0 - 1.0
-    return flips
+    flips = np.random.default_rng(SEED).integers(0, 2, (DRAWS, n), dtype=np.int8)
+    return flips.astype(np.float64) * 2 - 1
 
 
 def mcnemar(wins: int, losses: int) -> float:
