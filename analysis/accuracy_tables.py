@@ -8,6 +8,7 @@ from analysis.aggregate import Estimate
 from analysis.frames import ExhibitData, ExhibitRow
 from analysis.notes import standard_notes
 from analysis.table import EMPTY, Cell, Column, Line, Table, published_table
+from analysis.verdicts import verdict_notes, verdicts
 
 TASKS = {
     "hellaswag": "HellaSwag",
@@ -77,7 +78,8 @@ def _summary(data: ExhibitData, title: str) -> Table:
         cells.append(_difference(sparse, rows["dense"], MEAN))
         cells += [_cell(rows[v], metric) for _, metric in perplexities for v in variants]
         table.lines.append(Line(group, group, cells))
-    return _finished(table, data)
+    tested = [("Mean", MEAN), *perplexities] if any(row.plans & {MEAN} for row in data.rows) else perplexities
+    return _finished(table, data, tested, "dense")
 
 
 def _by_task(
@@ -101,11 +103,12 @@ def _by_task(
         reference = data.row(f"{row.group}/{compare}" if row.group else str(compare)) if compare else None
         cells = [_tokens(row)] if tokens else []
         for column, metric in shown:
-            cells.append(_cell(row, metric))
+            cells.append(_cell(row, metric, tested=column.better is not None))
             if compare and _is_compared(column, mean):
                 cells.append(EMPTY if reference is row else _difference(row, reference, metric))
         table.lines.append(Line(row.row, row.label, cells, reference=row.is_reference))
-    return _finished(table, data)
+    tested = [(column.title, metric) for column, metric in shown if _is_compared(column, mean)]
+    return _finished(table, data, tested, compare or "dense")
 
 
 def _task_columns(data: ExhibitData, mean: str, contest: bool, perplexity: bool) -> list[tuple[Column, str]]:
@@ -141,14 +144,24 @@ def _perplexities(data: ExhibitData) -> list[tuple[str, str]]:
     return [(title, f"{name}:perplexity") for title, name in zip(titles, names, strict=True)]
 
 
-def _cell(row: ExhibitRow | None, metric: str, *, averaged: bool = True) -> Cell:
-    """A row's metric, empty if its suites have none such; one that is not `averaged` is the same for every seed."""
+def _cell(row: ExhibitRow | None, metric: str, *, averaged: bool = True, tested: bool = False) -> Cell:
+    """A row's metric, empty if its suites have none such; one that is not `averaged` is the same for every seed.
+
+    A `tested` one brings its items along.
+    """
     if row is None or (averaged and metric not in row.plans):
         return EMPTY
     if not averaged:
         known = row.estimate(metric)
-        return Cell(None if known is None else Estimate(known.mean, None, 1, None), planned=1)
-    return Cell(row.estimate(metric), planned=len(row.seeds), diverged=row.diverged.get(metric, 0))
+        estimate = None if known is None else Estimate(known.mean, None, 1, None)
+        return Cell(estimate, planned=1, sources=row.places(metric))
+    return Cell(
+        row.estimate(metric),
+        planned=len(row.seeds),
+        diverged=row.diverged.get(metric, 0),
+        items=row.items(metric) if tested else None,
+        sources=row.places(metric),
+    )
 
 
 def _tokens(row: ExhibitRow | None) -> Cell:
@@ -160,10 +173,15 @@ def _difference(row: ExhibitRow | None, reference: ExhibitRow | None, metric: st
         return EMPTY
     single = 1 in (len(row.seeds), len(reference.seeds))
     pairs = max(len(row.seeds), len(reference.seeds)) if single else len({*row.seeds} & {*reference.seeds})
-    return Cell(row.versus(reference, metric), planned=pairs)
+    places = (*row.places(metric), *reference.places(metric))
+    return Cell(row.versus(reference, metric), planned=pairs, sources=places)
 
 
-def _finished(table: Table, data: ExhibitData) -> Table:
+def _finished(table: Table, data: ExhibitData, tested: list[tuple[str, str]], reference: str) -> Table:
+    table.verdicts = verdicts(data, tested, reference)
     table.notes += standard_notes(table, data)
+    for title, metric in tested:
+        if metric == MEAN or metric.endswith(":perplexity"):
+            table.notes += verdict_notes(table.verdicts, title if metric == MEAN else f"log {title}")
     table.published = published_table(table, data.published)
     return table

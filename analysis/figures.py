@@ -12,26 +12,18 @@ import pandas as pd
 
 from analysis.accuracy_tables import MEAN
 from analysis.aggregate import Estimate
+from analysis.drawing import COLORS, MARKERS, new_figure, plain
 from analysis.frames import ExhibitData
 
-# Okabe and Ito's palette without its yellow: told apart by readers with any colour vision, and in grey by the markers.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-"""One more than there are colours, so that the pairs repeat late."""
 DASHES: tuple[tuple[float, ...], ...] = ((5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3))
 CHOICES = {"boolq": 2, "rte": 2, "winogrande": 2, "piqa": 2}
 """Answers to choose from; the other tasks have four."""
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8.5,
-    "legend.title_fontsize": 8,
-    "svg.hashsalt": "sparseforge",
-}
 GUESSING = "uniform guessing"
-LABEL_WIDTH = 0.12
+WIDTH, HEIGHT, ROW, USUAL = 7.4, 3.7, 0.19, 3
+"""Inches: of the figure with the usual rows of legend, and of each row more."""
+SHORT = 20
+"""Letters of a label up to which four stand abreast in the legend."""
+LABEL_WIDTH = 0.15
 """Share of a panel's width that a label of the token axis needs."""
 WIDE_RANGE = 3.0
 """Ratio of largest to smallest perplexity from which the axis is logarithmic."""
@@ -70,12 +62,7 @@ def series(data: ExhibitData) -> dict[str, list[Point]]:
 
 def accuracy_vs_tokens(data: ExhibitData) -> Any:
     """The figure of two panels. Methods without retraining are lines across; quoted points are hollow."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 3.7), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+    with new_figure(WIDTH, HEIGHT) as figure:
         left, right = figure.subplots(1, 2)
         drawn = series(data)
         _panel(left, drawn, "perplexity", "Perplexity (lower is better)")
@@ -108,13 +95,11 @@ def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) 
         axes.set_xscale("log")
         axes.set_xlim(budgets[0] / 1.35, budgets[-1] * 1.35)
         labelled = ticks(budgets)
-        axes.set_xticks(labelled, [_short(tokens) for tokens in labelled])
+        axes.set_xticks(labelled, [short(tokens) for tokens in labelled])
         axes.minorticks_off()
     else:
         axes.set_xticks([])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
+    plain(axes, "y")
 
 
 def ticks(budgets: list[int]) -> list[int]:
@@ -195,7 +180,9 @@ def _legend(figure: Any, panels: tuple[Any, ...], drawn: dict[str, list[Point]])
         else None
     )
     if named:
-        rows = -(-len(named) // 4)
+        abreast = 4 if max(map(len, named)) <= SHORT else 3
+        rows = -(-len(named) // abreast)
+        figure.set_size_inches(WIDTH, HEIGHT + ROW * max(0, rows - USUAL))
         columns = -(-len(named) // rows)
         figure.legend(
             named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False, title=title
@@ -228,7 +215,8 @@ def _quoted(value: float | None) -> Estimate | None:
     return None if value is None or pd.isna(value) else Estimate(float(value), None, 1, None)
 
 
-def _short(tokens: int) -> str:
+def short(tokens: int) -> str:
+    """A number of tokens in three digits."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if tokens >= size:
             return f"{tokens / size:.3g}{letter}"

@@ -10,11 +10,16 @@ from typing import Any
 import pandas as pd
 
 from analysis.aggregate import Estimate, difference, half_width, over_seeds
+from analysis.items import Bank, Items, stack
 from sparseforge_core.errors import SparseForgeError
 
 CAPTION = "__caption__"
 """The row whose note is the exhibit's caption."""
 DECODE = "decode_tokens_per_second/"
+NLL = "nll"
+"""The outcome of a window of text; its mean is the log of the perplexity."""
+FOUND = "contaminated"
+"""Share of a task's items that were found in the text that a row was retrained on."""
 REFERENCES = ("dense", "dense-control")
 """Methods that prune nothing."""
 
@@ -42,6 +47,25 @@ class ExhibitRow:
     """How many seeds have no number because the model diverged, by metric."""
     missing: list[tuple[str, str, str]] = field(default_factory=list)
     """(cell, stage, status) of what is not done."""
+    sources: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
+    """(cell, stage) that each value comes from, by metric and seed."""
+    contaminated: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(items found in the retraining corpus, items) by task; empty for a row that was not scanned."""
+    unscanned: str = ""
+    """Why the corpus was not scanned, where it should have been."""
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """The metrics whose items make another one's: the tasks of a mean."""
+    bank: Bank = field(default_factory=lambda: Bank({}))
+    """Where outcomes of single items are."""
+
+    def items(self, metric: str) -> Items | None:
+        """Outcomes of the items behind a metric; None if a seed is not in or the store has no outcomes of it."""
+        values = self.values.get(metric, {})
+        if not values or set(values) != set(self.seeds):
+            return None
+        names = [NLL] if metric.endswith(":perplexity") else self.parts.get(metric, [metric])
+        where = self.sources[metric]
+        return stack(self.bank, [[(*where[seed], name) for seed in sorted(values)] for name in names])
 
     @property
     def group(self) -> str:
@@ -61,6 +85,10 @@ class ExhibitRow:
     def estimate(self, metric: str) -> Estimate | None:
         """Over the seeds that have the metric."""
         return over_seeds(value for _, value in sorted(self.values.get(metric, {}).items()))
+
+    def places(self, metric: str) -> tuple[tuple[str, str], ...]:
+        """(cell, stage) behind each seed's value."""
+        return tuple(place for _, place in sorted(self.sources.get(metric, {}).items()))
 
     def timed(self, metric: str) -> Estimate | None:
         """Like `estimate`, with the interval over the timed repeats of all seeds: speed does not depend on the seed."""
@@ -123,14 +151,20 @@ def exhibit_data(
     missing: pd.DataFrame,
     published: pd.DataFrame,
     suite_specs: Mapping[str, dict[str, Any]],
+    bank: Bank | None = None,
 ) -> ExhibitData:
-    """Collect an exhibit from the frames of a grid. Raises MixedSuites naming the column and the two versions."""
+    """Collect an exhibit from the frames of a grid, with a bank of their items' outcomes.
+
+    Raises MixedSuites naming the column and the two versions.
+    """
     own_slots = slots[slots.exhibit == exhibit]
     shown = [slot for slot in own_slots.itertuples() if slot.row != CAPTION]
-    rows = {slot.row: _row(slot, suite_specs) for slot in shown}
+    rows = {slot.row: _row(slot, suite_specs, bank or Bank({})) for slot in shown}
     versions: dict[str, tuple[str, ...]] = {}
     contexts: dict[str, dict[str, str]] = {}
-    for record in measured[measured.exhibit == exhibit].itertuples():
+    planned = {metric.rpartition(":")[2] for row in rows.values() for metric in row.plans}
+    own = measured[measured.exhibit == exhibit]
+    for record in own[(own.stage == "train") | own.metric.isin(planned)].itertuples():
         if record.stage != "train":
             if not pd.isna(record.value):  # one that diverged puts no number into the column
                 _refuse_mixture(exhibit, record, versions)
@@ -142,28 +176,39 @@ def exhibit_data(
     return ExhibitData(exhibit, caption, list(rows.values()), _suites(exhibit, shown, suite_specs), contexts, published)
 
 
-def _row(slot: Any, suite_specs: Mapping[str, dict[str, Any]]) -> ExhibitRow:
+def _row(slot: Any, suite_specs: Mapping[str, dict[str, Any]], bank: Bank) -> ExhibitRow:
     tokens = 0 if pd.isna(slot.tokens) else int(slot.tokens)
     plans = frozenset(metric for key in slot.suite_keys for metric in planned_metrics(suite_specs[key]))
-    return ExhibitRow(slot.row, slot.label, tokens, tuple(slot.seeds), str(slot.method), plans)
+    harness = [suite_specs[key] for key in slot.suite_keys if suite_specs[key]["kind"] == "zero-shot"]
+    parts = {"mean/acc": [f"{task}/acc" for suite in harness for task in suite["tasks"]]}
+    return ExhibitRow(slot.row, slot.label, tokens, tuple(slot.seeds), str(slot.method), plans, parts=parts, bank=bank)
 
 
 def planned_metrics(suite: Mapping[str, Any]) -> list[str]:
     """The metrics that a table may show of a suite, by the names that rows keep them under."""
     if suite["kind"] == "zero-shot":
-        return ["mean/acc", *(f"{task}/{metric}" for task in suite["tasks"] for metric in ("acc", "acc_norm"))]
+        return ["mean/acc", *(f"{task}/{metric}" for task in suite["tasks"] for metric in ("acc", "acc_norm", FOUND))]
     if suite["kind"] == "perplexity":
         return [metric_name(str(suite["name"]), "perplexity")]
+    if suite["kind"] != "throughput":
+        return []  # measured and stored, and shown in no table yet
     rates = [f"{DECODE}{prompt}x{output}" for prompt, output in suite["prompt_output"]]
     return [*rates, "weight_bytes_dense", "weight_bytes_packed"]
 
 
 def _add(row: ExhibitRow, record: Any) -> None:
     metric = metric_name(str(record.suite), str(record.metric))
+    about = str((record.context or {}).get("contamination", ""))
+    row.unscanned = row.unscanned or (about if about.startswith("not scanned") else "")
+    if metric.endswith(f"/{FOUND}"):
+        task, of = metric.rpartition("/")[0], int(record.n)
+        row.contaminated[task] = max(row.contaminated.get(task, (0, of)), (round(record.value * of), of))
+        return
     if pd.isna(record.value):
         row.diverged[metric] = row.diverged.get(metric, 0) + 1
         return
     row.values.setdefault(metric, {})[int(record.seed)] = float(record.value)
+    row.sources.setdefault(metric, {})[int(record.seed)] = str(record.cell_key), str(record.stage)
     if not pd.isna(record.stderr):
         row.errors.setdefault(metric, {})[int(record.seed)] = float(record.stderr), int(record.n)
 

@@ -6,9 +6,10 @@ python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict
 from __future__ import annotations
 
 import argparse
-import io
+import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,15 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from analysis.exhibits import EXHIBITS, FIGURE, TABLES
-from analysis.figures import STYLE, accuracy_vs_tokens, figure_csv
+from analysis.drawing import FORMATS, save
+from analysis.exhibits import EXHIBITS, FIGURES, SHOWN, TABLES
 from analysis.frames import ExhibitData, exhibit_data
+from analysis.hypertext import to_html
+from analysis.items import Bank
 from analysis.render import to_csv, to_latex, to_markdown
+from analysis.table import Table
+from analysis.terminal import to_text
+from analysis.verdicts import verdicts_csv
 from sparseforge_core.errors import IncompleteExhibit, SparseForgeError, unknown
 from sparseforge_core.store.results import Results
 
@@ -40,6 +46,13 @@ class Report:
     """(row, cell, stage, status) of what is planned and not done, by exhibit."""
     empty: list[str] = field(default_factory=list)
     """Exhibits that this grid has no rows for."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    """What the written tables are, by exhibit."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        files = [str(path) for path in self.files]
+        return {"grid": self.grid, "files": files, "missing": self.missing, "empty": self.empty}
 
     @property
     def partial(self) -> bool:
@@ -61,64 +74,77 @@ def make_tables(
             raise SparseForgeError(unknown("exhibit", name, EXHIBITS))
     report = Report(results.grid(grid)["name"])
     ready: dict[Path, bytes] = {}
-    for exhibit, data in _collect(results, report.grid, only or EXHIBITS).items():
-        if not data.rows and data.published.empty:
+    material = collect(results, report.grid)
+    for exhibit in only or EXHIBITS:
+        if exhibit in FIGURES:
+            files = _figure_files(material, exhibit, out)
+        else:
+            files = _table_files(material, exhibit, out, report.tables)
+        if not files:
             report.empty.append(exhibit)
             continue
-        if data.missing:
-            report.missing[exhibit] = data.missing
-        ready |= _figure_files(data, out) if exhibit == FIGURE else _table_files(data, out)
+        ready |= files
+        if exhibit in material.exhibits and material.exhibits[exhibit].missing:
+            report.missing[exhibit] = material.exhibits[exhibit].missing
     if only and report.empty:
         raise SparseForgeError(
             f"grid {report.grid} has no rows for {', '.join(report.empty)}; --grid names another grid"
         )
     for path, body in ready.items():
-        _write(path, body)
+        write(path, body)
         report.files.append(path)
     if strict and report.partial:
         raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {report.grid} lack results")
     return report
 
 
-def _collect(results: Results, grid: str, exhibits: Sequence[str]) -> dict[str, ExhibitData]:
-    quotes = bool(results.grid(grid)["published"])
+@dataclass
+class Material:
+    """All that the exhibits of a grid are made of."""
+
+    grid: str
+    title: str
+    exhibits: dict[str, ExhibitData]
+    curves: Any
+
+
+def collect(results: Results, grid: str) -> Material:
+    """Read a grid's exhibits and curves. Raises MixedSuites for a column that would hold what does not compare."""
+    about = results.grid(grid)
     slots, measured, missing = results.slots(grid), results.measurements(grid), results.missing(grid)
-    suites = results.suite_specs()
+    suites, bank = results.suite_specs(), Bank(results.outcomes(grid))
     found = {}
-    for exhibit in exhibits:
+    for exhibit in SHOWN:
         published = results.published(exhibit)
-        published = published if quotes else published.iloc[:0]
-        found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites)
-    return found
+        published = published if about["published"] else published.iloc[:0]
+        found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites, bank)
+    return Material(grid, about["title"], found, results.curves(grid))
 
 
-def _table_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
-    table = TABLES[data.exhibit](data)
-    base = out / "tables" / data.exhibit
-    texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table)}
+def _table_files(material: Material, exhibit: str, out: Path, made: dict[str, Table]) -> dict[Path, bytes]:
+    data = material.exhibits[exhibit]
+    if not data.rows and data.published.empty:
+        return {}
+    table = made[exhibit] = TABLES[exhibit](data)
+    base = out / "tables" / exhibit
+    texts = {".md": to_markdown(table), ".tex": to_latex(table), ".csv": to_csv(table), ".html": to_html(table)}
+    if table.verdicts:
+        texts[".tests.csv"] = verdicts_csv(table.verdicts)
     return {base.with_suffix(ending): text.encode() for ending, text in texts.items()}
 
 
-def _figure_files(data: ExhibitData, out: Path) -> dict[Path, bytes]:
-    import matplotlib as mpl
-
-    base = out / "figures" / data.exhibit
-    figure = accuracy_vs_tokens(data)
-    files = {base.with_suffix(".csv"): figure_csv(data).encode()}
-    # No date, no version: the same store gives the same bytes.
-    options: dict[str, dict[str, Any]] = {
-        ".svg": {"metadata": {"Date": None, "Creator": None}},
-        ".png": {"dpi": 200, "metadata": {"Software": None}},
-    }
-    for ending, arguments in options.items():
-        buffer = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            figure.savefig(buffer, format=ending[1:], **arguments)
-        files[base.with_suffix(ending)] = buffer.getvalue()
-    return files
+def _figure_files(material: Material, exhibit: str, out: Path) -> dict[Path, bytes]:
+    made = FIGURES[exhibit](material.exhibits, material.curves)
+    if made is None:
+        return {}
+    figure, numbers = made
+    base = out / "figures" / exhibit
+    files = {base.with_suffix(ending): save(figure, ending) for ending in FORMATS}
+    return {base.with_suffix(".csv"): numbers.encode(), **files}
 
 
-def _write(path: Path, body: bytes) -> None:
+def write(path: Path, body: bytes) -> None:
+    """Replace a file whole or not at all. Raises SparseForgeError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +168,7 @@ def run_make_tables(
     only: Sequence[str] | None = None,
     strict: bool = False,
     quiet: bool = False,
+    as_json: bool = False,
 ) -> int:
     """The command behind `make_tables.py` and `sparseforge tables`; returns the exit code.
 
@@ -151,15 +178,26 @@ def run_make_tables(
     name = results.grid(grid)["name"]
     target = out or home / name
     report = make_tables(results, name, target, only or ())
-    if not quiet:
+    if as_json:
+        print(json.dumps(report.as_json(), indent=1))
+    elif not quiet:
+        for table in report.tables.values() if only else ():
+            print(to_text(table, color=may_color(), width=shutil.get_terminal_size().columns) + "\n")
         print(f"grid {name}{'' if grid else ' (the one planned last)'}: {len(report.files)} files in {target}")
         for exhibit in report.empty:
-            print(f"  {exhibit}: this grid has no rows for it")
+            what = "rows" if exhibit in SHOWN else "rows or training curves"
+            print(f"  {exhibit}: this grid has no {what} for it")
     fill = _fill_command(url, home, name)
-    _print_missing(report, fill)
+    if not as_json:
+        _print_missing(report, fill)
     if strict and report.partial:
         raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {name} lack results; fill them with: {fill}")
     return 0
+
+
+def may_color() -> bool:
+    """Whether standard output is a terminal that shows bold, and nobody has said no: https://no-color.org."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _fill_command(url: str, home: Path, grid: str) -> str:
@@ -204,11 +242,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", action="extend", nargs="+", metavar="EXHIBIT", help="exhibits, such as table-2; may be repeated"
     )
     parser.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
+    parser.add_argument("--quiet", action="store_true", help="say only what is missing")
+    parser.add_argument("--json", action="store_true", help="machine-readable: files, what is missing, what is empty")
     options = parser.parse_args(arguments)
     home = Path(options.home or os.environ.get("SPARSEFORGE_HOME") or "runs")
     url = options.db or os.environ.get("SPARSEFORGE_DB") or f"sqlite:///{home / 'store.db'}"
     try:
-        return run_make_tables(url, home, grid=options.grid, out=options.out, only=options.only, strict=options.strict)
+        return run_make_tables(
+            url,
+            home,
+            grid=options.grid,
+            out=options.out,
+            only=options.only,
+            strict=options.strict,
+            quiet=options.quiet,
+            as_json=options.json,
+        )
     except SparseForgeError as error:
         print(f"make_tables: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ LISTED = 8
 """Rows and seeds with missing results that a table names one by one."""
 
 
+TEXTS = {"heldout": "held-out text of the training corpus", "wikitext2": "WikiText-2 raw test", "c4": "held-out C4"}
 SEEDS = "seeds (rough where seeds are two); none for a single seed"
 REPEATS = "timed repeats, whose median is shown"
 
@@ -19,7 +20,13 @@ REPEATS = "timed repeats, whose median is shown"
 def standard_notes(table: Table, data: ExhibitData, *, over: str = SEEDS) -> list[str]:
     """Every note that a table of measurements needs, in reading order; `over` says what its intervals are over."""
     seeds = seed_notes(data) if over == SEEDS else []
-    return [*suite_notes(data), *_mark_notes(table, over), *seeds, *_missing_notes(data)]
+    return [
+        *suite_notes(data),
+        *_contamination_notes(data),
+        *_mark_notes(table, over),
+        *seeds,
+        *_missing_notes(data),
+    ]
 
 
 def suite_notes(data: ExhibitData) -> list[str]:
@@ -36,20 +43,48 @@ def _suite_sentence(suite: dict[str, Any], context: dict[str, str]) -> str:
             f"Suite {name}: zero-shot acc by {harness} on {items} of each of {len(suite['tasks'])} tasks, in percent."
         )
     if suite["kind"] == "perplexity":
-        text = "held-out text of the training corpus" if suite["text"] == "heldout" else "WikiText-2 raw test"
+        text = TEXTS.get(suite["text"], suite["text"])
         windows = "all windows" if limit is None else f"the first {limit:,} windows"
         return f"Suite {name}: perplexity on {windows} of {suite['window']:,} tokens, stride the same; {text}."
+    if suite["kind"] != "throughput":
+        return f"Suite {name}: {suite['kind']}; it is in the store and in no column here."
     where = ", ".join(context[part] for part in ("engine", "device") if context.get(part))
     return f"Suite {name}: greedy decoding, batch {suite['batch']}, {suite['repeats']} timed repeats" + (
         f" ({where})." if where else "."
     )
 
 
+def _contamination_notes(data: ExhibitData) -> list[str]:
+    """How many items of which task stood in a text that some row was retrained on, and which rows nobody scanned."""
+    worst: dict[str, tuple[int, int]] = {}
+    for row in data.rows:
+        for task, found in row.contaminated.items():
+            worst[task] = max(worst.get(task, (0, found[1])), found)
+    notes = []
+    if worst:
+        hits = [f"{task} {count:,} of {of:,} items" for task, (count, of) in sorted(worst.items()) if count]
+        said = ", ".join(hits) or f"no item of {len(worst)} tasks"
+        notes.append(f"Found in the retraining corpus of a row by a scan for shared word sequences: {said}.")
+    for reason in dict.fromkeys(row.unscanned for row in data.rows if row.unscanned):
+        labels = ", ".join(row.label for row in data.rows if row.unscanned == reason)
+        notes.append(f"Contamination {reason} ({labels}).")
+    return notes
+
+
 def _mark_notes(table: Table, over: str) -> list[str]:
     cells = [cell for line in table.lines for cell in line.cells]
     notes = []
-    if any(table.marks()):
-        notes.append("Bold: best sparse row of the column (by the printed number, not by a test).")
+    if any(table.marked):
+        notes.append(
+            "Bold: the best sparse row of the column and every row not shown to be worse than it (paired tests on "
+            "single items, over seeds where there are several; Holm over all pairs, 5 %). No bold where all tie."
+        )
+    elif any(column.better for column in table.columns) and not table.untested:
+        notes.append("No bold: in no column is a sparse row shown to be worse than the best (paired tests, Holm, 5 %).")
+    if table.untested:
+        notes.append(
+            "Columns without a mark: the store has no outcomes of single items for some rows, so nothing can be tested."
+        )
     if any(cell.estimate is not None and cell.estimate.half is not None for cell in cells):
         notes.append(f"\N{PLUS-MINUS SIGN}: half the 95 % t interval over {over}.")
     if any(cell.diverged for cell in cells):

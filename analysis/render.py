@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from analysis.table import Cell, Column, Line, Table
+from analysis.table import Cell, Column, Table
 
 DASH = "\N{EN DASH}"
 LATEX = {
@@ -50,6 +50,7 @@ def escape_markdown(text: str) -> str:
 
 
 IN_MARKDOWN = Style(escape_markdown, lambda text: f"**{text}**")
+TEXT_STYLE = Style(str, str)
 IN_LATEX = Style(escape_latex, lambda text: rf"\textbf{{{text}}}")
 
 
@@ -60,7 +61,7 @@ def to_markdown(table: Table) -> str:
         lines += [escape_markdown(text), ""] if text else []
     if table.published is not None:
         lines += [f"**{escape_markdown(table.published.title)}**", "", *_markdown_rows(table.published), ""]
-        lines += [escape_markdown(f"- [{number}] {source}.") for number, source in enumerate(_sources(table), 1)]
+        lines += [escape_markdown(f"- [{number}] {source}.") for number, source in enumerate(sources(table), 1)]
         lines.append("")
     return "\n".join(lines)
 
@@ -79,8 +80,8 @@ def to_latex(table: Table) -> str:
             "",
             *_latex_rows(table.published),
         ]
-        sources = [f"[{number}] {source}." for number, source in enumerate(_sources(table), 1)]
-        lines += ["", rf"{{\footnotesize {escape_latex(' '.join(sources))}}}"]
+        quoted = [f"[{number}] {source}." for number, source in enumerate(sources(table), 1)]
+        lines += ["", rf"{{\footnotesize {escape_latex(' '.join(quoted))}}}"]
     return "\n".join([*lines, r"\end{table}", ""])
 
 
@@ -136,17 +137,17 @@ def _latex_rows(table: Table) -> list[str]:
 
 def _rows(table: Table, style: Style) -> list[list[str]]:
     """Every line as finished texts: label, then the printed columns."""
-    best, sources = table.marks(), list(dict.fromkeys(line.source for line in table.lines))
+    best, quoted = table.marked, list(dict.fromkeys(line.source for line in table.lines))
     found = []
     for number, line in enumerate(table.lines):
-        label = f"{line.label} [{sources.index(line.source) + 1}]" if line.source else line.label
-        cells = [_text(table.columns[i], line, i, style, bold=number in best[i]) for i in _printed(table)]
+        label = f"{line.label} [{quoted.index(line.source) + 1}]" if line.source else line.label
+        cells = [cell_text(table.columns[i], line.cells[i], style, bold=number in best[i]) for i in _printed(table)]
         found.append([style.escape(label), *cells])
     return found
 
 
-def _text(column: Column, line: Line, index: int, style: Style, *, bold: bool) -> str:
-    cell = line.cells[index]
+def cell_text(column: Column, cell: Cell, style: Style, *, bold: bool = False) -> str:
+    """One entry with its interval and its marks."""
     found = cell.estimate
     if cell.text:
         return style.escape(cell.text)
@@ -165,7 +166,8 @@ def _text(column: Column, line: Line, index: int, style: Style, *, bold: bool) -
     return text
 
 
-def _sources(table: Table) -> list[str]:
+def sources(table: Table) -> list[str]:
+    """What the published rows are quoted from, in the order of their numbers."""
     return [] if table.published is None else list(dict.fromkeys(line.source for line in table.published.lines))
 
 

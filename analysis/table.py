@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from analysis.aggregate import Estimate
+from analysis.items import Items
+from analysis.significance import leaders, paired
+
+if TYPE_CHECKING:
+    from analysis.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Cell:
     """Seeds whose model diverged, so that there is no number of them."""
     text: str = ""
     """How a source prints the number, for quoted ones; shown as it is."""
+    items: Items | None = field(default=None, compare=False, repr=False)
+    """Outcomes of the items behind the number, where the store has them."""
+    sources: tuple[tuple[str, str], ...] = ()
+    """(cell, stage) of each seed behind the number."""
 
     @property
     def partial(self) -> bool:
@@ -87,6 +97,21 @@ class Table:
     notes: list[str] = field(default_factory=list)
     published: Table | None = None
     """Quoted rows, in columns of their own."""
+    verdicts: list[Verdict] = field(default_factory=list)
+    """Each row against its reference, tested."""
+
+    @functools.cached_property
+    def marked(self) -> list[set[int]]:
+        """What `marks` says, asked once: the tests behind it take time."""
+        return self.marks()
+
+    @functools.cached_property
+    def untested(self) -> bool:
+        """Whether a column has a contest that nobody can judge, because outcomes of single items are missing."""
+        return any(
+            _contest(column, [line.cells[i] for line in self.lines], self._rivals()) is None
+            for i, column in enumerate(self.columns)
+        )
 
     def marks(self) -> list[set[int]]:
         """For each column, the numbers of the lines to print in bold."""
@@ -100,22 +125,40 @@ class Table:
 
 
 def marks(column: Column, cells: Sequence[Cell], rivals: Sequence[bool]) -> set[int]:
-    """Which cells are best of a column among the rivals, ties in print included; the seam for significance tests.
+    """The best of a column among the rivals, with every rival that is not shown to be worse (`significance.leaders`).
 
-    A cell that lacks seeds neither wins nor sets the bar; where all rivals tie, none is marked.
+    A cell that lacks seeds neither wins nor sets the bar. Where nobody is shown to be worse, none is marked: a mark on
+    every number says nothing. None is marked either where a rival has no outcomes of the same items to test on.
     """
-    if column.better is None:
+    contest = _contest(column, cells, rivals)
+    if not contest:
         return set()
-    shown = {
-        number: float(column.number(cell.estimate.mean).replace(",", ""))
+    numbers = list(contest)
+    scores = [_mean(cells[number]) for number in numbers]
+    best = leaders(list(contest.values()), scores, high=column.better == "high")
+    return {numbers[index] for index in best} if len(best) < len(numbers) else set()
+
+
+def _contest(column: Column, cells: Sequence[Cell], rivals: Sequence[bool]) -> dict[int, Items] | None:
+    """Items of the cells that contend in a column, by number; empty without a contest, None if it cannot be judged."""
+    if column.better is None:
+        return {}
+    complete = {
+        number: cell.items
         for number, (cell, rival) in enumerate(zip(cells, rivals, strict=True))
         if rival and cell.estimate is not None and not cell.partial and not cell.diverged
     }
-    if len(shown) < 2:
-        return set()
-    best = (max if column.better == "high" else min)(shown.values())
-    winners = {number for number, value in shown.items() if value == best}
-    return winners if len(winners) < len(shown) else set()
+    if len(complete) < 2:
+        return {}
+    known = {number: items for number, items in complete.items() if items is not None}
+    first = next(iter(known.values()), None)
+    if first is None or len(known) < len(complete) or not all(paired(first, items) for items in known.values()):
+        return None
+    return known
+
+
+def _mean(cell: Cell) -> float:
+    return cell.estimate.mean if cell.estimate is not None else 0.0
 
 
 def published_table(table: Table, numbers: pd.DataFrame) -> Table | None:

@@ -37,17 +37,23 @@ def table_7(data: ExhibitData) -> Table:
 
 def _line(name: str, label: str, dense: Cell, sparse: Cell) -> Line:
     found = ratio(sparse.estimate, dense.estimate)
-    return Line(name, label, [dense, sparse, Cell(found)])
+    return Line(name, label, [dense, sparse, Cell(found, sources=(*dense.sources, *sparse.sources))])
 
 
 def _speed(row: ExhibitRow | None, metric: str) -> Cell:
     if row is None or metric not in row.plans:
         return EMPTY
-    return Cell(row.timed(metric), planned=len(row.seeds), diverged=row.diverged.get(metric, 0))
+    return Cell(
+        row.timed(metric),
+        planned=len(row.seeds),
+        diverged=row.diverged.get(metric, 0),
+        sources=row.places(metric),
+    )
 
 
 def _weights(row: ExhibitRow | None, metric: str) -> Cell:
     if row is None:
         return EMPTY
     found = row.estimate(metric)
-    return Cell(None if found is None else Estimate(found.mean / MIB, None, 1, None), planned=1)
+    estimate = None if found is None else Estimate(found.mean / MIB, None, 1, None)
+    return Cell(estimate, planned=1, sources=row.places(metric))

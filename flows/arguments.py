@@ -22,8 +22,22 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
-    "demo", "plan", "run", "status", "tables", "doctor", "methods", "families", "suites", "grids", "bundle", "ingest",
+    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "families", "suites",
+    "grids", "bundle", "ingest", "completion",
 )  # fmt: skip
+
+
+EXIT_CODES = {
+    "": "0 done, 2 bad input",
+    "demo": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
+    "run": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
+    "status": "0 nothing failed, 1 something failed, 2 bad input",
+    "tables": "0 written, 2 bad input, or something partial with --strict",
+    "verify": "0 everything matches, 1 something does not, 2 bad input",
+    "audit": "0 everything adds up, 1 something does not, 2 bad input",
+    "doctor": "0 all well, 1 something is missing",
+}
+"""What each command's exit code means; the first line is for all others."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,8 +54,10 @@ def parser() -> argparse.ArgumentParser:
     _add_running(commands)
     _add_carrying(commands)
     _add_reading(commands)
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         _add_places(command)
+        codes = EXIT_CODES.get(name, EXIT_CODES[""])
+        command.epilog = f"{command.epilog}. Exit codes: {codes}." if command.epilog else f"Exit codes: {codes}."
     return top
 
 
@@ -115,13 +131,16 @@ def _add_reading(commands: Any) -> None:
     status.add_argument("--json", action="store_true", help="machine-readable")
     tables = commands.add_parser(
         "tables",
-        help="write Tables 1-7 and the figure from the store",
+        help="write Tables 1-7 and the figures from the store; with --only also show them here",
         epilog="example: sparseforge tables --grid demo --only table-2",
     )
     tables.add_argument("--grid", help="default: the grid planned last")
     tables.add_argument("--out", type=Path, help="folder (default HOME/GRID)")
     tables.add_argument("--only", action="append", help="an exhibit, such as table-2; may be repeated")
     tables.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
+    tables.add_argument("--quiet", action="store_true", help="say only what is missing")
+    tables.add_argument("--json", action="store_true", help="machine-readable")
+    _add_trusting(commands)
     doctor = commands.add_parser("doctor", help="check this machine and installation, say what to do")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     for name, what in (
@@ -132,3 +151,41 @@ def _add_reading(commands: Any) -> None:
     ):
         listing = commands.add_parser(name, help=f"list the {what}")
         listing.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_trusting(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="one HTML file with everything: tables, figures, tests, where each number comes from",
+        description="Write a self-contained report of a grid: it opens offline and asks no server for anything.",
+        epilog="example: sparseforge report --grid demo --out report.html",
+    )
+    report.add_argument("--grid", help="default: the grid planned last")
+    report.add_argument("--out", type=Path, help="file (default HOME/GRID/report.html)")
+    report.add_argument("--quiet", action="store_true", help="say nothing")
+    verify = commands.add_parser(
+        "verify",
+        help="prove that the numbers match their single items, files and the results log",
+        description="Check the whole store, or the way from one cell of a table back to its items.",
+        epilog="example: sparseforge verify table-2 SparseForge Avg",
+    )
+    verify.add_argument(
+        "place", nargs="*", metavar="TABLE ROW COLUMN", help="one cell of a table (default: everything)"
+    )
+    verify.add_argument("--grid", help="default: the grid planned last")
+    audit = commands.add_parser(
+        "audit",
+        help="what in a table does not add up: means, differences, ranks, numbers stated twice",
+        description="Recompute a grid's tables from their printed numbers, or the paper's with `published`.",
+        epilog="example: sparseforge audit published --json",
+    )
+    audit.add_argument("what", metavar="published|GRID", help="the paper's numbers, or a grid of this store")
+    for command in (verify, audit):
+        command.add_argument("--json", action="store_true", help="machine-readable")
+    completion = commands.add_parser(
+        "completion",
+        help="the script that lets a shell complete our commands and options",
+        description="Print the script for a shell; load it in the shell's start-up file.",
+        epilog='example: eval "$(sparseforge completion bash)"',
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))

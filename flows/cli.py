@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -26,7 +27,12 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one sentence and exit code 2."""
     be_quiet()
-    options = parser().parse_args(arguments)
+    known = parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next, and takes no other answer
+        import argcomplete
+
+        argcomplete.autocomplete(known)
+    options = known.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, _interrupt)
     home = Home.of(options.home, options.db)
@@ -96,7 +102,7 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
     code = _run(options, home)
     if code == INTERRUPTED:
         return code
-    options.out, options.only, options.strict = None, None, False
+    options.out, options.only, options.strict, options.json = None, None, False, False
     _tables(options, home)
     table = home.grid("demo") / "tables" / "table-2.md"
     print("\n" + table.read_text())
@@ -167,8 +173,73 @@ def _tables(options: argparse.Namespace, home: Home) -> int:
         out=options.out,
         only=options.only,
         strict=options.strict,
-        quiet=options.command == "demo",
+        quiet=options.quiet or options.command == "demo",
+        as_json=options.json,
     )
+
+
+def _report(options: argparse.Namespace, home: Home) -> int:
+    from analysis.report import write_report
+    from sparseforge_core.store.results import Results
+
+    results = Results(home.store_url)
+    name = results.grid(options.grid)["name"]
+    path = write_report(results, name, options.out or home.grid(name) / "report.html")
+    if not options.quiet:
+        print(f"grid {name}: {path}")
+    return OK
+
+
+def _verify(options: argparse.Namespace, home: Home) -> int:
+    from analysis.make_tables import collect
+    from analysis.verify import find, trace_lines, verification_lines, verify
+    from sparseforge_core.store.results import Results
+
+    results, trace = Results(home.store_url), None
+    if options.place:
+        if len(options.place) != 3:
+            raise SparseForgeError(
+                "verify: give a table, a row and a column, such as table-2 SparseForge Avg; or nothing"
+            )
+        name = results.grid(options.grid)["name"]
+        trace = find(collect(results, name).exhibits, *options.place)
+    found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
+    if options.json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        lines = [] if trace is None else trace_lines(trace, results, name)
+        print("\n".join([*lines, *verification_lines(found)]))
+    return FAILED if found.problems else OK
+
+
+def _audit(options: argparse.Namespace, home: Home) -> int:
+    from analysis.audit import audit_numbers, audit_table, report_lines
+
+    if options.what == "published":
+        from flows.grids.published import FIGURE_2, NOT_AT_HAND, PUBLISHED, TWICE
+
+        found, aside = audit_numbers([*PUBLISHED, FIGURE_2], TWICE), [f"not checked: {text}" for text in NOT_AT_HAND]
+    else:
+        from analysis.exhibits import TABLES
+        from analysis.make_tables import collect
+        from sparseforge_core.store.results import Results
+
+        results = Results(home.store_url)
+        exhibits = collect(results, results.grid(options.what)["name"]).exhibits
+        tables = [build(exhibits[name]) for name, build in TABLES.items()]
+        found, aside = [finding for table in tables for finding in audit_table(table)], []
+    if options.json:
+        print(json.dumps([finding.as_json() for finding in found], indent=1))
+    else:
+        print("\n".join([*report_lines(found), *aside]))
+    return FAILED if found else OK
+
+
+def _completion(options: argparse.Namespace, _home: Home) -> int:
+    from argcomplete.shell_integration import shellcode
+
+    print(shellcode(["sparseforge"], shell=options.shell))
+    return OK
 
 
 def _doctor(options: argparse.Namespace, home: Home) -> int:
@@ -197,6 +268,10 @@ HANDLERS = {
     "ingest": _ingest,
     "status": _status,
     "tables": _tables,
+    "report": _report,
+    "verify": _verify,
+    "audit": _audit,
+    "completion": _completion,
     "doctor": _doctor,
     **dict.fromkeys(("methods", "families", "suites", "grids"), _list),
 }

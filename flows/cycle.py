@@ -18,8 +18,11 @@ from typing import Any
 from flows.home import Home
 from sparseforge_core import files
 from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError, SparseForgeError
+from sparseforge_core.store.curves import curves_of
+from sparseforge_core.store.outcomes import outcomes_of
 from sparseforge_core.store.rows import Attempt, Measurement, Provenance, StageState
 from sparseforge_core.store.store import ResultStore
+from sparseforge_core.tracking.tracker import read_journal
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +156,10 @@ def execute_stage(
 
 
 def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
-    """Commit a measurements file. Raises CheckpointMismatch if it is of another stage or its items were altered."""
+    """Commit a measurements file, with its items' outcomes and the journal beside it.
+
+    Raises CheckpointMismatch if it is of another stage or its items were altered.
+    """
     body = _read(path)
     found = (body.get("cell"), body.get("stage"))
     if found != (attempt.cell_key, attempt.stage):
@@ -163,7 +169,9 @@ def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
     if digest is not None and (not items.is_file() or files.sha256(items) != digest):
         raise CheckpointMismatch(f"{items} is missing or was altered; delete {path.parent} to measure again")
     measurements = [Measurement(**row) for row in body["measurements"]]
-    store.finish(attempt, measurements, body["context"], digest)
+    outcomes = outcomes_of(json.loads(line) for line in items.read_text().splitlines()) if digest is not None else ()
+    curves = curves_of(read_journal(path.with_name("journal.jsonl"))[0])
+    store.finish(attempt, measurements, body["context"], digest, outcomes=outcomes, curves=curves)
 
 
 def _read(path: Path) -> dict[str, Any]:

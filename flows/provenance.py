@@ -21,10 +21,11 @@ LOCK = ROOT / "requirements.lock"
 @functools.cache
 def provenance(device: str = "cpu", flow_run_id: str = "") -> Provenance:
     """Of this process."""
-    sha, dirty = _git()
+    sha, diff = _git()
     return Provenance(
         git_sha=sha,
-        dirty=dirty,
+        dirty=bool(diff),
+        diff_sha=diff,
         lock_sha=hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.is_file() else "",
         host=socket.gethostname(),
         device=device,
@@ -45,14 +46,15 @@ def process_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def _git() -> tuple[str, bool]:
-    """(commit, whether tracked files differ from it); empty outside a checkout."""
+def _git() -> tuple[str, str]:
+    """(commit, hash of how tracked files differ from it, empty if they do not); both empty outside a checkout."""
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+    def git(*arguments: str) -> bytes:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
+        return done.stdout if done.returncode == 0 else b""
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        diff = git("diff", "HEAD", "--no-ext-diff", "--binary")
+        return git("rev-parse", "HEAD").decode().strip(), hashlib.sha256(diff).hexdigest() if diff else ""
     except FileNotFoundError:  # no git on this machine
-        return "", False
+        return "", ""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_core import files, specs
-from sparseforge_core.checkpoint import Checkpoints, save_final, verify
+from sparseforge_core.checkpoint import MANIFEST, Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
 from sparseforge_core.errors import DataError, Interrupted, SparseForgeError
@@ -115,7 +115,8 @@ def train_cell(
     save_final(directory / "final", prepared.model if changed else None, branches, about)
     checkpoints.clear()
     rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap)
-    context = {**_context(prepared.device), "wall_seconds": time.perf_counter() - began}
+    hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
+    context = {**_context(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
     return _write_measurements(directory, cell, "train", None, rows, context, None)
 
 
@@ -191,6 +192,11 @@ class _Prepared:
             self._tokens = tokenize_once(self.cell.recipe.corpus, "train", self.tokenizer, self.home)
             check_vocabulary(self._tokens, self.model.config.vocab_size)
         return self._tokens
+
+    @property
+    def data_sha256(self) -> str | None:
+        """Hash of the token file; None if the run has read none."""
+        return None if self._tokens is None else self._tokens.sha256
 
     def surroundings(self) -> Surroundings:
         recipe = self.cell.recipe

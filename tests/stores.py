@@ -7,7 +7,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sparseforge_core.store.rows import Measurement, PlannedCell, PlannedSlot, PlannedSuite, Provenance
+from sparseforge_core.store.rows import (
+    Curve,
+    Measurement,
+    Outcomes,
+    PlannedCell,
+    PlannedSlot,
+    PlannedSuite,
+    Provenance,
+)
 from sparseforge_core.store.store import ResultStore
 
 PROVENANCE = Provenance(
@@ -68,9 +76,18 @@ def plan(
     store.plan(grid, f"Grid {grid}", cells, (PERPLEXITY, ZERO_SHOT), slots, stages, **options)
 
 
-def record(store: ResultStore, cell: PlannedCell, stage: str, *measurements: Measurement, **context: Any) -> None:
+def record(
+    store: ResultStore,
+    cell: PlannedCell,
+    stage: str,
+    *measurements: Measurement,
+    outcomes: Sequence[Outcomes] = (),
+    curves: Sequence[Curve] = (),
+    **context: Any,
+) -> None:
     """Claim a stage and finish it with these measurements."""
-    store.finish(store.claim(cell.key, stage, PROVENANCE), measurements, context, "c0ffee")
+    attempt = store.claim(cell.key, stage, PROVENANCE)
+    store.finish(attempt, measurements, context, "c0ffee", outcomes=outcomes, curves=curves)
 
 
 def value(metric: str, number: float | None, stderr: float | None = None, n: int = 1, **detail: Any) -> Measurement:

@@ -166,3 +166,28 @@ PUBLISHED: tuple[PublishedNumber, ...] = _numbered(
     ]
 )
 """In the papers' order. Differences in Tables 1 and 5 are subtracted here from the quoted pair."""
+
+FIGURE_2 = PublishedNumber(
+    exhibit="figure-2",
+    row="SparseForge (Dolmino)",
+    column="Mean",
+    value=59.20,
+    text="59.20",
+    source=f"{PAPER}, Figure 2",
+    position=0,
+)
+"""Quoted for the auditor only: the paper's figure prints one mean of Table 3 again."""
+
+TWICE: tuple[tuple[tuple[str, str, str], tuple[str, str, str]], ...] = (
+    *((("table-5", model, "Dense acc"), ("table-1", model, "Dense acc")) for model in TABLE_5 if model in TABLE_1),
+    (("table-5", "LLaMA-2-7B", "Dense acc"), ("table-3", "Dense", "Mean")),
+    (("table-2", "Dense", "PPL"), ("table-3", "Dense", "PPL")),
+    (("figure-2", "SparseForge (Dolmino)", "Mean"), ("table-3", "SparseForge (Dolmino)", "Mean")),
+)
+"""Places of the paper that state one quantity: the same dense models under the same tasks, and one mean of ours."""
+
+NOT_AT_HAND = (
+    "Table 4, Qwen3-8B: mean and difference are known to be wrong; the paper's numbers by task are not quoted here",
+    "Table 5, GPT-2-Large: the printed difference is known to be wrong; only its pair of accuracies is quoted here",
+)
+"""Known errors that the auditor cannot find, because the numbers that they contradict are not among the quoted ones."""

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from sparseforge_core.store import schema
+from sparseforge_core.store import ledger, schema
 
 
 def problems(connection: sa.Connection) -> list[str]:
     """One sentence for each contradiction; empty for a sound store."""
     found = [*_file(connection), *_cells(connection), *_results(connection), *_slots(connection)]
+    found += [trouble.sentence for trouble in ledger.breaks(connection)]
     return sorted(found)
 
 

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError
 from sparseforge_core.store.engine import LOCK_SECONDS, readable_errors, reading, where, writing
+from sparseforge_core.store.ledger import adopt
 from sparseforge_core.store.schema import REVISIONS
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 ADVISORY_LOCK = 5_206_402
 """Number of the PostgreSQL advisory lock that is held while migrating."""
+
+BEFORE_LEDGER = ("0001",)
+"""Revisions whose results were not logged yet; what they hold enters the log when they are upgraded."""
 
 OURS = {"recipe", "cell", "attempt", "measurement"}
 """Tables that every schema of ours has had: they tell a newer store from another program's database."""
@@ -78,6 +82,8 @@ def upgrade(engine: sa.Engine, *, lock_seconds: float = LOCK_SECONDS) -> None:
 
         with writing(engine) as connection:
             command.upgrade(alembic_config(connection), "head")
+            if found in BEFORE_LEDGER:
+                adopt(connection)
 
 
 def alembic_config(connection: sa.Connection | None = None) -> Config:

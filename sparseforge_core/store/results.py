@@ -14,8 +14,12 @@ import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
+from sparseforge_core.store.curves import curve_from
 from sparseforge_core.store.engine import make_engine, reading
+from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
 from sparseforge_core.store.migrate import require_newest
+from sparseforge_core.store.outcomes import unpack
+from sparseforge_core.store.rows import Curve
 from sparseforge_core.store.states import stage_states
 
 MEASUREMENT_COLUMNS = [
@@ -25,6 +29,7 @@ MEASUREMENT_COLUMNS = [
 SLOT_COLUMNS = [
     "exhibit", "row", "label", "position", "recipe_key", "seeds", "suite_keys", "note", "model", "tokens", "method",
 ]  # fmt: skip
+CURVE_COLUMNS = ["exhibit", "row", "label", "position", "model", "method", "seed", "cell_key", "name", "curve"]
 MISSING_COLUMNS = ["exhibit", "row", "cell_key", "stage", "status"]
 
 
@@ -79,7 +84,9 @@ class Results:
                 for record in recorded.get(slot["recipe_key"], [])
                 if record["stage"] in stages and record["seed"] in slot["seeds"]
             ]
-        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS).astype({"value": float, "stderr": float})
+        # as objects: reading texts back one by one out of Arrow's strings takes longer than everything else
+        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS, dtype=object)
+        frame = frame.astype({"value": float, "stderr": float, "seed": int, "position": int, "tokens": int, "n": int})
         return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
 
     def missing(self, grid: str) -> pd.DataFrame:
@@ -110,6 +117,95 @@ class Results:
         frame = pd.DataFrame([dict(row._mapping) for row in rows], columns=[c.name for c in table.columns])
         return frame.sort_values(["position", "row", "column"], ignore_index=True)
 
+    def outcomes(self, grid: str) -> dict[tuple[str, str, str], tuple[str, bytes]]:
+        """(identity of the items, packed outcomes) of the cells that a grid shows, by cell key, stage and metric."""
+        table, cell, slot = schema.outcome, schema.cell, schema.slot
+        shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
+        rows = self._rows(
+            sa.select(table.c.cell_key, table.c.stage, table.c.metric, table.c.identity, table.c.body)
+            .join(cell, cell.c.key == table.c.cell_key)
+            .where(cell.c.recipe_key.in_(shown))
+        )
+        return {(row.cell_key, row.stage, row.metric): (row.identity, row.body) for row in rows}
+
+    def curves(self, grid: str) -> pd.DataFrame:
+        """What training showed of itself: one row for each (slot, seed, curve), in the slots' order."""
+        curve, cell, slot = schema.curve, schema.cell, schema.slot
+        shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
+        rows = self._rows(
+            sa.select(curve.c.cell_key, curve.c.name, curve.c.body, cell.c.recipe_key, cell.c.seed)
+            .join(cell, cell.c.key == curve.c.cell_key)
+            .where(cell.c.recipe_key.in_(shown))
+        )
+        known: dict[tuple[str, int], list[tuple[str, Curve]]] = {}
+        for row in rows:
+            found = row.cell_key, curve_from(row.name, row.body)
+            known.setdefault((row.recipe_key, row.seed), []).append(found)
+        lines = [
+            [s["exhibit"], s["row"], s["label"], s["position"], s["model"], s["method"], seed, key, one.name, one]
+            for s in self._slots(grid)
+            for seed in s["seeds"]
+            for key, one in known.get((s["recipe_key"], seed), [])
+        ]
+        frame = pd.DataFrame(lines, columns=CURVE_COLUMNS)
+        return frame.sort_values(["exhibit", "position", "row", "seed", "name"], ignore_index=True)
+
+    def origins(self, grid: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """Where the results of every done stage of a grid come from, by cell key and stage.
+
+        Who measured with what, the attempts that it took, and the stage's place in the results log.
+        """
+        attempt, entry, stage = schema.attempt, schema.ledger, schema.stage
+        wanted = sa.select(stage.c.cell_key).where(stage.c.grid == grid)
+        tries = self._rows(sa.select(attempt).where(attempt.c.cell_key.in_(wanted)).order_by(attempt.c.id))
+        links = {row.attempt_id: row for row in self._rows(sa.select(entry.c.id, entry.c.attempt_id, entry.c.digest))}
+        count: dict[tuple[str, str], int] = {}
+        found = {}
+        for row in tries:
+            place = row.cell_key, row.stage
+            count[place] = count.get(place, 0) + 1
+            if row.status != "done":
+                continue
+            link = links.get(row.id)
+            found[place] = {
+                **{name: getattr(row, name) for name in ("items_sha256", *ORIGIN)},
+                "attempt": row.id,
+                "attempts": count[place],
+                "finished": row.finished.isoformat(timespec="seconds") if row.finished else "",
+                "context": _sorted(row.context or {}),
+                "entry": link.id if link else None,
+                "digest": link.digest if link else "",
+            }
+        return found
+
+    def values(self) -> dict[tuple[str, str, str], tuple[float | None, dict[str, Any]]]:
+        """(value, detail) of every measurement of the store, by cell key, stage and metric."""
+        m = schema.measurement
+        rows = self._rows(sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.detail))
+        return {(row.cell_key, row.stage, row.metric): (row.value, row.detail) for row in rows}
+
+    def items(self, cell_key: str, stage: str) -> dict[str, tuple[str, tuple[float | None, ...]]]:
+        """(identity of the items, outcomes) of one stage, by metric. Raises ValueError for bytes nobody packed."""
+        table = schema.outcome
+        chosen = sa.select(table).where(table.c.cell_key == cell_key, table.c.stage == stage)
+        return {row.metric: (row.identity, unpack(row.body)) for row in self._rows(chosen)}
+
+    def items_hashes(self) -> dict[tuple[str, str], str | None]:
+        """Hash of the items file of every done stage of the store, None for a stage without items."""
+        table = schema.attempt
+        chosen = sa.select(table.c.cell_key, table.c.stage, table.c.items_sha256).where(table.c.status == "done")
+        return {(row.cell_key, row.stage): row.items_sha256 for row in self._rows(chosen)}
+
+    def breaks(self) -> list[Break]:
+        """Every contradiction between the results log, itself and the results; see `ledger.py`."""
+        with reading(self.engine) as connection:
+            return breaks(connection)
+
+    def log_head(self) -> tuple[int, str]:
+        """(number of entries, hash of the last) of the results log: what to keep elsewhere."""
+        rows = self._rows(sa.select(schema.ledger.c.id, schema.ledger.c.digest).order_by(schema.ledger.c.id))
+        return len(rows), rows[-1].digest if rows else FIRST
+
     def suites(self) -> dict[str, str]:
         """Suite names by key."""
         return {row.key: row.name for row in self._rows(sa.select(schema.suite.c.key, schema.suite.c.name))}
@@ -134,7 +230,7 @@ class Results:
         slot = schema.slot
         shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
         rows = self._rows(
-            sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.detail, a.c.context)
+            sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.detail, m.c.attempt_id)
             .add_columns(c.c.seed, c.c.recipe_key, r.c.model, r.c.family, r.c.pattern, r.c.method)
             .add_columns(r.c.variant, r.c.tokens)
             .join(a, a.c.id == m.c.attempt_id)
@@ -142,9 +238,11 @@ class Results:
             .join(r, r.c.key == c.c.recipe_key)
             .where(a.c.status == "done", r.c.key.in_(shown))
         )
+        done = self._rows(sa.select(a.c.id, a.c.context).where(a.c.status == "done"))
+        contexts = {row.id: _sorted(row.context) for row in done}  # one for the many measurements of a stage
         grouped: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            record = {**row._mapping, "detail": _sorted(row.detail), "context": _sorted(row.context)}
+            record = {**row._mapping, "detail": _sorted(row.detail), "context": contexts[row.attempt_id]}
             grouped.setdefault(row.recipe_key, []).append(record)
         return grouped
 

@@ -83,6 +83,30 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What every item behind one measurement gave: 0 or 1 for a question, nats for a window of text."""
+
+    metric: str
+    """The metric whose mean they make, such as `hellaswag/acc` or `nll`."""
+    identity: str
+    """Hash of what the items are, in order: outcomes pair item by item only where it is equal."""
+    values: tuple[float | None, ...]
+    """In the items' order; None for an item without an answer (the model diverged)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One quantity of a training run over its steps, or a histogram of one."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[Any, ...]
+    """A number or None at each step; for a histogram the counts in the bins."""
+    edges: tuple[float, ...] = ()
+    """The bins' edges of a histogram; empty for plain numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Who ran an attempt, with what."""
 
@@ -96,6 +120,8 @@ class Provenance:
     command: str = ""
     pid: int = 0
     flow_run_id: str = ""
+    diff_sha: str = ""
+    """Hash of what `git diff HEAD` showed, where tracked files differed from the commit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import datetime
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Schema revisions that this code knows, oldest first; a new file in `migrations/versions` adds one."""
 
 NAMES = {
@@ -119,6 +119,7 @@ attempt = sa.Table(
     sa.Column("command", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("flow_run_id", sa.Text, nullable=False),
+    sa.Column("diff_sha", sa.Text, nullable=False, server_default=""),
     sa.CheckConstraint("status IN ('running', 'done', 'failed', 'lost', 'interrupted')", name="status"),
 )
 
@@ -146,6 +147,40 @@ measurement = sa.Table(
     sa.Column("detail", JSON, nullable=False),
     sa.Column("attempt_id", sa.ForeignKey("attempt.id"), nullable=False),
 )
+
+outcome = sa.Table(
+    "outcome",
+    metadata,
+    sa.Column("cell_key", sa.ForeignKey("cell.key"), primary_key=True),
+    sa.Column("stage", sa.Text, primary_key=True),
+    sa.Column("metric", sa.Text, primary_key=True),
+    sa.Column("identity", sa.String(64), nullable=False),
+    sa.Column("n", sa.BigInteger, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("attempt_id", sa.ForeignKey("attempt.id"), nullable=False),
+)
+"""What each item of a measurement gave, in the items' order: what paired tests need. `outcomes.py` says how packed."""
+
+curve = sa.Table(
+    "curve",
+    metadata,
+    sa.Column("cell_key", sa.ForeignKey("cell.key"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("attempt_id", sa.ForeignKey("attempt.id"), nullable=False),
+)
+"""What training showed of itself over its steps, thinned; `curves.py` says how."""
+
+ledger = sa.Table(
+    "ledger",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("attempt_id", sa.ForeignKey("attempt.id"), nullable=False, unique=True),
+    sa.Column("previous", sa.String(64), nullable=False, unique=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+)
+"""The results log: one entry a finished stage, each with the hash of the one before it."""
 
 slot = sa.Table(
     "slot",

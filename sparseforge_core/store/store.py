@@ -17,14 +17,18 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from sparseforge_core.errors import CellTaken, StoreError
-from sparseforge_core.store import planning, schema
+from sparseforge_core.store import ledger, planning, schema
+from sparseforge_core.store.curves import curve_row
 from sparseforge_core.store.engine import LOCK_SECONDS, make_engine, reading, writing
 from sparseforge_core.store.health import problems
 from sparseforge_core.store.migrate import upgrade
+from sparseforge_core.store.outcomes import outcome_row
 from sparseforge_core.store.rows import (
     Attempt,
     AttemptRecord,
+    Curve,
     Measurement,
+    Outcomes,
     PlannedCell,
     PlannedSlot,
     PlannedSuite,
@@ -139,14 +143,22 @@ class ResultStore:
         measurements: Iterable[Measurement],
         context: dict[str, Any],
         items_sha256: str | None = None,
+        *,
+        outcomes: Iterable[Outcomes] = (),
+        curves: Iterable[Curve] = (),
     ) -> None:
-        """Commit an attempt's measurements and mark it done, in one transaction.
+        """Commit an attempt's measurements and mark it done, in one transaction that also enters them in the log.
+
+        `outcomes` are those of the items behind the measurements, `curves` what training showed of itself.
 
         Finishing the same attempt again changes nothing. Raises CellTaken if another attempt has taken its place, and
         StoreError for measurements that cannot be stored; then nothing is written.
         """
         rows = _measurement_rows(attempt, measurements)
         _require_json(context, f"context of stage {attempt.stage} of cell {attempt.cell_key}")
+        place = {"cell_key": attempt.cell_key, "attempt_id": attempt.id}
+        items = [{**place, "stage": attempt.stage, **outcome_row(outcome)} for outcome in outcomes]
+        shapes = [{**place, **curve_row(curve)} for curve in curves]
         now = _now()
         done = {"status": "done", "heartbeat": now, "finished": now, "context": context, "items_sha256": items_sha256}
         table, tries = schema.measurement, schema.attempt
@@ -160,9 +172,14 @@ class ResultStore:
                     f"attempt {attempt.id} of stage {attempt.stage} of cell {attempt.cell_key} is {status or 'unknown'}"
                     " and no longer the live one; its results were not recorded"
                 )
-            own = (table.c.cell_key == attempt.cell_key) & (table.c.stage == attempt.stage)
-            connection.execute(sa.delete(table).where(own))
-            planning.upsert(connection, table, rows)
+            for part, own in ((table, rows), (schema.outcome, items)):
+                stage = (part.c.cell_key == attempt.cell_key) & (part.c.stage == attempt.stage)
+                connection.execute(sa.delete(part).where(stage))
+                planning.upsert(connection, part, own)
+            if shapes:
+                connection.execute(sa.delete(schema.curve).where(schema.curve.c.cell_key == attempt.cell_key))
+                planning.upsert(connection, schema.curve, shapes)
+            ledger.append(connection, attempt.id)
 
     def fail(self, attempt: Attempt, error: str, *, status: Literal["failed", "interrupted"] = "failed") -> None:
         """End an attempt with its error text; one that is no longer live is left as it is."""

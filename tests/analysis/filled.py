@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparseforge_core.store.rows import PlannedCell, PlannedSlot, PlannedSuite, PublishedNumber
+from sparseforge_core.store.rows import Curve, Outcomes, PlannedCell, PlannedSlot, PlannedSuite, PublishedNumber
 from sparseforge_core.store.store import ResultStore
 from tests.stores import planned_cell, record, value
 
 TASKS = ("hellaswag", "arc_easy")
 CAPTION = "__caption__"
+ITEMS, WINDOWS = 100, 20
 
 
 def suite(kind: str, name: str, *, key: str = "", **fields: Any) -> PlannedSuite:
@@ -40,6 +43,10 @@ class Filled:
     slots: list[PlannedSlot] = field(default_factory=list)
     stages: dict[str, list[str]] = field(default_factory=dict)
     results: list[tuple[str, str, list[Any], dict[str, Any]]] = field(default_factory=list)
+    curves: dict[str, list[Curve]] = field(default_factory=dict)
+    """Of the train stage, by cell key."""
+    with_items: bool = True
+    """Whether outcomes of single items are stored that give the numbers; a store from before them has none."""
 
     def caption(self, exhibit: str, text: str) -> None:
         """The caption of an exhibit."""
@@ -71,9 +78,8 @@ class Filled:
             self.results.append((cell.key, "train", [value("coverage", 0.75)], {}))
             for key, metrics in measured.items():
                 rows = [_measurement(name, values[number], repeats) for name, values in metrics.items()]
-                self.results.append(
-                    (cell.key, key, rows, {"harness_version": "0.4.13", "device": "cpu", **(context or {})})
-                )
+                about = {"harness_version": "0.4.13", "device": "cpu", **(context or {})}
+                self.results.append((cell.key, key, rows, about))
         self.suites |= {s.key: s for s in shown}
         slot = PlannedSlot(
             grid=self.grid,
@@ -93,8 +99,39 @@ class Filled:
         cells, suites = list(self.cells.values()), list(self.suites.values())
         store.plan(self.grid, "By hand", cells, suites, self.slots, self.stages, published=published)
         for key, stage, measurements, context in self.results:
-            record(store, self.cells[key], stage, *measurements, **context)
+            items = outcomes(key, measurements) if self.with_items else []
+            record(
+                store,
+                self.cells[key],
+                stage,
+                *measurements,
+                outcomes=items,
+                curves=self.curves.get(key, ()) if stage == "train" else (),
+                **context,
+            )
         return store
+
+
+def outcomes(key: str, measurements: Sequence[Any]) -> list[Outcomes]:
+    """Items that give the measurements: the right ones are scattered by a rule of the cell's key."""
+    start = int(hashlib.sha256(key.encode()).hexdigest()[:4], 16)
+    found = []
+    for m in measurements:
+        if m.metric == "perplexity" and m.value is not None:
+            wave = [math.sin(number * 1.7 + start) / 50 for number in range(WINDOWS)]
+            middle = math.fsum(wave) / WINDOWS
+            values = [math.log(m.value) + part - middle for part in wave]
+            found.append(Outcomes(metric="nll", identity="w" * 64, values=tuple(values)))
+        elif m.metric.endswith(("/acc", "/acc_norm")) and not m.metric.startswith("mean/") and m.value is not None:
+            right = round(m.value * ITEMS)
+            found.append(
+                Outcomes(
+                    metric=m.metric,
+                    identity=hashlib.sha256(m.metric.encode()).hexdigest(),
+                    values=tuple(float((number * 37 + start) % ITEMS < right) for number in range(ITEMS)),
+                )
+            )
+    return found
 
 
 def _measurement(name: str, number: float | None, repeats: int) -> Any:
@@ -109,7 +146,7 @@ def scores(
     """Results of both suites; the mean accuracy follows."""
     means = [None if a is None or b is None else (a + b) / 2 for a, b in zip(hellaswag, arc_easy, strict=True)]
     accuracy = {"hellaswag/acc": hellaswag, "arc_easy/acc": arc_easy, "mean/acc": means, "arc_easy/acc_norm": arc_easy}
-    return {ZERO_SHOT.key: accuracy, TEXT.key: {"perplexity": ppl, "nll": [1.0] * len(ppl)}}
+    return {ZERO_SHOT.key: accuracy, TEXT.key: {"perplexity": ppl, "nll": [math.log(p) if p else None for p in ppl]}}
 
 
 def methods(filled: Filled) -> Filled:

@@ -28,10 +28,12 @@ def test_every_format_of_every_exhibit_is_written_and_nothing_else(sqlite_url: s
     everything().write(sqlite_url).close()
     out = tmp_path / "out"
     report = make_tables(Results(sqlite_url), None, out)
-    wanted = {f"tables/table-{n}.{ending}" for n in (1, 2, 3, 4, 7) for ending in ("md", "tex", "csv")}
-    wanted |= {f"figures/accuracy-vs-tokens.{ending}" for ending in ("csv", "png", "svg")}
+    wanted = {f"tables/table-{n}.{ending}" for n in (1, 2, 3, 4, 7) for ending in ("md", "tex", "csv", "html")}
+    wanted |= {f"tables/table-{n}.tests.csv" for n in (1, 2, 3, 4)}
+    endings = ("csv", "pdf", "png", "svg")
+    wanted |= {f"figures/{name}.{ending}" for name in ("accuracy-vs-tokens", "ablations") for ending in endings}
     assert set(contents(out)) == wanted == {str(path.relative_to(out)) for path in report.files}
-    assert report.empty == ["table-5", "table-6"]
+    assert report.empty == ["table-5", "table-6", "hard-vs-soft", "mask-softness", "mask-histograms"]
 
 
 def test_the_same_store_gives_the_same_bytes(sqlite_url: str, tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_what_is_missing_is_named_with_the_command_that_fills_it(
     everything().write(f"sqlite:///{home / 'store.db'}").close()
     assert main([]) == 0
     said = capsys.readouterr().out
-    assert f"grid demo (the one planned last): 18 files in {home / 'demo'}" in said
+    assert f"grid demo (the one planned last): 32 files in {home / 'demo'}" in said
     assert "table-2: 3 planned results are missing" in said
     assert "wanda: cell" in said
     assert "fill what is missing with: sparseforge run demo\n" in said
@@ -76,7 +78,7 @@ def test_strict_looks_only_at_what_was_asked_for(sqlite_url: str, tmp_path: Path
     everything().write(sqlite_url).close()
     arguments = ["--db", sqlite_url, "--out", str(tmp_path / "out"), "--strict", "--only", "table-3", "table-7"]
     assert main(arguments) == 0
-    assert {Path(name).stem for name in contents(tmp_path / "out")} == {"table-3", "table-7"}
+    assert {Path(name).stem for name in contents(tmp_path / "out")} == {"table-3", "table-3.tests", "table-7"}
 
 
 def test_strict_is_content_with_a_complete_grid(sqlite_url: str, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         (["run", "demo", "--workers", "0"], "--workers 0: needs at least 1"),
         (["run", "demo", "--prefect", "--pool", "cpu"], "with Prefect, the work pools choose"),
         (["status", "demo"], "sparseforge: "),
+        (["report"], "there is no store at"),
+        (["verify"], "there is no store at"),
+        (["audit", "demo"], "there is no store at"),
+        (["tables"], "there is no store at"),
+        (["completion", "powershell"], "invalid choice"),
         ([], "required: COMMAND"),
     ],
 )
@@ -170,3 +175,106 @@ def test_a_machine_without_gpus_leaves_their_cells_alone(
     said = capsys.readouterr()
     assert "0 cells executed now" in said.out
     assert "which this machine cannot serve" in said.err
+
+
+def test_the_papers_numbers_are_audited(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("audit", "published", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {"table", "row", "column", "printed", "recomputed"} <= set(found[0])
+    assert ("table-2", "Dense", "PPL") in {(f["table"], f["row"], f["column"]) for f in found}
+    assert run("audit", "published") == 1
+    assert "not checked: Table 4, Qwen3-8B" in capsys.readouterr().out
+    assert list(home.iterdir()) == []
+
+
+@pytest.fixture
+def filled(home: Path) -> Path:
+    """A home whose store was filled by hand."""
+    from tests.analysis.filled import everything
+
+    everything().write(f"sqlite:///{home / 'store.db'}").close()
+    return home
+
+
+def test_a_table_is_shown_in_the_terminal(
+    filled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("tables", "--only", "table-2") == 0
+    shown = capsys.readouterr().out
+    assert "Table 2. Methods on one model" in shown
+    assert "*26.00* ± 6.35" in shown
+    assert "\033[" not in shown, "no terminal, no colours"
+    assert run("tables", "--only", "table-2", "--quiet") == 0
+    assert "Table 2" not in capsys.readouterr().out
+    assert run("tables", "--only", "table-2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["grid"] == "demo"
+
+
+def test_colours_need_a_terminal_and_nobody_who_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from analysis.make_tables import may_color
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert may_color()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not may_color()
+
+
+def test_a_store_is_audited_verified_and_reported(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("audit", "demo") == 0
+    assert capsys.readouterr().out == "everything adds up\n"
+    assert run("verify") == 0
+    assert "everything matches" in capsys.readouterr().out
+    assert run("verify", "table-2", "SparseForge", "Avg") == 0
+    assert "table-2, SparseForge, Avg: 0.3225 (n 2)" in capsys.readouterr().out
+    assert run("report") == 0
+    assert str(filled / "demo" / "report.html") in capsys.readouterr().out
+    assert (filled / "demo" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_verify_names_what_was_changed_and_exits_1(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import sqlite3
+
+    with sqlite3.connect(filled / "store.db") as connection:
+        connection.execute("UPDATE measurement SET value = 0.99 WHERE metric = 'mean/acc'")
+    assert run("verify", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["sound"] is False
+    assert any("mean/acc" in problem for problem in found["problems"])
+
+
+@pytest.mark.parametrize("arguments", [["verify", "table-2"], ["verify", "table-2", "x", "Avg"], ["audit", "dem"]])
+def test_a_place_that_is_not_there_is_bad_input(
+    filled: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err.startswith("sparseforge: ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_every_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("completion", shell) == 0
+    assert "sparseforge" in capsys.readouterr().out
+
+
+def test_a_shell_that_asks_gets_the_commands(home: Path, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    line = "sparseforge ver"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"), "_ARGCOMPLETE_SHELL": "bash"}
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "flows.cli"]
+    subprocess.run(command, cwd=root, env={**os.environ, **asked}, capture_output=True, timeout=60, check=False)
+    assert "verify" in (tmp_path / "answer").read_text().split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_its_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert "Exit codes: 0" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""The figures of training: drawn from the store's curves, with the numbers behind them, and absent without any."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.make_tables import collect, make_tables
+from analysis.motivation import GRID, ablations, bands, deltas, hard_vs_soft, mask_histograms, mask_softness
+from sparseforge_core.store.results import Results
+from sparseforge_core.store.rows import Curve
+from tests.analysis.filled import Filled, everything, scores
+from tests.analysis.filled import ablations as table_3
+
+STEPS = (1, 50, 100)
+EDGES = (0.0, 0.5, 1.0)
+
+
+def with_curves(filled: Filled) -> Filled:
+    """Every cell of SparseForge gets a loss, a mask's two numbers, and histograms of two kinds of weight."""
+    for number, cell in enumerate(filled.cells.values()):
+        if cell.method != "sparseforge" or not cell.tokens:
+            continue
+        found = [
+            Curve(name="loss/task", steps=STEPS, values=(4.0 + number, None, 2.0)),
+            Curve(name="mask/mid_fraction", steps=STEPS, values=(0.9, 0.4, 0.01)),
+            Curve(name="mask/soft_hard_gap", steps=STEPS, values=(0.3, 0.1, 0.001)),
+        ]
+        for kind in ("attention", "mlp"):
+            name = f"histogram:mask/{kind}"
+            found.append(Curve(name=name, steps=STEPS, values=([6, 4], [5, 5], [8, 2]), edges=EDGES))
+        filled.curves[cell.key] = found
+    return filled
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.fixture
+def results(sqlite_url: str) -> Results:
+    with_curves(everything()).write(sqlite_url).close()
+    return Results(sqlite_url)
+
+
+def test_curves_of_seeds_meet_on_the_share_of_training(results: Results) -> None:
+    (band,) = bands(results.curves("demo"), ("nowhere", "table-2"), ("missing", "loss/task"))
+    assert (band.label, band.seeds, len(band.mean)) == ("SparseForge", 2, GRID)
+    assert band.low[-1] == band.high[-1] == 2.0
+    assert band.high[20] - band.low[20] > 0.5
+    assert np.isnan(band.mean[0]), "nothing was logged before the first step"
+    assert bands(results.curves("demo"), ("table-2",), ("missing",)) == []
+
+
+def test_every_figure_has_its_numbers(results: Results) -> None:
+    material = collect(results, "demo")
+    wanted = {
+        hard_vs_soft: {"training loss"},
+        mask_softness: {"mask/mid_fraction", "mask/soft_hard_gap"},
+        ablations: {"accuracy, points", "perplexity, %"},
+    }
+    for builder, quantities in wanted.items():
+        made = builder(material.exhibits, material.curves)
+        assert made is not None
+        assert {row["quantity"] for row in rows_of(made[1])} == quantities
+    made = mask_histograms(material.exhibits, material.curves)
+    assert made is not None
+    figure, text = made
+    assert {(row["weights"], row["step"], row["count"]) for row in rows_of(text)} >= {("mlp", "100", "8")}
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["step 1", "step 50", "step 100"] * 2, "each moment once"
+
+
+def test_without_curves_there_is_nothing_to_draw(sqlite_url: str, tmp_path: Path) -> None:
+    grid = Filled(with_items=False)
+    grid.row("table-2", "sparseforge", "SparseForge", scores([0.3], [0.4], [9.0]), tokens=5)
+    grid.write(sqlite_url).close()
+    material = collect(Results(sqlite_url), "demo")
+    for builder in (hard_vs_soft, mask_softness, ablations, mask_histograms):
+        assert builder(material.exhibits, material.curves) is None
+    report = make_tables(Results(sqlite_url), None, tmp_path)
+    assert {"hard-vs-soft", "ablations", "mask-softness", "mask-histograms"} <= set(report.empty)
+
+
+def test_deltas_are_tested_where_items_are_known(sqlite_url: str) -> None:
+    table_3(Filled()).write(sqlite_url).close()
+    found = deltas(collect(Results(sqlite_url), "demo").exhibits["table-3"])
+    assert [(d.label, d.quantity) for d in found] == [
+        ("w/o distillation", "accuracy, points"),
+        ("w/o distillation", "perplexity, %"),
+    ]
+    assert found[0].value == pytest.approx(-0.5)
+    assert found[1].value == pytest.approx(100 * (np.log(27) + np.log(28) - np.log(25) - np.log(26)) / 2)
+    assert all(d.low is not None and d.low <= d.value + 1e-9 for d in found)
+
+
+def test_deltas_without_items_have_no_interval(sqlite_url: str) -> None:
+    table_3(Filled(with_items=False)).write(sqlite_url).close()
+    found = deltas(collect(Results(sqlite_url), "demo").exhibits["table-3"])
+    assert [d.low for d in found] == [None, None]
+    assert found[0].value == pytest.approx(-0.5)
+    assert not any(d.significant for d in found)
+
+
+@pytest.mark.slow
+def test_files_are_the_same_twice_and_name_no_date(results: Results, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_tables(results, None, tmp_path / name, ["hard-vs-soft", "mask-histograms"])
+    files = sorted((tmp_path / "one" / "figures").iterdir())
+    assert {path.suffix for path in files} == {".csv", ".pdf", ".png", ".svg"}
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "two" / "figures" / path.name).read_bytes()
+        assert b"CreationDate" not in path.read_bytes()
