@@ -99,7 +99,7 @@ def train_cell(
     changed = cell.recipe.method.sparsifies or cell.recipe.method.trains
     save_final(directory / "final", prepared.model if changed else None, branches, about)
     checkpoints.clear()
-    rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap)
+    rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     context = {**_context(prepared.device), "wall_seconds": time.perf_counter() - began}
     return _write_measurements(directory, cell, "train", None, rows, context, None)
 
@@ -156,7 +156,8 @@ class _Prepared:
         if recipe.pattern is not None:
             self.sites = assign_patterns(find_sites(model, family), recipe.pattern)
         self.coverage = coverage(model, family, recipe.pattern)
-        self.model = model.to(device)
+        # One-shot methods move a block at a time to the device: a model that fits in no GPU can still be pruned.
+        self.model = model.to(device) if recipe.method.trains else model
         self.teacher = self._teacher()
         self._tokens: TokenFile | None = None
 
@@ -176,6 +177,8 @@ class _Prepared:
             slorb=recipe.slorb,
             steps=recipe.train.steps,
             calibration=self._calibration,
+            device=None if recipe.method.trains else self.device,
+            seed=self.cell.seed,
         )
 
     def run(self, track: MaskTrack, checkpoints: Checkpoints, journal: Journal, execution: Execution) -> Run:
@@ -225,7 +228,12 @@ def _positions(model: Any) -> int:
 
 
 def _train_measurements(
-    recipe: Recipe, cover: Coverage, outcome: Outcome, branches: dict[str, Tensor], gap: float
+    recipe: Recipe,
+    cover: Coverage,
+    outcome: Outcome,
+    branches: dict[str, Tensor],
+    gap: float,
+    findings: dict[str, float],
 ) -> list[dict[str, Any]]:
     values: dict[str, float] = {
         "coverage": cover.share if recipe.pattern else 0.0,
@@ -242,6 +250,7 @@ def _train_measurements(
         }
     if math.isfinite(gap):
         values["soft_hard_gap"] = gap
+    values |= findings
     details = {"coverage": {"excluded": cover.excluded}}
     return [
         {"metric": name, "value": float(value), "stderr": None, "n": 1, "detail": details.get(name, {})}

@@ -8,6 +8,7 @@ from sparseforge_core.methods.dense import Dense, DenseControl
 from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.magnitude import MagnitudePruning
 from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.methods.sr_ste import SRSTE
 from sparseforge_core.methods.wanda import Wanda
 
@@ -20,13 +21,14 @@ __all__ = [
     "MagnitudePruning",
     "Method",
     "SparseForge",
+    "SparseGPT",
     "Wanda",
     "method_named",
 ]
 
 METHODS: dict[str, type[Method]] = {
     str(getattr(cls, "kind")): cls  # noqa: B009 (`kind` is set by @spec)
-    for cls in (Dense, DenseControl, MagnitudePruning, Wanda, FrozenMask, SRSTE, SparseForge)
+    for cls in (Dense, DenseControl, MagnitudePruning, Wanda, SparseGPT, FrozenMask, SRSTE, SparseForge)
 }
 
 

@@ -28,6 +28,10 @@ class Surroundings:
     """Optimizer steps that will follow; 0 for one-shot methods."""
     calibration: Callable[[int, int], list[Tensor]]
     """(number of sequences, length) -> batches of token ids, from the recipe's corpus and the cell's seed."""
+    device: torch.device | None = None
+    """Where one-shot methods compute, a block at a time; None computes where the model is."""
+    seed: int = 0
+    """The cell's, for methods that draw random numbers."""
 
 
 class MaskTrack:
@@ -45,6 +49,10 @@ class MaskTrack:
 
     def finish(self) -> dict[str, Tensor]:
         """Make the model exactly sparse, take the masks off; returns side branches by site name."""
+        return {}
+
+    def findings(self) -> dict[str, float]:
+        """What is worth storing with the cell's result about how its masks were found, by metric."""
         return {}
 
     def summary(self) -> dict[str, float]:

@@ -6,7 +6,8 @@ of their second matrix is recomputed from the first, with the module's own activ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from sparseforge_core.errors import CurvatureUnavailable
 from sparseforge_core.models.sites import Site
+
+See = Callable[[Site, int | None, Tensor], None]
+"""Told (site, expert or None, input `[tokens, in]`) of every matrix that runs."""
 
 
 @torch.no_grad()
@@ -23,19 +27,43 @@ def input_norms(model: nn.Module, sites: list[Site], batches: Iterable[Tensor]) 
     Raises CurvatureUnavailable naming a site whose module never ran, or whose inputs were not finite.
     """
     device = next(model.parameters()).device
-    sums = {site.name: torch.zeros(_norm_shape(site), device=device) for site in sites}
+    norms = NormSums(sites, device)
+    with watching(sites, norms.see):
+        for batch in batches:
+            model(input_ids=batch.to(device), use_cache=False)
+    return norms.norms()
+
+
+class NormSums:
+    """Running sums of squared inputs, `[..., 1, in]` a site."""
+
+    def __init__(self, sites: list[Site], device: torch.device) -> None:
+        self.sites = sites
+        self.sums = {site.name: torch.zeros(_norm_shape(site), device=device) for site in sites}
+
+    def see(self, site: Site, expert: int | None, x: Tensor) -> None:
+        """Take in the inputs of one call."""
+        total = self.sums[site.name]
+        (total if expert is None else total[expert]).add_(_squares(x))
+
+    def norms(self) -> dict[str, Tensor]:
+        """The norms so far; raises CurvatureUnavailable as `input_norms` does."""
+        _check(self.sites, self.sums)
+        return {name: total.sqrt() for name, total in self.sums.items()}
+
+
+@contextlib.contextmanager
+def watching(sites: list[Site], see: See) -> Iterator[None]:
+    """Tell `see` of the inputs of these sites while the model runs."""
     hooks = [
-        module.register_forward_pre_hook(_accumulate(found, sums), with_kwargs=True)
+        module.register_forward_pre_hook(_watcher(found, see), with_kwargs=True)
         for module, found in _by_module(sites).items()
     ]
     try:
-        for batch in batches:
-            model(input_ids=batch.to(device), use_cache=False)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    _check(sites, sums)
-    return {name: total.sqrt() for name, total in sums.items()}
 
 
 def _norm_shape(site: Site) -> tuple[int, ...]:
@@ -50,20 +78,21 @@ def _by_module(sites: list[Site]) -> dict[nn.Module, list[Site]]:
     return grouped
 
 
-def _accumulate(sites: list[Site], sums: dict[str, Tensor]) -> Any:
+def _watcher(sites: list[Site], see: See) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if sites[0].weight.ndim == 2:
-            x = args[0] if args else kwargs["input"]
-            sums[sites[0].name] += _squares(x)
+            see(sites[0], None, args[0] if args else kwargs["input"])
             return
         names = ("hidden_states", "top_k_index")
         hidden, chosen = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-        by_parameter = {site.parameter: sums[site.name] for site in sites}
+        by_parameter = {site.parameter: site for site in sites}
         for expert in range(module.gate_up_proj.shape[0]):
             x = hidden[(chosen == expert).any(-1)]
-            by_parameter["gate_up_proj"][expert] += _squares(x)
-            gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            by_parameter["down_proj"][expert] += _squares(module.act_fn(gate) * up)
+            if "gate_up_proj" in by_parameter:
+                see(by_parameter["gate_up_proj"], expert, x)
+            if "down_proj" in by_parameter:
+                gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
+                see(by_parameter["down_proj"], expert, module.act_fn(gate) * up)
 
     return hook
 

@@ -12,7 +12,7 @@ import torch
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import Diverged, Interrupted, RecipeError
-from sparseforge_core.methods import METHODS, SRSTE, FrozenMask, Method, SparseForge, Wanda, method_named
+from sparseforge_core.methods import METHODS, SRSTE, FrozenMask, Method, SparseForge, SparseGPT, Wanda, method_named
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.methods.sparseforge import Phases
 from sparseforge_core.models.sites import assign_patterns
@@ -85,6 +85,8 @@ def every_method() -> list[Any]:
     variants += [
         Wanda(samples=4, length=16),
         FrozenMask(prior=Wanda(samples=4, length=16, sequential=False)),
+        FrozenMask(prior=SparseGPT(samples=8, length=16)),
+        SparseGPT(samples=8, length=16, true_sequential=True),
         SparseForge(criterion=Magnitude()),
         SparseForge(criterion=WandaScore(), calibration_samples=4),
         SparseForge(threshold="nth", log_scores=False),
@@ -102,8 +104,11 @@ def test_every_method_ends_in_the_exact_pattern(method: Method, tmp_path: Path) 
     names = [name for name, _ in run.model.named_parameters()]
     assert names == [name for name, _ in tiny_model("llama").named_parameters()]
     if recipe.pattern is not None:
-        for site in sites_of(run.model):
-            check_weight(site.matrix(site.weight), recipe.pattern, site.name)
+        assert {site.name for site in run.track.sites} == {site.name for site in sites_of(run.model)}
+        for site in run.track.sites:
+            check_weight(site.matrix(site.weight), site.pattern, site.name)
+        kept = sum(int((site.weight != 0).sum()) for site in run.track.sites)
+        assert kept <= 0.5 * sum(site.weight.numel() for site in run.track.sites)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
