@@ -192,7 +192,7 @@ class _Prepared:
             forward=torch.compile(self.model) if execution.compiled else self.model,
             teacher=torch.compile(self.teacher) if execution.compiled and self.teacher is not None else self.teacher,
             track=track,
-            optimizer=build_optimizer(self.model, self.sites, plan),
+            optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
             checkpoints=checkpoints,
             tracker=journal,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sparseforge_core.errors import RecipeError, unknown
+from sparseforge_core.methods.ast import AST
 from sparseforge_core.methods.base import Method
+from sparseforge_core.methods.cast import CAST
 from sparseforge_core.methods.dense import Dense, DenseControl
 from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.magnitude import MagnitudePruning
@@ -13,6 +15,8 @@ from sparseforge_core.methods.sr_ste import SRSTE
 from sparseforge_core.methods.wanda import Wanda
 
 __all__ = [
+    "AST",
+    "CAST",
     "METHODS",
     "SRSTE",
     "Dense",
@@ -28,7 +32,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     str(getattr(cls, "kind")): cls  # noqa: B009 (`kind` is set by @spec)
-    for cls in (Dense, DenseControl, MagnitudePruning, Wanda, SparseGPT, FrozenMask, SRSTE, SparseForge)
+    for cls in (Dense, DenseControl, MagnitudePruning, Wanda, SparseGPT, FrozenMask, SRSTE, AST, CAST, SparseForge)
 }
 
 

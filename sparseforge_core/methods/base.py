@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ class MaskTrack:
     def __init__(self, around: Surroundings) -> None:
         self.sites = around.sites
         self.steps = around.steps
+
+    def optimizer(
+        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
+        """The update rule of everything that trains, given as groups with their weight decay: AdamW, or the method's.
+
+        A group may carry `rate_scale`, a factor on the plan's learning rate. What a rule keeps for a parameter in
+        its `state` is checkpointed with it.
+        """
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def before_update(self, step: int) -> None:
         """After backward, before clipping and the optimizer's update: gradients may be observed or changed."""
@@ -143,6 +153,8 @@ class Method(ABC):
     """Set by `@spec`."""
     sparsifies: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    branches: ClassVar[bool] = True
+    """Whether a side branch (the recipe's `slorb`) can be trained beside it."""
     card: ClassVar[MethodCard]
 
     @abstractmethod
