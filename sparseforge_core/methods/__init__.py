@@ -9,6 +9,9 @@ from sparseforge_core.methods.cast import CAST
 from sparseforge_core.methods.dense import Dense, DenseControl
 from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.magnitude import MagnitudePruning
+from sparseforge_core.methods.maskllm import MaskLLM
+from sparseforge_core.methods.proxsparse import ProxSparse
+from sparseforge_core.methods.s_ste import SSTE
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.methods.sr_ste import SRSTE
@@ -19,11 +22,14 @@ __all__ = [
     "CAST",
     "METHODS",
     "SRSTE",
+    "SSTE",
     "Dense",
     "DenseControl",
     "FrozenMask",
     "MagnitudePruning",
+    "MaskLLM",
     "Method",
+    "ProxSparse",
     "SparseForge",
     "SparseGPT",
     "Wanda",
@@ -32,7 +38,21 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     str(getattr(cls, "kind")): cls  # noqa: B009 (`kind` is set by @spec)
-    for cls in (Dense, DenseControl, MagnitudePruning, Wanda, SparseGPT, FrozenMask, SRSTE, AST, CAST, SparseForge)
+    for cls in (
+        Dense,
+        DenseControl,
+        MagnitudePruning,
+        Wanda,
+        SparseGPT,
+        FrozenMask,
+        SRSTE,
+        SSTE,
+        AST,
+        CAST,
+        MaskLLM,
+        ProxSparse,
+        SparseForge,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""CAST: dense forwards, while an adaptive L1 pressure drives the weights themselves into the pattern (arXiv 2509.25996).
+"""CAST: dense forwards, while an adaptive L1 pressure drives the weights into the pattern (arXiv 2509.25996).
 
 AdamS: masked-out entries follow (1 - a_t) mu + a_t lambda sign(W) with a_t = t / T, kept ones mu, both divided by the
 root of their own second moment. A learnable scale for each of `scale_blocks` column blocks of every row makes up for
@@ -42,8 +42,8 @@ class CAST(Method):
     def __post_init__(self) -> None:
         if self.pressure < 0 or self.refresh_every < 1 or self.scale_blocks < 0:
             raise RecipeError(
-                f"pressure={self.pressure}, refresh_every={self.refresh_every}, scale_blocks={self.scale_blocks}: needs "
-                "pressure >= 0, refresh_every >= 1, scale_blocks >= 0"
+                f"pressure={self.pressure}, refresh_every={self.refresh_every}, scale_blocks={self.scale_blocks}: "
+                "needs pressure >= 0, refresh_every >= 1, scale_blocks >= 0"
             )
 
     def start(self, around: Surroundings) -> CASTTrack:

@@ -234,7 +234,7 @@ def _carried(seen: list[_Seen], answer: Any) -> tuple[Tensor, Callable[[Any], Te
 
 def _place(seen: _Seen, hidden: Tensor) -> int | str:
     """The argument that is this very tensor."""
-    for place, value in (*enumerate(seen.args), *seen.kwargs.items()):
+    for place, value in _arguments(seen):
         if value is hidden:
             return place
     raise UnsupportedModel("a block is not given what the block before it put out; this model cannot be streamed")
@@ -242,10 +242,14 @@ def _place(seen: _Seen, hidden: Tensor) -> int | str:
 
 def _place_of_hidden(first: _Seen, answer: Tensor) -> int | str:
     """The first block's argument that is shaped like its answer."""
-    for place, value in (*enumerate(first.args), *first.kwargs.items()):
+    for place, value in _arguments(first):
         if isinstance(value, Tensor) and value.shape == answer.shape and value.dtype == answer.dtype:
             return place
     raise UnsupportedModel("the first block receives nothing of the shape that it puts out; it cannot be streamed")
+
+
+def _arguments(seen: _Seen) -> list[tuple[int | str, Any]]:
+    return [*enumerate(seen.args), *seen.kwargs.items()]
 
 
 def _value(seen: _Seen, place: int | str) -> Tensor:

@@ -14,9 +14,10 @@ from sparseforge_core.recipe import TrainPlan
 
 
 def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track: MaskTrack) -> torch.optim.Optimizer:
-    """The track's rule, AdamW unless the method has its own: decay acts on matrices that carry no mask and are no embeddings; everything else is not decayed.
+    """The track's update rule, AdamW unless its method has its own.
 
-    A decayed masked weight would be pulled to zero by the optimizer while the mask decides the same question.
+    Decay acts on matrices that carry no mask and are no embeddings; everything else is not decayed: a decayed masked
+    weight would be pulled to zero by the optimizer while the mask decides the same question.
     """
     masked = {id(site.weight) for site in sites}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
