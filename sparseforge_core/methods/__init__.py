@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparseforge_core.errors import RecipeError, unknown
+from sparseforge_core.methods.alps import ALPS
 from sparseforge_core.methods.ast import AST
 from sparseforge_core.methods.base import Method
 from sparseforge_core.methods.cast import CAST
@@ -18,6 +19,7 @@ from sparseforge_core.methods.sr_ste import SRSTE
 from sparseforge_core.methods.wanda import Wanda
 
 __all__ = [
+    "ALPS",
     "AST",
     "CAST",
     "METHODS",
@@ -36,24 +38,14 @@ __all__ = [
     "method_named",
 ]
 
-METHODS: dict[str, type[Method]] = {
-    str(getattr(cls, "kind")): cls  # noqa: B009 (`kind` is set by @spec)
-    for cls in (
-        Dense,
-        DenseControl,
-        MagnitudePruning,
-        Wanda,
-        SparseGPT,
-        FrozenMask,
-        SRSTE,
-        SSTE,
-        AST,
-        CAST,
-        MaskLLM,
-        ProxSparse,
-        SparseForge,
-    )
-}
+ALL: tuple[type[Method], ...] = (
+    Dense, DenseControl,
+    MagnitudePruning, Wanda, SparseGPT, ALPS,
+    FrozenMask, SRSTE, SSTE, AST, CAST, MaskLLM, ProxSparse, SparseForge,
+)  # fmt: skip
+"""References, one-shot methods, retraining methods."""
+
+METHODS: dict[str, type[Method]] = {str(getattr(cls, "kind")): cls for cls in ALL}  # noqa: B009 (set by @spec)
 
 
 def method_named(kind: str) -> type[Method]:

@@ -15,7 +15,9 @@ Direct = Callable[[nn.Parameter, Tensor], Tensor | None]
 class DirectedAdam(torch.optim.Optimizer):
     """mu <- b1 mu + (1 - b1) g; u = direct(W, mu); v <- b2 v + (1 - b2) u^2.
 
-    Then W <- (1 - lr wd) W - lr u^ / (sqrt(v^) + eps), with u^ and v^ corrected for their start at zero. The first moment sees the task's gradient alone, so that a pressure on pruned entries leaves no trace in it. Where `direct` answers None, u is mu and v averages g^2: AdamW.
+    Then W <- (1 - lr wd) W - lr u^ / (sqrt(v^) + eps), with u^ and v^ corrected for their start at zero. The first
+    moment sees the task's gradient alone, so that a pressure on pruned entries leaves no trace in it. Where `direct`
+    answers None, u is mu and v averages g^2: AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, direct: Direct) -> None:

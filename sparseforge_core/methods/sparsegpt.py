@@ -11,14 +11,12 @@ from __future__ import annotations
 import logging
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.methods.base import MaskedTrack, Method, MethodCard, Surroundings
+from sparseforge_core.methods.base import Method, MethodCard, Surroundings
+from sparseforge_core.methods.layerwise import LayerwiseTrack
 from sparseforge_core.models.sites import Site
-from sparseforge_core.observe.blocks import stream_blocks
-from sparseforge_core.observe.grams import Grams, in_order
 from sparseforge_core.sparsity.second_order import Factor, inverse_factor, sweep, tenfold_raises
 from sparseforge_core.specs import spec
 
@@ -56,50 +54,28 @@ class SparseGPT(Method):
         return SparseGPTTrack(self, around)
 
 
-class SparseGPTTrack(MaskedTrack):
-    """Holds the masks that the sweep chose; the weights behind them are already updated."""
+class SparseGPTTrack(LayerwiseTrack[Factor]):
+    """Masks and weights as the column sweep left them."""
 
     def __init__(self, method: SparseGPT, around: Surroundings) -> None:
-        super().__init__(around)
         self.method = method
         self.raised: dict[str, float] = {}
-        batches = around.calibration(method.samples, method.length)
-        for block in stream_blocks(around.model, self.sites, batches, device=around.device):
-            for group in in_order(block) if method.true_sequential else [block.sites]:
-                self._prune(group, Grams(block, group))
+        super().__init__(around, samples=method.samples, length=method.length, true_sequential=method.true_sequential)
 
-    @torch.no_grad()
-    def _prune(self, sites: list[Site], grams: Grams) -> None:
-        factors: dict[int, list[Factor]] = {}  # sites with the same inputs share the factorisation
-        for site in sites:
-            gram = grams.of(site)
-            if id(gram) not in factors:
-                factors = {id(gram): self._factors(site, gram * (2.0 / self.method.samples))}
-            matrix = site.matrix(site.weight)
-            hard = site.mask.matrix(site.mask.hard)
-            for w, kept, factor in zip(_each(matrix), _each(hard), factors[id(gram)], strict=True):
-                new, keep = sweep(w, factor, site.pattern, self.method.width)
-                w.copy_(new)
-                kept.copy_(keep)
-            site.mask.set_view(0.0)
-
-    def _factors(self, site: Site, hessian: Tensor) -> list[Factor]:
-        factors = [inverse_factor(h, self.method.damping, f"site {site.name}") for h in _each(hessian)]
-        used = max(factor.damping for factor in factors)
-        if used > self.method.damping:
-            self.raised[site.name] = used
+    def prepare(self, hessian: Tensor, site: Site) -> Factor:
+        factor = inverse_factor(hessian, self.method.damping, f"site {site.name}")
+        if factor.damping > self.method.damping:
+            self.raised[site.name] = max(factor.damping, self.raised.get(site.name, 0.0))
             log.warning(
                 "site %s: the Hessian was not positive definite; went on with %g of its mean diagonal added",
                 site.name,
-                used,
+                factor.damping,
             )
-        return factors
+        return factor
+
+    def solve(self, weight: Tensor, prepared: Factor, site: Site) -> tuple[Tensor, Tensor]:
+        return sweep(weight, prepared, site.pattern, self.method.width)
 
     def findings(self) -> dict[str, float]:
         raises = [tenfold_raises(used, self.method.damping) for used in self.raised.values()]
         return {"damping_raised_sites": len(raises), "damping_raised_most": max(raises, default=0)}
-
-
-def _each(x: Tensor) -> list[Tensor]:
-    """A matrix, or the matrices of a stack of experts, as views."""
-    return [x] if x.ndim == 2 else list(x)

@@ -109,7 +109,7 @@ def test_a_singular_hessian_is_damped_and_logged(caplog: pytest.LogCaptureFixtur
     track = SparseGPT(samples=4, length=16).start(around)
     site = track.sites[0]
     indefinite = torch.eye(64) + 1.05 * (torch.ones(64, 64) - torch.eye(64))
-    track._factors(site, indefinite)
+    track.prepare(indefinite, site)
     assert track.raised == {site.name: pytest.approx(0.1)}
     assert f"site {site.name}: the Hessian was not positive definite" in caplog.text
     assert track.findings() == {"damping_raised_sites": 1, "damping_raised_most": 1}
