@@ -12,6 +12,7 @@ embedding, which runs where the model is, is not timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -70,7 +71,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     end = _now(device)
     kept = sum(float(site.mask.hard.float().mean()) for site in track.sites) / len(track.sites)
     starts = [*seconds, end]
-    blocks = [after - before for before, after in zip(starts, starts[1:])]
+    blocks = [after - before for before, after in itertools.pairwise(starts)]
     middle = blocks[1:-1]
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     return {

@@ -11,6 +11,7 @@ from sparseforge_core.methods.dense import Dense, DenseControl
 from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.magnitude import MagnitudePruning
 from sparseforge_core.methods.maskllm import MaskLLM
+from sparseforge_core.methods.owl import OWL
 from sparseforge_core.methods.proxsparse import ProxSparse
 from sparseforge_core.methods.s_ste import SSTE
 from sparseforge_core.methods.sparseforge import SparseForge
@@ -23,6 +24,7 @@ __all__ = [
     "AST",
     "CAST",
     "METHODS",
+    "OWL",
     "SRSTE",
     "SSTE",
     "Dense",
@@ -40,7 +42,7 @@ __all__ = [
 
 ALL: tuple[type[Method], ...] = (
     Dense, DenseControl,
-    MagnitudePruning, Wanda, SparseGPT, ALPS,
+    MagnitudePruning, Wanda, SparseGPT, ALPS, OWL,
     FrozenMask, SRSTE, SSTE, AST, CAST, MaskLLM, ProxSparse, SparseForge,
 )  # fmt: skip
 """References, one-shot methods, retraining methods."""

@@ -112,6 +112,14 @@ class MaskedTrack(MaskTrack):
                 branches[site.name] = branch
         return branches
 
+    def findings(self) -> dict[str, float]:
+        densities = [site.pattern.density for site in self.sites]
+        if len(set(densities)) < 2:
+            return {}
+        kept = sum(site.pattern.density * site.weight.numel() for site in self.sites)
+        total = sum(site.weight.numel() for site in self.sites)
+        return {"density": kept / total, "density_least": min(densities), "density_most": max(densities)}
+
     def summary(self) -> dict[str, float]:
         pairs = ((site.mask.mask, site.mask.hard) for site in self.sites)
         return {**mask_summary(pairs), "mask/flip_rate": self.flip_rate}

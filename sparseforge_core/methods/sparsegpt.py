@@ -78,4 +78,5 @@ class SparseGPTTrack(LayerwiseTrack[Factor]):
 
     def findings(self) -> dict[str, float]:
         raises = [tenfold_raises(used, self.method.damping) for used in self.raised.values()]
-        return {"damping_raised_sites": len(raises), "damping_raised_most": max(raises, default=0)}
+        counted = {"damping_raised_sites": len(raises), "damping_raised_most": max(raises, default=0)}
+        return {**super().findings(), **counted}
