@@ -107,7 +107,7 @@ class PatternLogits(nn.Module):
         grouped = self.site.pattern.groups(self.site.matrix(hard)).to(self.logits.dtype)
         overlap = grouped @ self.patterns.T
         usual = float(self.patterns[0].sum()) ** 2 / self.patterns.shape[1]
-        self.logits += (overlap - usual) * self.logits.std() * strength
+        self.logits.add_((overlap - usual) * self.logits.std() * strength)
 
     def _mask(self, chosen: Tensor) -> Tensor:
         """y S in the weight's layout."""

@@ -24,7 +24,8 @@ def allocate(pattern: Pattern, wanted: Sequence[float], sizes: Sequence[int]) ->
     if isinstance(pattern, Unstructured):
         if not all(0.0 < density < 1.0 for density in shifted):
             raise RecipeError(
-                f"an allocation asks for densities from {min(shifted):.3f} to {max(shifted):.3f}; choose a smaller spread"
+                f"an allocation asks for densities from {min(shifted):.3f} to {max(shifted):.3f}; "
+                "choose a smaller spread"
             )
         return [replace(pattern, density=density) for density in shifted]
     if isinstance(pattern, GroupPattern):
