@@ -6,6 +6,7 @@ from sparseforge_core.errors import RecipeError, unknown
 from sparseforge_core.methods.alps import ALPS
 from sparseforge_core.methods.ast import AST
 from sparseforge_core.methods.base import Method
+from sparseforge_core.methods.besa import BESA
 from sparseforge_core.methods.cast import CAST
 from sparseforge_core.methods.dense import Dense, DenseControl
 from sparseforge_core.methods.frozen_mask import FrozenMask
@@ -22,6 +23,7 @@ from sparseforge_core.methods.wanda import Wanda
 __all__ = [
     "ALPS",
     "AST",
+    "BESA",
     "CAST",
     "METHODS",
     "OWL",
@@ -42,7 +44,7 @@ __all__ = [
 
 ALL: tuple[type[Method], ...] = (
     Dense, DenseControl,
-    MagnitudePruning, Wanda, SparseGPT, ALPS, OWL,
+    MagnitudePruning, Wanda, SparseGPT, ALPS, OWL, BESA,
     FrozenMask, SRSTE, SSTE, AST, CAST, MaskLLM, ProxSparse, SparseForge,
 )  # fmt: skip
 """References, one-shot methods, retraining methods."""
