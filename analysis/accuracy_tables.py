@@ -62,6 +62,11 @@ def table_6(data: ExhibitData) -> Table:
     )
 
 
+def reproductions(data: ExhibitData) -> Table:
+    """Perplexities that other papers print for models small enough to check."""
+    return _by_task(data, "Reproductions. Published perplexities of small models", first="Model", tokens=True)
+
+
 def _summary(data: ExhibitData, title: str) -> Table:
     variants = [v for v in VARIANTS if any(row.variant == v for row in data.rows)]
     perplexities = _perplexities(data)

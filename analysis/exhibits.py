@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from analysis.accuracy_tables import table_1, table_2, table_3, table_4, table_5, table_6
+from analysis.accuracy_tables import reproductions, table_1, table_2, table_3, table_4, table_5, table_6
 from analysis.figures import accuracy_vs_tokens, figure_csv
 from analysis.frames import ExhibitData
 from analysis.motivation import ablations, hard_vs_soft, mask_histograms, mask_softness
@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[ExhibitData], Table]] = {
     "table-5": table_5,
     "table-6": table_6,
     "table-7": table_7,
+    "reproductions": reproductions,
 }
 """To add a table: a builder here, and slots in a grid."""
 

@@ -109,6 +109,7 @@ def listing(what: str) -> list[dict[str, Any]]:
     if what == "methods":
         import dataclasses
 
+        from sparseforge_core import specs
         from sparseforge_core.methods import METHODS
 
         return [
@@ -117,7 +118,10 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "about": f"{cls.card.stage}; {cls.card.source}",
                 "kind": cls.card.stage,
                 "source": cls.card.source,
-                "fields": {f.name: str(f.default) for f in dataclasses.fields(cls)},  # type: ignore[arg-type]
+                "fields": {
+                    f.name: {"type": str(f.type), "default": specs.encode(f.default, omit_defaults=False)}
+                    for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+                },
             }
             for kind, cls in METHODS.items()
         ]

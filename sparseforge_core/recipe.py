@@ -87,6 +87,11 @@ class Recipe:
             raise RecipeError(f"train.steps=0: method {self.method.kind!r} trains; give it steps")
         if self.slorb is not None and not self.method.sparsifies:
             raise RecipeError(f"slorb: method {self.method.kind!r} prunes nothing that a branch could restore")
+        if self.slorb is not None and not self.method.branches:
+            raise RecipeError(
+                f"slorb: method {self.method.kind!r} decides its mask at the end, so a branch has nothing to restore "
+                "while it trains; leave the branch out"
+            )
 
 
 @spec("trained")

@@ -114,7 +114,7 @@ def train_cell(
     changed = cell.recipe.method.sparsifies or cell.recipe.method.trains
     save_final(directory / "final", prepared.model if changed else None, branches, about)
     checkpoints.clear()
-    rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap)
+    rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**_context(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
     return _write_measurements(directory, cell, "train", None, rows, context, None)
@@ -181,7 +181,8 @@ class _Prepared:
             self.sites = assign_patterns(find_sites(model, family), recipe.pattern)
         self.coverage = coverage(model, family, recipe.pattern)
         log.log(logging.WARNING if family.name == AUTOMATIC else logging.INFO, "%s", self.coverage)
-        self.model = model.to(device)
+        # One-shot methods move a block at a time to the device: a model that fits in no GPU can still be pruned.
+        self.model = model.to(device) if recipe.method.trains else model
         self.teacher = self._teacher()
         self._tokens: TokenFile | None = None
 
@@ -206,6 +207,7 @@ class _Prepared:
             slorb=recipe.slorb,
             steps=recipe.train.steps,
             calibration=self._calibration,
+            device=None if recipe.method.trains else self.device,
             seed=self.cell.seed,
         )
 
@@ -222,7 +224,7 @@ class _Prepared:
             teacher=teacher,
             plain=forwards(self.model, self.teacher) if execution.compiled else None,
             track=track,
-            optimizer=build_optimizer(self.model, self.sites, plan),
+            optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
             checkpoints=checkpoints,
             tracker=journal,
@@ -272,7 +274,12 @@ def _positions(model: Any) -> int:
 
 
 def _train_measurements(
-    recipe: Recipe, cover: Coverage, outcome: Outcome, branches: dict[str, Branch], gap: float
+    recipe: Recipe,
+    cover: Coverage,
+    outcome: Outcome,
+    branches: dict[str, Branch],
+    gap: float,
+    findings: dict[str, float],
 ) -> list[dict[str, Any]]:
     values: dict[str, float] = {
         "coverage": cover.share if recipe.pattern else 0.0,
@@ -291,6 +298,7 @@ def _train_measurements(
         }
     if math.isfinite(gap):
         values["soft_hard_gap"] = gap
+    values |= findings
     details = {"coverage": {"family": cover.family, "included": cover.included, "excluded": cover.excluded}}
     return [
         {"metric": name, "value": float(value), "stderr": None, "n": 1, "detail": details.get(name, {})}

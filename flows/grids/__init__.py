@@ -34,11 +34,18 @@ def _smoke(name: str) -> Callable[[], Grid]:
     return build
 
 
+def _reproductions() -> Grid:
+    from flows.grids.reproductions import reproductions
+
+    return reproductions()
+
+
 PAPER = ("full", "table-1", "table-2", "table-3", "table-4", "table-5", "table-6", "table-7", "ablations", "figure")
 
 GRIDS: dict[str, Callable[[], Grid]] = {
     "demo": _demo,
     **{name: _paper(name) for name in PAPER},
+    "reproductions": _reproductions,
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke")},
 }
 """Builders by grid name; recipes are made only when a grid is asked for."""

@@ -10,13 +10,16 @@ from sparseforge_core.models.sources import Hub
 
 __all__ = [
     "C4", "DEEPSEEK_MOE_16B", "DOLMINO", "GPT2", "GPT2_LARGE", "GPT2_MEDIUM", "GPT2_XL", "LLAMA2_13B", "LLAMA2_7B",
-    "OPT_2_7B", "QWEN3_14B", "QWEN3_1_7B", "QWEN3_8B",
+    "OPT_125M", "OPT_1_3B", "OPT_2_7B", "OPT_350M", "QWEN3_14B", "QWEN3_1_7B", "QWEN3_8B",
 ]  # fmt: skip
 
 GPT2 = Hub(id="openai-community/gpt2", revision="607a30d783dfa663caf39e06633721c8d4cfcd7e")
 GPT2_MEDIUM = Hub(id="openai-community/gpt2-medium", revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da")
 GPT2_LARGE = Hub(id="openai-community/gpt2-large", revision="32b71b12589c2f8d625668d2335a01cac3249519")
 GPT2_XL = Hub(id="openai-community/gpt2-xl", revision="15ea56dee5df4983c59b2538573817e1667135e2")
+OPT_125M = Hub(id="facebook/opt-125m", revision="27dcfa74d334bc871f3234de431e71c6eeba5dd6")
+OPT_350M = Hub(id="facebook/opt-350m", revision="08ab08cc4b72ff5593870b5d527cf4230323703c")
+OPT_1_3B = Hub(id="facebook/opt-1.3b", revision="3f5c25d0bc631cb57ac65913f76e22c2dfb61d62")
 OPT_2_7B = Hub(id="facebook/opt-2.7b", revision="905a4b602cda5c501f1b3a2650a4152680238254")
 LLAMA2_7B = Hub(id="meta-llama/Llama-2-7b-hf", revision="01c7f73d771dfac7d292323805ebc428287df4f9")
 LLAMA2_13B = Hub(id="meta-llama/Llama-2-13b-hf", revision="5c31dfb671ce7cfe2d7bb7c04375e44c55e815b1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Surroundings:
     """Optimizer steps that will follow; 0 for one-shot methods."""
     calibration: Callable[[int, int], list[Tensor]]
     """(number of sequences, length) -> batches of token ids, from the recipe's corpus and the cell's seed."""
+    device: torch.device | None = None
+    """Where one-shot methods compute, a block at a time; None computes where the model is."""
     seed: int = 0
     """The cell's seed: what a method draws at random is a function of it and the step."""
 
@@ -40,6 +42,16 @@ class MaskTrack:
     def __init__(self, around: Surroundings) -> None:
         self.sites = around.sites
         self.steps = around.steps
+
+    def optimizer(
+        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
+        """The update rule of everything that trains, given as groups with their weight decay: AdamW, or the method's.
+
+        A group may carry `rate_scale`, a factor on the plan's learning rate. What a rule keeps for a parameter in
+        its `state` is checkpointed with it.
+        """
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def observe(self, batch: Batch) -> None:
         """After backward: the step's gradients and its batch may be looked at, and nothing changed."""
@@ -52,6 +64,10 @@ class MaskTrack:
 
     def finish(self) -> dict[str, Branch]:
         """Make the model exactly sparse, take the masks off; returns side branches by site name."""
+        return {}
+
+    def findings(self) -> dict[str, float]:
+        """What is worth storing with the cell's result about how its masks were found, by metric."""
         return {}
 
     def summary(self) -> dict[str, float]:
@@ -105,6 +121,14 @@ class MaskedTrack(MaskTrack):
                 branches[site.name] = branch
         return branches
 
+    def findings(self) -> dict[str, float]:
+        densities = [site.pattern.density for site in self.sites]
+        if len(set(densities)) < 2:
+            return {}
+        kept = sum(site.pattern.density * site.weight.numel() for site in self.sites)
+        total = sum(site.weight.numel() for site in self.sites)
+        return {"density": kept / total, "density_least": min(densities), "density_most": max(densities)}
+
     def summary(self) -> dict[str, float]:
         pairs = ((site.mask.mask, site.mask.hard) for site in self.sites)
         return {**mask_summary(pairs), "mask/flip_rate": self.flip_rate}
@@ -148,6 +172,8 @@ class Method(ABC):
     """Set by `@spec`."""
     sparsifies: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    branches: ClassVar[bool] = True
+    """Whether a side branch (the recipe's `slorb`) can be trained beside it."""
     card: ClassVar[MethodCard]
 
     @abstractmethod

@@ -1,8 +1,10 @@
-"""Magnitude pruning, one-shot: keep the largest |W| of each group."""
+"""Magnitude pruning, one-shot: keep the largest |W| of each group; and the track of methods that select anew."""
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+import torch
 
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
 from sparseforge_core.specs import spec
@@ -20,3 +22,21 @@ class MagnitudePruning(Method):
         for site in track.sites:
             track.harden(site, site.weight.detach().abs())
         return track
+
+
+class MagnitudeTrack(MaskedTrack):
+    """A track whose hard masks are those of the largest |W|, each time that it selects."""
+
+    @torch.no_grad()
+    def select(self) -> None:
+        """Re-select every hard mask; what the forward sees is left as it is."""
+        flips = 0.0
+        for site in self.sites:
+            flips += self.harden(site, site.weight.detach().abs())
+            site.mask.mask.copy_(site.mask.hard)
+        self.flip_rate = flips / len(self.sites)
+
+    def show(self) -> None:
+        """Let the forward see the hard masks."""
+        for site in self.sites:
+            site.mask.set_view(0.0)

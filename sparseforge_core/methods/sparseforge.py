@@ -16,9 +16,9 @@ from torch import Tensor
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.phases import Phases
-from sparseforge_core.methods.wanda import blocks_of
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
+from sparseforge_core.observe.blocks import blocks_of
 from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
 from sparseforge_core.observe.input_gram import input_grams, inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.methods.base import MaskedTrack, Method, MethodCard, Surroundings
+from sparseforge_core.methods.base import Method, MethodCard, Surroundings
+from sparseforge_core.methods.magnitude import MagnitudeTrack
 from sparseforge_core.specs import spec
 
 
@@ -36,13 +37,14 @@ class SRSTE(Method):
         return SRSTETrack(self, around)
 
 
-class SRSTETrack(MaskedTrack):
+class SRSTETrack(MagnitudeTrack):
     """Re-selects every `update_every` steps; the last selection is the final mask."""
 
     def __init__(self, method: SRSTE, around: Surroundings) -> None:
         super().__init__(around)
         self.method = method
-        self._select()
+        self.select()
+        self.show()
         for site in self.sites:
             site.mask.start_branch(site.weight)
 
@@ -55,13 +57,5 @@ class SRSTETrack(MaskedTrack):
 
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         if step % self.method.update_every == 0:
-            self._select()
-
-    @torch.no_grad()
-    def _select(self) -> None:
-        flips = 0.0
-        for site in self.sites:
-            flips += self.harden(site, site.weight.detach().abs())
-            site.mask.mask.copy_(site.mask.hard)
-            site.mask.set_view(0.0)
-        self.flip_rate = flips / len(self.sites)
+            self.select()
+            self.show()

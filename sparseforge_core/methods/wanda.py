@@ -1,19 +1,16 @@
 """Wanda, one-shot: keep the largest |W_ij| ||x_j|| of each group, no weight update (arXiv 2306.11695).
 
 Layers are pruned in order, and each block's statistics are taken on the outputs of the blocks pruned before it,
-as the paper does; blocks are told apart by the layer number in the site's name.
+as the paper does.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from typing import ClassVar
 
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
-from sparseforge_core.models.sites import Site
-from sparseforge_core.observe.activations import input_norms
+from sparseforge_core.observe.blocks import stream_blocks
 from sparseforge_core.sparsity.criteria import WandaScore
 from sparseforge_core.specs import spec
 
@@ -40,20 +37,11 @@ class Wanda(Method):
         track = MaskedTrack(around)
         batches = around.calibration(self.samples, self.length)
         score = WandaScore().score
-        for block in blocks_of(track.sites) if self.sequential else [track.sites]:
-            norms = input_norms(around.model, block, batches)
-            for site in block:
+        stream = stream_blocks(around.model, track.sites, batches, device=around.device, pruned_inputs=self.sequential)
+        for block in stream:
+            norms = block.input_norms()
+            for site in block.sites:
                 scores = score(site.matrix(site.weight.detach()), norms[site.name])
                 track.harden(site, site.matrix(scores))
                 site.mask.set_view(0.0)
         return track
-
-
-def blocks_of(sites: list[Site]) -> list[list[Site]]:
-    """Sites by transformer block, in order: consecutive sites with the same first number in their name."""
-
-    def block(site: Site) -> str:
-        number = re.search(r"\.(\d+)\.", site.name)
-        return number.group(1) if number else ""
-
-    return [list(group) for _, group in itertools.groupby(sites, block)]

@@ -6,15 +6,13 @@ and letting the rest of its row make up for it costs w_ij^2 / [(X' X)^-1]_jj (Op
 
 from __future__ import annotations
 
-import itertools
-import re
-
 import torch
 from torch import Tensor, nn
 
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import watching
+from sparseforge_core.observe.blocks import blocks_of
 
 
 @torch.no_grad()
@@ -30,8 +28,8 @@ def inverse_gram_diagonals(
     if damping <= 0:
         raise RecipeError(f"damping={damping}: must be above 0, or a constant input leaves no inverse")
     found: dict[str, Tensor] = {}
-    for _, block in itertools.groupby(sites, _block):
-        for name, (gram, tokens) in input_grams(model, list(block), batches).items():
+    for block in blocks_of(sites):
+        for name, (gram, tokens) in input_grams(model, block, batches).items():
             found[name] = _inverse_diagonal(gram, tokens, damping, name)
     return found
 
@@ -55,12 +53,6 @@ def input_grams(model: nn.Module, sites: list[Site], batches: list[Tensor]) -> d
         for batch in batches:
             model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
     return grams
-
-
-def _block(site: Site) -> str:
-    """The number of the transformer block that a site belongs to; '' where its name has none."""
-    number = re.search(r"\.(\d+)\.", site.name)
-    return number.group(1) if number else ""
 
 
 def _inverse_diagonal(gram: Tensor, tokens: Tensor, damping: float, name: str) -> Tensor:

@@ -51,6 +51,8 @@ class SoftMask(nn.Module):
         self.mask = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         self.view = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         self.hard = nn.Parameter(torch.ones_like(weight, dtype=torch.bool), requires_grad=False)
+        self.law: nn.Module | None = None
+        """A method's own way from the weight to the effective weight until the mask is frozen, with its parameters."""
         self.branch: nn.Parameter | None = None
         self.projection: nn.Parameter | None = None
         self.branch_on = slorb is not None and slorb.begin == "start"
@@ -71,6 +73,8 @@ class SoftMask(nn.Module):
         masked: Tensor
         if self.frozen:
             masked = weight * self.view
+        elif self.law is not None:
+            masked = self.law(weight)
         else:
             masked = StraightThrough.apply(weight, self.view)  # type: ignore[no-untyped-call]
         if self.branch is not None and self.branch_on:

@@ -1,19 +1,23 @@
-"""AdamW over float32 master weights, with the parameter groups that sparsity needs."""
+"""AdamW, or the method's own rule, over float32 master weights, with the parameter groups that sparsity needs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparseforge_core.errors import Diverged
+from sparseforge_core.methods.base import MaskTrack
 from sparseforge_core.models.sites import Site
 from sparseforge_core.recipe import TrainPlan
 
 
-def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan) -> torch.optim.AdamW:
-    """AdamW: by default decay acts on matrices that carry no mask and are no embeddings, and on nothing else.
+def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track: MaskTrack) -> torch.optim.Optimizer:
+    """The track's update rule, AdamW unless its method has its own.
 
-    A decayed masked weight would be pulled to zero by the optimizer while the mask decides the same question.
+    By default decay acts on matrices that carry no mask and are no embeddings, and on nothing else: a decayed masked
+    weight would be pulled to zero by the optimizer while the mask decides the same question.
     """
     spared: set[int] = set()
     if plan.decayed == "unmasked":
@@ -25,16 +29,16 @@ def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan) -> tor
         if parameter.requires_grad:
             plain_matrix = parameter.ndim >= 2 and id(parameter) not in spared
             (decayed if plain_matrix else free).append(parameter)
-    groups = [{"params": free, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": free, "weight_decay": 0.0}]
     if decayed:
         groups.append({"params": decayed, "weight_decay": plan.weight_decay})
-    return torch.optim.AdamW(groups, lr=0.0, betas=plan.betas, eps=plan.eps, fused=True)
+    return track.optimizer(groups, betas=plan.betas, eps=plan.eps)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)
 
 
 def clip(model: nn.Module, limit: float, step: int) -> float:

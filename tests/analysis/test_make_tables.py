@@ -33,7 +33,7 @@ def test_every_format_of_every_exhibit_is_written_and_nothing_else(sqlite_url: s
     endings = ("csv", "pdf", "png", "svg")
     wanted |= {f"figures/{name}.{ending}" for name in ("accuracy-vs-tokens", "ablations") for ending in endings}
     assert set(contents(out)) == wanted == {str(path.relative_to(out)) for path in report.files}
-    assert report.empty == ["table-5", "table-6", "hard-vs-soft", "mask-softness", "mask-histograms"]
+    assert report.empty == ["table-5", "table-6", "reproductions", "hard-vs-soft", "mask-softness", "mask-histograms"]
 
 
 def test_the_same_store_gives_the_same_bytes(sqlite_url: str, tmp_path: Path) -> None:

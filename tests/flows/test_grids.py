@@ -10,6 +10,7 @@ import pytest
 
 from flows.grids import GRIDS, grid_named, paper
 from flows.grids.planned import CAPTION, Grid, Plan, Planned, Slot, expand
+from flows.grids.published import PUBLISHED
 from flows.placements import CPU_FLOPS, GPU_FLOPS, card_of, cost_hours, flops, memory_gib, model_name, placement_for
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import RecipeError
@@ -310,3 +311,22 @@ def test_ten_thousand_cells_expand_in_seconds() -> None:
     assert len(plan.cells) == 10_002
     assert len({cell.key for cell in plan.cells}) == 10_002
     assert seconds < 20.0, f"{seconds:.1f} s of processor time; it took 4 s when this was written"
+
+
+# ------------------------------------------------------------------------------------------- reproductions
+
+
+def test_every_published_number_of_the_reproductions_has_its_row_and_the_other_way_round(
+    plans: dict[str, Plan],
+) -> None:
+    labels = {slot.label for slot in plans["reproductions"].slots if slot.row != CAPTION}
+    quoted = {number.row for number in PUBLISHED if number.exhibit == "reproductions"}
+    assert labels == quoted
+    assert len(labels) == 30
+
+
+def test_reproductions_run_at_the_papers_budget_and_window(plans: dict[str, Plan]) -> None:
+    by_name = {(cell.model, cell.variant): cell for cell in plans["reproductions"].cells}
+    assert by_name["GPT-2", "AST"].tokens == by_name["OPT-125M", "AST + SLoRB"].tokens == 40_000 * 128 * 1024
+    windows = {suite.name for suite in plans["reproductions"].suites}
+    assert len(windows) == 3
