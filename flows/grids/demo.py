@@ -32,7 +32,7 @@ Architecture = Literal["llama", "gpt2", "opt", "qwen3", "deepseek_moe"]
 
 SEQUENCES, LENGTH = 8, 128
 """Batch: 1,024 tokens a step."""
-PRETRAIN_STEPS = {"llama": 1000, "gpt2": 200, "opt": 200, "qwen3": 200, "deepseek_moe": 200}
+PRETRAIN_STEPS = {"llama": 2000, "gpt2": 200, "opt": 200, "qwen3": 200, "deepseek_moe": 200}
 """The LLaMA, on which methods are compared, is trained until they can be told apart; the others just beyond chance."""
 BUDGETS = (30, 60, 120)
 """Retraining steps of the curve; the middle one is the budget of every table."""
