@@ -126,13 +126,18 @@ def test_sparseforge_anneals_every_family_to_the_exact_pattern(architecture: str
         assert kept == pytest.approx(0.5, abs=1e-6)
 
 
+STOPS = (1, 6, 14, 15, 18)
+
+
 def every_trained_method() -> list[Any]:
-    methods: list[Method] = [cls() for cls in METHODS.values() if cls.trains]
-    return [pytest.param(m, id=str(m.kind)) for m in methods]
+    """Trained methods with steps to stop at: all of them for methods with phases or saves to fall between, else two."""
+    thorough = ("sparseforge", "dense-control")
+    methods: list[Any] = [cls() for cls in METHODS.values() if cls.trains]
+    pairs = [(m, stop) for m in methods for stop in (STOPS if m.kind in thorough else (6, 15))]
+    return [pytest.param(m, stop, id=f"{m.kind}-{stop}") for m, stop in pairs]
 
 
-@pytest.mark.parametrize("method", every_trained_method())
-@pytest.mark.parametrize("stop", [1, 6, 14, 15, 18])
+@pytest.mark.parametrize(("method", "stop"), every_trained_method())
 def test_a_stopped_run_resumes_to_the_bit(method: Method, stop: int, tmp_path: Path) -> None:
     recipe = recipe_of(method, slorb=SLoRB(k=8) if method.sparsifies and method.branches else None)
     whole = start(recipe, tmp_path / "whole")

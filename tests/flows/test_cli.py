@@ -154,3 +154,13 @@ def test_a_machine_without_gpus_leaves_their_cells_alone(
     said = capsys.readouterr()
     assert "0 cells executed now" in said.out
     assert "which this machine cannot serve" in said.err
+
+
+def test_methods_say_their_source_kind_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("methods", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {row["kind"] for row in rows.values()} == {"dense", "one-shot", "retraining"}
+    assert rows["sparsegpt"]["kind"] == "one-shot"
+    assert "2301.00774" in rows["sparsegpt"]["source"]
+    assert rows["sparsegpt"]["fields"]["damping"] == {"type": "float", "default": 0.01}
+    assert rows["owl"]["fields"]["pruner"]["default"]["kind"] == "wanda"
