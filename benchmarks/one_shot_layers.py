@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measures the checkout that it lies in
 
 BARS = {"wanda": (2.0, 24.0), "sparsegpt": (8.0, 24.0)}
 """Method: minutes for the whole model and GB of device memory that are to be kept on one H100."""

@@ -172,14 +172,19 @@ def test_every_layout_of_experts_ends_in_the_exact_pattern(architecture: str, me
         assert same != method.trains, f"{site.name}: one-shot weights do not move, trained ones do"
 
 
+STOPS = (1, 6, 14, 15, 18)
+
+
 def every_trained_method() -> list[Any]:
-    methods: list[Method] = [cls() for cls in METHODS.values() if cls.trains]
+    """Trained methods with steps to stop at: all of them for methods with phases or saves to fall between, else two."""
+    thorough = ("sparseforge", "dense-control")
+    methods: list[Any] = [cls() for cls in METHODS.values() if cls.trains]
     methods += [LITERAL, PUBLISHED, COMPENSATED]
-    return [pytest.param(m, id=f"{m.kind}-{i}") for i, m in enumerate(methods)]
+    pairs = [(i, m, stop) for i, m in enumerate(methods) for stop in (STOPS if m.kind in thorough else (6, 15))]
+    return [pytest.param(m, stop, id=f"{m.kind}-{i}-{stop}") for i, m, stop in pairs]
 
 
-@pytest.mark.parametrize("method", every_trained_method())
-@pytest.mark.parametrize("stop", [1, 6, 14, 15, 18])
+@pytest.mark.parametrize(("method", "stop"), every_trained_method())
 def test_a_stopped_run_resumes_to_the_bit(method: Method, stop: int, tmp_path: Path) -> None:
     begin: Any = "first-mask" if method is PUBLISHED else "quench"
     branch = SLoRB(k=8, begin=begin, projection="trained" if method is PUBLISHED else "fixed")

@@ -278,3 +278,13 @@ def test_a_shell_that_asks_gets_the_commands(home: Path, tmp_path: Path) -> None
 def test_every_command_says_its_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "Exit codes: 0" in capsys.readouterr().out
+
+
+def test_methods_say_their_source_kind_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("methods", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {row["kind"] for row in rows.values()} == {"dense", "one-shot", "retraining"}
+    assert rows["sparsegpt"]["kind"] == "one-shot"
+    assert "2301.00774" in rows["sparsegpt"]["source"]
+    assert rows["sparsegpt"]["fields"]["damping"] == {"type": "float", "default": 0.01}
+    assert rows["owl"]["fields"]["pruner"]["default"]["kind"] == "wanda"

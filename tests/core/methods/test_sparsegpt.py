@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,9 +14,12 @@ from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.methods import SparseGPT, Wanda
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.models.sites import assign_patterns
-from sparseforge_core.sparsity.patterns import BLOCK_16, Unstructured, check_mask, nm
+from sparseforge_core.opening import cell_folder, open_finished
+from sparseforge_core.recipe import Cell, Recipe
+from sparseforge_core.run import train_cell
+from sparseforge_core.sparsity.patterns import BLOCK_16, Unstructured, check_mask, check_weight, nm
 from sparseforge_core.sparsity.second_order import inverse_factor, sweep, tenfold_raises
-from tests.tiny import sites_of, tiny_model, tokens
+from tests.tiny import sites_of, tiny_model, tiny_source, tokens
 
 
 def around_of(model: nn.Module, pattern: object, batches: int = 4) -> Surroundings:
@@ -123,6 +129,23 @@ def test_dead_inputs_lose_their_weights() -> None:
     query = next(site for site in track.sites if site.name.endswith("0.self_attn.q_proj.weight"))
     assert bool((query.weight[:, 5] == 0).all())
     assert track.findings() == {"damping_raised_sites": 0, "damping_raised_most": 0}
+
+
+def test_a_cell_is_pruned_from_the_cpu_and_its_findings_are_stored(home: Path) -> None:
+    source = tiny_source("llama")
+    recipe = Recipe(
+        model=source,
+        method=SparseGPT(samples=8, length=32),
+        corpus=source.tokenizer.corpus,  # type: ignore[attr-defined]
+        pattern=nm(2, 4),
+    )
+    cell = Cell(recipe=recipe)
+    rows = json.loads(train_cell(cell, cell_folder(home, cell) / "train", home).read_text())["measurements"]
+    values = {row["metric"]: row["value"] for row in rows}
+    assert values["damping_raised_sites"] == 0
+    assert values["coverage"] > 0.5
+    for site in sites_of(open_finished(cell, home)):
+        check_weight(site.weight, nm(2, 4), site.name)
 
 
 def test_bad_values_are_refused_by_name() -> None:
