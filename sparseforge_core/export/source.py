@@ -51,7 +51,7 @@ def open_any(name: str, home: Path, pattern: PatternChoice | None = None) -> Exp
     looked for, if it is none of them.
     """
     cell_file = home / "cells" / name / "cell.json"
-    if cell_file.is_file():
+    if Path(name).name == name and cell_file.is_file():  # a path would lead out of the home
         return open_cell(loads(cell_file.read_text(encoding="utf-8")), home)
     folder = Path(name)
     if (folder / "cell.json").is_file():
@@ -109,7 +109,7 @@ def open_folder(folder: Path, pattern: PatternChoice) -> Exportable:
 
 def open_export(folder: Path) -> Exportable:
     """An earlier export, in either format; what it says of itself is kept."""
-    manifest = read_manifest(folder, skip=(WEIGHTS,) if (folder / WEIGHTS).is_file() else ())
+    manifest = read_manifest(folder, skip=(WEIGHTS,))
     model: Any
     if manifest.format == PACKED:
         model, _ = load_packed(folder, dense=True, branches=False)
