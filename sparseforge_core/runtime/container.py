@@ -149,7 +149,7 @@ class Reader:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row order, little-endian as every machine that runs torch."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -128,13 +127,9 @@ def check_sums(folder: Path, *, skip: Iterable[str] = ()) -> None:
         if name not in skip and files.sha256(file) != digest:
             raise ExportError(f"{file} is truncated or altered; export the model anew")
     unknown = sorted(file.name for file in folder.iterdir() if file.name not in said and file.name != SUMS)
+    unknown = [name for name in unknown if not name.startswith(".")]  # what version control leaves is never read
     if unknown:
         raise ExportError(f"{folder}: {', '.join(unknown[:3])} is not of this export; move it elsewhere")
-
-
-def sums_digest(folder: Path) -> str:
-    """One hash for the whole export."""
-    return hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()
 
 
 def _entry(name: str, said: dict[str, Any]) -> Entry:

@@ -18,7 +18,12 @@ from sparseforge_core.sparsity.patterns import GroupPattern, Pattern, keep_top
 VALUE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Safetensors name -> type of kept values; others are refused."""
 
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+BITS = {
+    torch.float64: torch.int64,  # never in a file; a loaded model may be asked to compute in it
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 """The integer type that shows a value's bits."""
 
 PIECE = 1 << 22
@@ -83,7 +88,7 @@ def pack(weight: Tensor, layout: Layout, where: str) -> Packed:
     Every group keeps exactly N places: the non-zeros, then zeros, negative ones first. Raises PatternViolation naming
     the first group that holds more, or ExportError for a type that is not packed.
     """
-    if weight.dtype not in BITS:
+    if weight.dtype not in VALUE_DTYPES.values():
         raise ExportError(f"site {where}: values of {weight.dtype} cannot be packed; use float32, bfloat16 or float16")
     matrix = weight.transpose(-1, -2) if layout.transposed else weight
     inputs = matrix.shape[-1]

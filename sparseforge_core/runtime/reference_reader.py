@@ -54,7 +54,8 @@ def read_weights(folder: Path) -> Iterator[tuple[str, str, np.ndarray[Any, Any]]
 
 def read_manifest(folder: Path) -> Any:
     """The manifest, after checking its hash, format and version."""
-    sums = dict(reversed(line.split("  ", 1)) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     data = (folder / "manifest.json").read_bytes()
     if hashlib.sha256(data).hexdigest() != sums.get("manifest.json"):
         raise ExportError(f"{folder / 'manifest.json'} is truncated or altered; export the model anew")

@@ -80,6 +80,7 @@ def test_a_packed_model_generates_and_refuses_to_be_saved_as_a_plain_one(llama: 
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     plain = load_sparse(llama, dense=True)
     assert torch.equal(model.generate(tokens(1), **options), plain.generate(tokens(1), **options))  # type: ignore[operator]
+    assert torch.equal(logits_of(model.double()), logits_of(plain.double()))  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="load it with dense=True"):
         model.save_pretrained(tmp_path / "never")
 
