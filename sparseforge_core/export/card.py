@@ -43,7 +43,7 @@ def _branches(about: Any) -> list[str]:
         return []
     return [
         f"## Side branch\n\n{len(about['branches'])} weights have a side branch (SLoRB, B P) in `slorb.safetensors`. "
-        "It stays apart, because added in it would fill the zeros. `load_sparse` adds it to the outputs' weights; "
+        "It stays apart, because added in it would fill the zeros. `load_sparse` computes with W + B P; "
         "**plain transformers ignores it and computes another model.**"
     ]
 
@@ -67,9 +67,13 @@ def _measurements(about: Any) -> list[str]:
     lines = []
     for row in rows:
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.3g}"
-        lines.append(f"| {row['suite']} | {row['metric']} | {row['value']:.6g}{error} | {row['n']:,} |")
+        lines.append(f"| {row['suite']} | {row['metric']} | {_number(row['value'])}{error} | {row['n']:,} |")
     note = "Measured on the float32 weights of the cell before the export, side branch included.\n\n"
     return ["## Measurements\n\n" + note + "| suite | metric | value | n |\n|---|---|---|---|\n" + "\n".join(lines)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.6g}"
 
 
 def _provenance(about: Any) -> list[str]:
