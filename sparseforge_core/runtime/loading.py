@@ -102,9 +102,24 @@ def _check_fit(folder: Path, model: Any, manifest: Manifest, side: Branches) -> 
     missing = [name for name, parameter in model.named_parameters() if name not in manifest.tensors]
     if missing:
         raise ExportError(f"{folder} lacks {len(missing)} weights of its configuration, for instance {missing[0]}")
-    strange = [name for name in side if name not in manifest.tensors or manifest.tensors[name].layout is None]
-    if strange:
-        raise ExportError(f"{folder}: the side branch of {strange[0]} belongs to no packed weight; export anew")
+    for name, (branch, projection) in side.items():
+        _check_branch(folder, name, branch, projection, manifest)
+
+
+def _check_branch(folder: Path, name: str, branch: Tensor, projection: Tensor | None, manifest: Manifest) -> None:
+    """Raise ExportError unless B `[..., out, r]` and P `[..., r, in]` belong to a packed weight."""
+    entry = manifest.tensors.get(name)
+    if entry is None or entry.layout is None:
+        raise ExportError(f"{folder}: the side branch of {name} belongs to no packed weight; export the model anew")
+    *lead, out, inputs = entry.layout.matrix_shape(entry.shape)
+    blocks = branch.shape[-1] if branch.ndim else 0
+    fits = tuple(branch.shape) == (*lead, out, blocks) and blocks > 0
+    if projection is None:
+        fits = fits and inputs % blocks == 0
+    else:
+        fits = fits and tuple(projection.shape) == (*lead, blocks, inputs)
+    if not fits:
+        raise ExportError(f"{folder}: the side branch of {name} {entry.shape} has another shape; export the model anew")
 
 
 def _fill(

@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from sparseforge_core.checkpoint import BRANCHES
 from sparseforge_core.errors import ExportError, SparseForgeError, UnsupportedModel
 from sparseforge_core.models.hub import from_pretrained
 from sparseforge_core.runtime import load_sparse, reference_reader
 from sparseforge_core.runtime.generate import generate
 from sparseforge_core.runtime.linear import SparseLinear
 from sparseforge_core.runtime.loading import load_packed
-from sparseforge_core.runtime.manifest import MANIFEST, SUMS, WEIGHTS, write_sums
-from sparseforge_core.runtime.semi_structured import load_semi_structured
+from sparseforge_core.runtime.manifest import MANIFEST, SUMS, WEIGHTS, Entry, write_sums
+from sparseforge_core.runtime.packed import Layout
+from sparseforge_core.runtime.semi_structured import load_semi_structured, refusal
 from sparseforge_core.sparsity.patterns import Pattern, nm
 from tests.core.runtime.exports import logits_of, packed_export, pruned_model
 from tests.tiny import tokens
@@ -179,8 +182,26 @@ DAMAGES: list[tuple[str, Any, str]] = [
     ("one-less", lambda f: _manifest(f, lambda b: b["tensors"].pop(SITE)), "the manifest disagree"),
     ("no-about", lambda f: _manifest(f, lambda b: b.pop("about")), "a field is missing or wrong"),
     ("other-model", lambda f: _config(f, hidden_size=64), "does not fit its configuration"),
+    (
+        "branch-of-nothing",
+        lambda f: _branch(f, {"gone.slorb_B": torch.zeros(4, 2)}),
+        "gone belongs to no packed weight",
+    ),
+    ("branch-of-dense", lambda f: _branch(f, {"model.norm.weight.slorb_B": torch.zeros(4, 2)}), "no packed weight"),
+    ("branch-too-short", lambda f: _branch(f, {f"{SITE}.slorb_B": torch.zeros(63, 2)}), "has another shape"),
+    ("branch-of-thirds", lambda f: _branch(f, {f"{SITE}.slorb_B": torch.zeros(64, 3)}), "has another shape"),
+    (
+        "projection-too-short",
+        lambda f: _branch(f, {f"{SITE}.slorb_B": torch.zeros(64, 2), f"{SITE}.slorb_P": torch.zeros(2, 31)}),
+        "has another shape",
+    ),
     ("unknown-model", lambda f: _config(f, model_type="gone"), "makes no model"),
 ]
+
+
+def _branch(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    save_file(state, folder / BRANCHES)
+    write_sums(folder)
 
 
 def _config(folder: Path, **changes: Any) -> None:
@@ -221,3 +242,23 @@ def test_semi_structured_tensors_need_a_gpu_and_say_so(llama: Path) -> None:
     else:
         with pytest.raises(ExportError, match="need a CUDA device"):
             load_semi_structured(llama)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "layout", "why"),
+    [
+        ("BF16", (64, 128), Layout(2, 4, transposed=False), None),
+        ("F16", (32, 64), Layout(2, 4, transposed=False), None),
+        ("F32", (64, 128), Layout(2, 4, transposed=False), "its type is F32"),
+        ("BF16", (64, 128), Layout(4, 8, transposed=False), "its pattern is 4:8"),
+        ("BF16", (64, 128), None, "its pattern is dense"),
+        ("BF16", (64, 128), Layout(2, 4, transposed=True), "not stored as an"),
+        ("BF16", (3, 64, 128), Layout(2, 4, transposed=False), "not stored as an"),
+        ("BF16", (48, 128), Layout(2, 4, transposed=False), "no multiples of 32 x 64"),
+    ],
+)
+def test_which_weights_torch_can_take(
+    dtype: str, shape: tuple[int, ...], layout: Layout | None, why: str | None
+) -> None:
+    said = refusal(Entry("w", dtype, shape, "", layout))
+    assert said is None if why is None else why in str(said)
