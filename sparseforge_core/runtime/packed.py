@@ -26,8 +26,8 @@ BITS = {
 }
 """The integer type that shows a value's bits."""
 
-PIECE = 1 << 22
-"""Entries that are packed or unpacked at once: what is held beside a weight does not grow with it."""
+PIECE = 1 << 18
+"""Entries packed or unpacked at once: they fit a cache, and what is held beside a weight does not grow with it."""
 
 LARGEST_GROUP = 256
 """An index is at most one byte."""
