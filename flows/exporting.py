@@ -24,7 +24,9 @@ def export_to(options: argparse.Namespace, home: Home) -> str:
     source = open_any(options.source, home.root, pattern)
     name = source.about.get("cell") or Path(options.source).resolve().name
     out = options.out or home.root / "exports" / f"{name}-{options.format}"
-    manifest = export(source, out, form=options.format, dtype=options.dtype, commit=provenance().git_sha)
+    code = provenance()
+    commit = f"{code.git_sha}-dirty" if code.dirty else code.git_sha
+    manifest = export(source, out, form=options.format, dtype=options.dtype, commit=commit)
     size = sum(file.stat().st_size for file in out.iterdir())
     return f"{out}: {manifest.format}, {len(manifest.about['sites'])} sparse weights, {size:,} bytes"
 
