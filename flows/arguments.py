@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 COMMANDS = (
     "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "families", "suites",
-    "grids", "bundle", "ingest", "completion",
+    "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     _add_running(commands)
     _add_carrying(commands)
     _add_reading(commands)
+    _add_exporting(commands)
     for name, command in commands.choices.items():
         _add_places(command)
         codes = EXIT_CODES.get(name, EXIT_CODES[""])
@@ -189,3 +190,37 @@ def _add_trusting(commands: Any) -> None:
         epilog='example: eval "$(sparseforge completion bash)"',
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _add_exporting(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a finished model for others: packed, or a Hugging Face folder",
+        description="Write a finished cell, an earlier export or a pruned Hugging Face folder, every group checked.",
+        epilog="example: sparseforge export 0123456789ab-s0 --format packed --dtype bfloat16 --out model",
+    )
+    export.add_argument("source", metavar="CELL|DIR", help="a cell's key, or a folder")
+    export.add_argument("--format", required=True, help="packed, or hf (dense with exact zeros, for transformers)")
+    export.add_argument("--out", type=Path, help="folder (default HOME/exports/NAME-FORMAT)")
+    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as trained)")
+    export.add_argument("--pattern", help="of a folder that does not say it: 2:4 or another N:M, block-16")
+    verify = commands.add_parser(
+        "verify-export",
+        help="check every file, tensor and group of an export",
+        epilog="example: sparseforge verify-export model",
+    )
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("--json", action="store_true", help="machine-readable")
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt with a packed export",
+        description="Greedy by default. The continuation goes to standard output, the load report to standard error.",
+        epilog="example: sparseforge generate model --prompt 'Once upon a time' --tokens 40",
+    )
+    generate.add_argument("folder", type=Path, metavar="DIR", help="a packed export")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--tokens", type=int, default=64, help="at most so many (default 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    generate.add_argument("--dense", action="store_true", help="unpack once: more memory, faster on a CPU")
+    generate.add_argument("--json", action="store_true", help="machine-readable")

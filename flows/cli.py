@@ -248,6 +248,18 @@ def _doctor(options: argparse.Namespace, home: Home) -> int:
     return doctor(home, as_json=options.json)
 
 
+def _export(options: argparse.Namespace, home: Home) -> int:
+    from flows.exporting import export_to, generation, verification
+
+    if options.command == "generate":
+        text, notes = generation(options)
+        print(notes, file=sys.stderr)
+    else:
+        text = export_to(options, home) if options.command == "export" else verification(options)
+    print(text)
+    return OK
+
+
 def _list(options: argparse.Namespace, home: Home) -> int:
     from flows.listing import listing
 
@@ -273,6 +285,7 @@ HANDLERS = {
     "audit": _audit,
     "completion": _completion,
     "doctor": _doctor,
+    **dict.fromkeys(("export", "verify-export", "generate"), _export),
     **dict.fromkeys(("methods", "families", "suites", "grids"), _list),
 }
 """What each subcommand does."""

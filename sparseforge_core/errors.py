@@ -38,6 +38,10 @@ class CheckpointMismatch(SparseForgeError):
     """A checkpoint of another cell, or one that is truncated or altered."""
 
 
+class ExportError(SparseForgeError):
+    """An export that cannot be made as asked, or one of an unknown format, truncated or altered."""
+
+
 class CellTaken(SparseForgeError):
     """Another live attempt holds this stage of the cell."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparseforge_core.checkpoint import MANIFEST, load_branches, verify
 from sparseforge_core.data.cache import content_key
@@ -87,8 +88,22 @@ def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
     Adding B P to the weight computes eq. (1) exactly; the stored weights stay sparse. Raises CheckpointMismatch
     if the cell has not finished or its files were altered.
     """
+    model, branches = open_apart(cell, home)
+    for site in find_sites(model, open_family(cell.recipe.model, model)) if branches else []:
+        if site.name in branches:  # others the recipe leaves dense
+            branch, projection = branches[site.name]
+            matrix = site.matrix(site.weight.data)
+            matrix += expand(branch, matrix.shape[-1], projection)
+    return model
+
+
+def open_apart(cell: Cell, home: Path) -> tuple[PreTrainedModel, dict[str, tuple[Tensor, Tensor | None]]]:
+    """What a cell made with its weights as sparse as they were trained, and the branch (B, P) of each site apart.
+
+    Raises as `open_finished`.
+    """
     if not cell.recipe.method.sparsifies and not cell.recipe.method.trains:
-        return open_source(cell.recipe.model, home)
+        return open_source(cell.recipe.model, home), {}
     folder = final_folder(home, cell)
     if not folder.is_dir():
         raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; run its train stage first")
@@ -99,10 +114,4 @@ def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
         pretrained_model_name_or_path=str(folder),
         **hub.code_of(_first_source(cell.recipe.model)),
     )
-    branches = load_branches(folder)
-    for site in find_sites(model, open_family(cell.recipe.model, model)) if branches else []:
-        if site.name in branches:  # others the recipe leaves dense
-            branch, projection = branches[site.name]
-            matrix = site.matrix(site.weight.data)
-            matrix += expand(branch, matrix.shape[-1], projection)
-    return model
+    return model, load_branches(folder)

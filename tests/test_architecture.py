@@ -62,6 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "evaluate": core("data files models recipe identity sparsity opening checkpoint"),
     CORE + "tracking": core("files"),
     CORE + "store": set(),
+    CORE + "runtime": core("sparsity models.folders files checkpoint"),
+    CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
     CORE + "run": BELOW_TRAIN | core("train evaluate tracking.tracker"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS,
@@ -69,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
+    "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
     "analysis": core("store.results store.rows store.outcomes"),
 }
@@ -92,7 +95,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch": (
         *(
             f"sparseforge_core/{room}/"
-            for room in ("sparsity", "models", "data", "observe", "methods", "objective", "train", "evaluate")
+            for room in (
+                *("sparsity", "models", "data", "observe", "methods", "objective", "train", "evaluate"),
+                *("runtime", "export"),
+            )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "run", "distributed")),
         "flows/doctor.py",  # which build is installed and what device it sees

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -70,14 +70,14 @@ def load_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
     try:
         return transformers.AutoTokenizer.from_pretrained(**_location(source), **code_of(source))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise DataError(f"the tokenizer of {describe(source)} cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"the tokenizer of {describe(source)} cannot be loaded: {first_line(error)}") from error
 
 
 def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a source, in evaluation mode, on the CPU. Raises UnsupportedModel if it cannot be had."""
     if isinstance(source, Tiny):
         tokenizer = _tokenizer_of(source.tokenizer, home)
-        config = _prepared(tiny_config(source, len(tokenizer), tokenizer.eos_token_id))
+        config = prepared(tiny_config(source, len(tokenizer), tokenizer.eos_token_id))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(source.init_seed)
             model = from_config(config, dtype=dtype)
@@ -93,7 +93,7 @@ def from_config(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def _classes(location: dict[str, Any]) -> tuple[Any, Any]:
+def classes_for(location: dict[str, Any]) -> tuple[Any, Any]:
     """Who loads the configuration and the model: transformers' Auto classes, or ours for a type that it lacks."""
     if "gguf_file" not in location and not location.get("trust_remote_code"):
         where = {name: location[name] for name in ("pretrained_model_name_or_path", "revision") if name in location}
@@ -103,17 +103,17 @@ def _classes(location: dict[str, Any]) -> tuple[Any, Any]:
     return transformers.AutoConfig, transformers.AutoModelForCausalLM
 
 
-def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTrainedModel:
-    """Load a checkpoint and refuse one whose tensors do not all fit (they would stay random)."""
+def from_pretrained(*, dtype: torch.dtype | Literal["auto"], what: str, **location: Any) -> PreTrainedModel:
+    """Load a checkpoint, "auto" in its own type, and refuse one whose tensors do not all fit (they would be random)."""
     try:
-        configuration, loader = _classes(location)
-        config = _prepared(configuration.from_pretrained(**location))
+        configuration, loader = classes_for(location)
+        config = prepared(configuration.from_pretrained(**location))
         model, info = loader.from_pretrained(**location, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         advice = "Without a network use a packaged model or a local folder."
         if "trust_remote_code" in str(error):
             advice = "To run its code, say remote_code=True beside a full commit hash in the recipe's Hub source."
-        raise UnsupportedModel(f"{what} cannot be loaded: {_first_line(error)} {advice}") from error
+        raise UnsupportedModel(f"{what} cannot be loaded: {first_line(error)} {advice}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise UnsupportedModel(f"{what}: the checkpoint lacks {sorted(info['missing_keys'])[:3]} and would be random")
     if "gguf_file" in location:
@@ -121,7 +121,7 @@ def from_pretrained(*, dtype: torch.dtype, what: str, **location: Any) -> PreTra
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _without_quantizer(model: Any, dtype: torch.dtype) -> Any:
+def _without_quantizer(model: Any, dtype: torch.dtype | Literal["auto"]) -> Any:
     """The same weights in a model that was never quantised: one that comes from a GGUF file refuses to be saved."""
     config = model.config
     if hasattr(config, "quantization_config"):
@@ -206,7 +206,7 @@ def _tokenizer_of(source: TokenizerSource, home: Path) -> PreTrainedTokenizerFas
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=end, bos_token=end, pad_token=end)
 
 
-def _prepared(config: Any) -> Any:
+def prepared(config: Any) -> Any:
     """The configuration with chance off, and with its longest sequence under a name that everyone here reads."""
     for name in DROPOUTS:
         if getattr(config, name, None):
@@ -222,5 +222,6 @@ def _prepared(config: Any) -> Any:
     return config
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,79 @@
+"""What `export`, `verify-export` and `generate` do, as text for the command line to print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from flows.home import Home
+from flows.provenance import provenance
+from sparseforge_core.errors import ExportError, RecipeError
+from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
+
+
+def export_to(options: argparse.Namespace, home: Home) -> str:
+    """Write an export; the sentence that says where it is."""
+    from sparseforge_core.export.source import open_any
+    from sparseforge_core.export.write import check_request, export
+
+    check_request(options.format, options.dtype)
+    pattern = None if options.pattern is None else pattern_named(options.pattern)
+    source = open_any(options.source, home.root, pattern)
+    name = source.about.get("cell") or Path(options.source).resolve().name
+    out = options.out or home.root / "exports" / f"{name}-{options.format}"
+    code = provenance()
+    commit = f"{code.git_sha}-dirty" if code.dirty else code.git_sha
+    manifest = export(source, out, form=options.format, dtype=options.dtype, commit=commit)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return f"{out}: {manifest.format}, {len(manifest.about['sites'])} sparse weights, {size:,} bytes"
+
+
+def verification(options: argparse.Namespace) -> str:
+    """Check an export; what it holds."""
+    from sparseforge_core.export.verify import verify_export
+
+    found = verify_export(options.folder)
+    if options.json:
+        return json.dumps(dataclasses.asdict(found))
+    return (
+        f"{options.folder}: intact {found.format}, {found.tensors} tensors, {found.sites} sparse weights, "
+        f"{found.groups:,} groups, {found.bytes:,} bytes"
+    )
+
+
+def generation(options: argparse.Namespace) -> tuple[str, str]:
+    """Continue a prompt: (the continuation, or all of it as JSON; how it was made)."""
+    from sparseforge_core.models.folders import tokenizer_in
+    from sparseforge_core.runtime.generate import check_request, generate
+    from sparseforge_core.runtime.loading import load_packed
+
+    check_request(options.tokens, options.temperature)
+    model, report = load_packed(options.folder, dense=options.dense)
+    tokenizer = tokenizer_in(options.folder)
+    if tokenizer is None:
+        raise ExportError(f"{options.folder} holds no tokenizer; copy its tokenizer.json into the source and export")
+    made = generate(
+        model,
+        tokenizer,
+        options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    notes = f"{report}; {len(made.tokens)} tokens in {made.seconds:.2f} s"
+    if options.json:
+        return json.dumps({**dataclasses.asdict(made), "load": dataclasses.asdict(report)}), notes
+    return made.text, notes
+
+
+def pattern_named(text: str) -> GroupPattern:
+    """The pattern that people call 2:4, N:M or block-16. Raises RecipeError for another text."""
+    if text == BLOCK_16.name:
+        return BLOCK_16
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise RecipeError(f"--pattern {text}: give N:M, for instance 2:4, or {BLOCK_16.name}")
+    return nm(int(match.group(1)), int(match.group(2)))

@@ -1,0 +1,28 @@
+"""Running sparse models: the packed format, its readers, and models that hold packed weights.
+
+Nothing is imported here, so that `reference_reader` needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_sparse(path: str | Path, *, dense: bool = False, device: str = "cpu") -> PreTrainedModel:
+    """A transformers model in evaluation mode from a packed export; `loading.load_packed` also says what it did.
+
+    Args:
+        path: the folder of the export.
+        dense: unpack every weight once, rather than in each forward.
+        device: where the model goes when it is complete.
+
+    Raises ExportError or PatternViolation before anything runs if a file is missing, truncated or altered.
+    """
+    from sparseforge_core.runtime.loading import load_packed
+
+    model, _ = load_packed(Path(path), dense=dense)
+    return model.to(device)  # type: ignore[arg-type,return-value]

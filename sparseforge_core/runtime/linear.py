@@ -1,0 +1,87 @@
+"""Linear modules that hold packed weights: the reference path, which unpacks in each forward.
+
+The arithmetic is that of the module replaced, on the same bits, so that outputs are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.errors import ExportError
+from sparseforge_core.runtime.packed import Layout, Packed, unpack
+from sparseforge_core.sparsity.slorb import expand
+
+
+class PackedWeight(nn.Module):
+    """One packed weight, and the factors of its side branch, if it has one."""
+
+    values: Tensor
+    indices: Tensor
+    branch: Tensor | None
+    projection: Tensor | None
+
+    def __init__(
+        self,
+        packed: Packed,
+        layout: Layout,
+        shape: tuple[int, ...],
+        branch: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout, self.shape = layout, shape
+        self.register_buffer("values", packed.values)
+        self.register_buffer("indices", packed.indices)
+        self.register_buffer("branch", None if branch is None else branch[0])
+        self.register_buffer("projection", None if branch is None else branch[1])
+
+    def dense(self) -> Tensor:
+        """The effective weight in its stored layout: eq. (1)'s W~ + B P."""
+        weight = unpack(self.values, self.indices, self.layout, self.shape)
+        return weight if self.branch is None else add_branch(weight, self.layout, (self.branch, self.projection))
+
+    @property
+    def resident_bytes(self) -> int:
+        """What it holds in memory."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+def add_branch(weight: Tensor, layout: Layout, branch: tuple[Tensor, Tensor | None]) -> Tensor:
+    """`weight` in its stored layout with B P added in place, as `opening.open_finished` does."""
+    matrix = weight.transpose(-1, -2) if layout.transposed else weight
+    matrix += expand(branch[0], matrix.shape[-1], branch[1])
+    return weight
+
+
+class SparseLinear(nn.Module):
+    """In the place of an `nn.Linear`, or of a `Conv1D` where the layout is transposed."""
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = bias
+        self.out_features, self.in_features = packed.layout.matrix_shape(packed.shape)
+        self.nx, self.nf = self.in_features, self.out_features  # as Conv1D calls them
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, for modules that look at it."""
+        return self.packed.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.packed.dense()
+        if not self.packed.layout.transposed:
+            return nn.functional.linear(x, weight, self.bias)
+        assert self.bias is not None  # Conv1D always has one
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.packed.layout.name} packed"
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise ExportError(
+            "a model that holds packed weights has no state dict of a plain model; load it with dense=True to save "
+            "it, or use `sparseforge export`"
+        )

@@ -1,0 +1,159 @@
+"""From a packed export to a transformers model: everything is checked before the model exists for anyone else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.checkpoint import load_branches
+from sparseforge_core.errors import ExportError
+from sparseforge_core.models.folders import is_plain_linear, shell
+from sparseforge_core.runtime.archive import Archive, open_archive
+from sparseforge_core.runtime.container import DTYPES
+from sparseforge_core.runtime.linear import PackedWeight, SparseLinear, add_branch
+from sparseforge_core.runtime.manifest import WEIGHTS, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Branches = dict[str, tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class LoadReport:
+    """What a load did."""
+
+    packed: list[str] = field(default_factory=list)
+    """Sites that stay packed and are unpacked in each forward."""
+    unpacked: dict[str, str] = field(default_factory=dict)
+    """Sites that were unpacked when loading, and why."""
+    resident_bytes: int = 0
+    """Of all parameters and packed weights."""
+    dense_bytes: int = 0
+    """What the same model takes with every weight dense, side branches added in."""
+
+    def __str__(self) -> str:
+        share = self.resident_bytes / max(1, self.dense_bytes)
+        text = f"{len(self.packed)} sites packed, {self.resident_bytes:,} bytes resident, {share:.4f} of dense"
+        for why in dict.fromkeys(self.unpacked.values()):
+            names = [name for name, said in self.unpacked.items() if said == why]
+            text += f"; {len(names)} sites dense ({why})"
+        return text
+
+
+def load_packed(folder: Path, *, dense: bool = False, branches: bool = True) -> tuple[PreTrainedModel, LoadReport]:
+    """The model of a packed export on the CPU, in evaluation mode, and what was done.
+
+    Args:
+        folder: the export.
+        dense: unpack every weight once.
+        branches: whether side branches take part; without them the weights stay as sparse as they were trained.
+
+    Raises ExportError if a file is missing, truncated, altered, of another format, or does not fit its configuration;
+    PatternViolation, naming site and group, if a packed group is not valid.
+    """
+    manifest = read_manifest(folder, skip=(WEIGHTS,))  # each of its tensors has a hash of its own
+    side = load_branches(folder) if branches else {}
+    with open_archive(folder, manifest) as archive:
+        model: Any = shell(folder, _dtype(manifest))
+        _check_fit(folder, model, manifest, side)
+        report = LoadReport()
+        for name in manifest.tensors:
+            _fill(model, name, archive, side.get(name), report, dense=dense)
+    model.tie_weights()
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise ExportError(f"{folder} lacks the weight {left[0]}; export the model anew")
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    report.resident_bytes = sum(t.nbytes for t in tensors.values())
+    weights = sum(m.packed.resident_bytes for m in model.modules() if isinstance(m, SparseLinear))
+    report.dense_bytes = report.resident_bytes - weights + sum(_bytes(manifest, name) for name in report.packed)
+    return model.eval().requires_grad_(False), report
+
+
+def check_configuration(folder: Path, manifest: Manifest) -> None:
+    """Raise ExportError unless the export's configuration makes a model of exactly its tensors and side branches."""
+    _check_fit(folder, shell(folder, _dtype(manifest)), manifest, load_branches(folder))
+
+
+def _dtype(manifest: Manifest) -> torch.dtype:
+    said = manifest.about.get("dtype")
+    if said not in DTYPES:
+        raise ExportError(f"the manifest says dtype {said!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[said]
+
+
+def _bytes(manifest: Manifest, name: str) -> int:
+    entry = manifest.tensors[name]
+    return torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
+
+
+def _check_fit(folder: Path, model: Any, manifest: Manifest, side: Branches) -> None:
+    """Raise ExportError unless the configuration's model has exactly these tensors."""
+    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, entry in manifest.tensors.items():
+        if name not in places or tuple(places[name].shape) != entry.shape:
+            found = tuple(places[name].shape) if name in places else "nothing of that name"
+            raise ExportError(f"{folder}: {name} {entry.shape} does not fit its configuration, which has {found}")
+    missing = [name for name, parameter in model.named_parameters() if name not in manifest.tensors]
+    if missing:
+        raise ExportError(f"{folder} lacks {len(missing)} weights of its configuration, for instance {missing[0]}")
+    for name, (branch, projection) in side.items():
+        _check_branch(folder, name, branch, projection, manifest)
+
+
+def _check_branch(folder: Path, name: str, branch: Tensor, projection: Tensor | None, manifest: Manifest) -> None:
+    """Raise ExportError unless B `[..., out, r]` and P `[..., r, in]` belong to a packed weight."""
+    entry = manifest.tensors.get(name)
+    if entry is None or entry.layout is None:
+        raise ExportError(f"{folder}: the side branch of {name} belongs to no packed weight; export the model anew")
+    *lead, out, inputs = entry.layout.matrix_shape(entry.shape)
+    blocks = branch.shape[-1] if branch.ndim else 0
+    fits = tuple(branch.shape) == (*lead, out, blocks) and blocks > 0
+    if projection is None:
+        fits = fits and inputs % blocks == 0
+    else:
+        fits = fits and tuple(projection.shape) == (*lead, blocks, inputs)
+    if not fits:
+        raise ExportError(f"{folder}: the side branch of {name} {entry.shape} has another shape; export the model anew")
+
+
+def _fill(
+    model: Any,
+    name: str,
+    archive: Archive,
+    branch: tuple[Tensor, Tensor | None] | None,
+    report: LoadReport,
+    *,
+    dense: bool,
+) -> None:
+    """Give the model one tensor: packed where its module can hold it so, else as it was trained."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    entry = archive.entries[name]
+    if entry.layout is None:
+        _assign(module, attribute, archive.dense(name))
+        return
+    if dense:
+        why = "asked for"
+    elif attribute != "weight" or not is_plain_linear(module):
+        why = f"{type(module).__name__} has no packed forward"
+    else:
+        packed = PackedWeight(archive.packed(name), entry.layout, entry.shape, branch)
+        model.set_submodule(path, SparseLinear(packed, module.bias))
+        report.packed.append(name)
+        return
+    weight = archive.dense(name)
+    _assign(module, attribute, weight if branch is None else add_branch(weight, entry.layout, branch))
+    report.unpacked[name] = why
+
+
+def _assign(module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if attribute in module._buffers:
+        module._buffers[attribute] = tensor
+    else:
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
