@@ -100,13 +100,16 @@ def _by_task(
     # Best marks across models would mean nothing: only tables about one model have them.
     contest = len({row.group for row in data.rows}) <= 1
     shown = _task_columns(data, mean, contest, perplexity)
+    branch = _branch_columns(data)
     columns = [Column("Tokens", digits=0)] if tokens else []
+    columns += [column for column, _ in branch]
     for column, _ in shown:
         columns += _with_difference(column, mean, compare)
     table = Table(data.exhibit, title, data.caption, first, columns)
     for row in data.rows:
         reference = data.row(f"{row.group}/{compare}" if row.group else str(compare)) if compare else None
         cells = [_tokens(row)] if tokens else []
+        cells += [_cell(row, metric, averaged=False) for _, metric in branch]
         for column, metric in shown:
             cells.append(_cell(row, metric, tested=column.better is not None))
             if compare and _is_compared(column, mean):
@@ -129,6 +132,18 @@ def _task_columns(data: ExhibitData, mean: str, contest: bool, perplexity: bool)
         found += [(Column(name, digits=None, better=low), metric) for name, metric in _perplexities(data)]
     normalised = [task for task in tasks if f"{task}/acc_norm" in data.metrics()]
     return found + [(Column(f"{TASKS[t]} norm", PERCENT, in_print=False), f"{t}/acc_norm") for t in normalised]
+
+
+def _branch_columns(data: ExhibitData) -> list[tuple[Column, str]]:
+    """(column, metric) of what a dense side branch adds at inference; none where no row has one."""
+    found = [row.estimate("extra_parameters") for row in data.rows]
+    if not any(estimate and estimate.mean for estimate in found):
+        return []
+    return [
+        (Column("Branch params", digits=0), "extra_parameters"),
+        (Column("Branch bytes", digits=0), "extra_bytes"),
+        (Column("Branch FLOP/token", digits=0), "extra_flops_per_token"),
+    ]
 
 
 def _is_compared(column: Column, mean: str) -> bool:
