@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
-    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "families", "suites",
+    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "presets", "families", "suites",
     "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
 )  # fmt: skip
 
@@ -146,6 +146,7 @@ def _add_reading(commands: Any) -> None:
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     for name, what in (
         ("methods", "pruning methods"),
+        ("presets", "named readings of the paper's method"),
         ("families", "model families"),
         ("suites", "evaluation suites"),
         ("grids", "grids"),

@@ -286,7 +286,7 @@ HANDLERS = {
     "completion": _completion,
     "doctor": _doctor,
     **dict.fromkeys(("export", "verify-export", "generate"), _export),
-    **dict.fromkeys(("methods", "families", "suites", "grids"), _list),
+    **dict.fromkeys(("methods", "presets", "families", "suites", "grids"), _list),
 }
 """What each subcommand does."""
 

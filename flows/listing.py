@@ -1,4 +1,4 @@
-"""What `plan`, `status`, `methods`, `families`, `suites` and `grids` show: rows first, a screen of text second."""
+"""What `plan`, `status`, `methods`, `presets`, `families`, `suites` and `grids` show: rows first, a screen of text second."""
 
 from __future__ import annotations
 
@@ -105,7 +105,25 @@ def print_status(status: dict[str, Any]) -> None:
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """Methods, families, suites or grids as rows with at least `name` and `about`; a family's tiny model is built."""
+    """Methods, presets, families, suites or grids as rows with at least `name` and `about`; a family's tiny model is built."""
+    if what == "presets":
+        from sparseforge_core.identity import diff
+        from sparseforge_core.presets import IMPROVED, PRESETS
+        from sparseforge_core.specs import encode
+
+        usual = encode(IMPROVED.method, omit_defaults=False)
+        return [
+            {
+                "name": preset.name,
+                "about": preset.about,
+                "method": encode(preset.method, omit_defaults=False),
+                "differs": diff(usual, encode(preset.method, omit_defaults=False)),
+                "objective": encode(preset.objective),
+                "lr": encode(preset.lr),
+                "slorb": None if preset.slorb is None else encode(preset.slorb, omit_defaults=False),
+            }
+            for preset in PRESETS.values()
+        ]
     if what == "methods":
         import dataclasses
 

@@ -107,7 +107,7 @@ def test_places_are_taken_before_and_after_the_command(tmp_path: Path) -> None:
     assert (neither.home, neither.db) == (None, None)
 
 
-@pytest.mark.parametrize("what", ["methods", "families", "suites", "grids"])
+@pytest.mark.parametrize("what", ["methods", "presets", "families", "suites", "grids"])
 def test_listings(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(what, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
