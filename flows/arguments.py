@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
-    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "presets", "families", "suites",
-    "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
+    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "presets", "families",
+    "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What `plan`, `status`, `methods`, `presets`, `families`, `suites` and `grids` show: rows first, a screen of text second."""
+"""What `plan`, `status` and the lists (methods, presets, families, ...) show: rows first, a screen of text second."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def print_status(status: dict[str, Any]) -> None:
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """Methods, presets, families, suites or grids as rows with at least `name` and `about`; a family's tiny model is built."""
+    """Rows of one list, with at least `name` and `about`; of families, the tiny model of each is built."""
     if what == "presets":
         from sparseforge_core.identity import diff
         from sparseforge_core.presets import IMPROVED, PRESETS
