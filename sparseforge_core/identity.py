@@ -43,7 +43,7 @@ def loads(text: str) -> Cell:
     """Read a cell file. Raises RecipeError if it is no JSON, names unknown parts, or its key does not match."""
     try:
         body = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also an endless number, or endless nesting
         raise RecipeError(f"the cell file is not JSON: {error}") from error
     if not isinstance(body, dict) or set(body) != {"key", "cell"}:
         raise RecipeError(

@@ -125,9 +125,12 @@ def _decode(data: Any, expected: Any, path: str) -> Any:
 
 def _scalar(data: Any, expected: type[Any], path: str) -> Any:
     fits = type(data) is expected or (expected is float and type(data) is int)
-    if not fits or (expected is float and not math.isfinite(data)):
-        raise RecipeError(f"{path}: expected {expected.__name__}, found {_short(data)}")
-    return expected(data)
+    try:
+        if fits and (expected is not float or math.isfinite(data)):
+            return expected(data)
+    except OverflowError as error:  # a whole number that no float can hold
+        raise RecipeError(f"{path}: expected {expected.__name__}, found {_short(data)}") from error
+    raise RecipeError(f"{path}: expected {expected.__name__}, found {_short(data)}")
 
 
 def _decode_union(data: Any, options: tuple[Any, ...], path: str) -> Any:
