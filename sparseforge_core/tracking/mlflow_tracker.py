@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 CURSOR = "mlflow.json"
 BATCH = 1000
 """Metrics in one request, which is all that a server takes."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""The tag by which MLflow opens an experiment on its runs and charts instead of its pages for language-model apps."""
+
 PARAMETERS = 100
 """Parameters in one request."""
 LONGEST_PARAMETER = 6000
@@ -139,7 +142,7 @@ class _Copy:
             if status == "RUNNING":
                 self.client.update_run(self.run_id, status="RUNNING")
             else:
-                self.client.set_terminated(self.run_id, status)
+                self.client.set_terminated(self.run_id, status, end_time=_ended(self.folder))
             self._move(status=status)
 
     def _scalars(self, lines: list[dict[str, Any]]) -> None:
@@ -208,7 +211,8 @@ def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> 
     from mlflow.entities import Param
 
     tags = {"cell_key": about.cell_key}
-    run = client.create_run(experiment, run_name=f"{_group(about)} · s{about.seed}", tags=tags)
+    name = f"{_group(about)} · s{about.seed}"
+    run = client.create_run(experiment, start_time=_began(folder), run_name=name, tags=tags)
     parameters = [Param(name, value) for name, value in _parameters(folder / "cell.json")]
     for start in range(0, len(parameters), PARAMETERS):
         client.log_batch(run.info.run_id, params=parameters[start : start + PARAMETERS])
@@ -224,12 +228,26 @@ def _experiment(client: Any, uri: str, home: Path, name: str) -> str:
         served = uri.startswith(("http://", "https://"))
         place = None if served else (home / "mlartifacts" / re.sub(r"[^\w.-]+", "-", name)).resolve().as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=place))
+            return str(client.create_experiment(name, artifact_location=place, tags=KIND))
         except MlflowException:  # another process may have been faster
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def _began(folder: Path) -> int | None:
+    """When the cell's work began, in milliseconds, not when it was mirrored; None (now) where no file says so."""
+    lines, _ = read_journal(folder / "train" / "journal.jsonl")
+    times = [_milliseconds(line["t"]) for line in lines[:1]]
+    times += [int(path.stat().st_mtime * 1000) for path in folder.glob("cell.json")]
+    return min(times, default=None)
+
+
+def _ended(folder: Path) -> int | None:
+    """When the last of its measurements was written; None (now) where there is none."""
+    times = [int(path.stat().st_mtime * 1000) for path in folder.glob("*/measurements.json")]
+    return max(times, default=None)
 
 
 def _tags(about: About, folder: Path, grid: str) -> dict[str, str]:

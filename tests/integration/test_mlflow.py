@@ -99,8 +99,13 @@ def mlflow_home(tmp_path_factory: pytest.TempPathFactory) -> Mirrored:
 
 def test_a_cell_becomes_one_run_that_people_can_read(mlflow_home: Mirrored) -> None:
     folder = mlflow_home.cell("aaaaaaaaaaaa-s0")
+    os.utime(folder / "cell.json", (1_000_000, 1_000_000))
+    os.utime(folder / "heldout-abc123" / "measurements.json", (1_000_900, 1_000_900))
     run_id = mirror_cell(mlflow_home.uri, mlflow_home.home, folder, "demo", Described("aaaaaaaaaaaa-s0"))
     run = mlflow_home.run(run_id)
+    assert run.info.end_time - run.info.start_time == 900_000, "the cell's own time, not that of the copying"
+    kind = mlflow_home.client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
     assert run.info.run_name == "llama-tiny \u00b7 SparseForge \u00b7 98.3k tokens \u00b7 s0"
     assert run.info.status == "FINISHED"
     wanted = {"pattern": "2:4", "seed": "0", "grid": "demo", "recipe_key": "aaaaaaaaaaaa", "diverged": "nll"}
