@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sparseforge_core.errors import PatternViolation
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.sparsity.masking import Branch
@@ -143,7 +144,10 @@ class MaskedTrack(MaskTrack):
     def harden(self, site: Site, scores: Tensor) -> float:
         """Re-select the site's hard mask by `scores` (stored layout); returns the share of entries that flipped."""
         before = site.mask.hard.clone()
-        site.mask.harden(scores, site.pattern)
+        try:
+            site.mask.harden(scores, site.pattern)
+        except PatternViolation as error:
+            raise PatternViolation(f"site {site.name}: {error}") from error
         return float((before != site.mask.hard).float().mean())
 
     def state(self) -> dict[str, Tensor]:

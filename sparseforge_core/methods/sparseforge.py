@@ -206,7 +206,8 @@ class SparseForgeTrack(MaskedTrack):
     def _update_site(self, site: Site, step: int, *, fixed_target: bool) -> float:
         """Lines 8-13 for one site; returns the share of its hard mask that flipped."""
         soft, pattern, method = site.mask, site.pattern, self.method
-        z = pattern.groups(standardize(self._scores(site), log=method.log_scores))  # line 8, section 4.1
+        z = standardize(self._scores(site), log=method.log_scores, where=f"site {site.name}")  # line 8, section 4.1
+        z = pattern.groups(z)
         keep = pattern.keep_of(z.shape[-1])
         mask, old = pattern.groups(soft.matrix(soft.mask)), pattern.groups(soft.matrix(soft.hard))
         if fixed_target:

@@ -86,16 +86,16 @@ def _present(statistic: Tensor | None, criterion: Criterion) -> Tensor:
     return statistic
 
 
-def standardize(scores: Tensor, *, log: bool) -> Tensor:
+def standardize(scores: Tensor, *, log: bool, where: str = "a layer") -> Tensor:
     """Layer-wise z-scores (section 4.1), of the scores or of their logarithm.
 
     Raw products of curvature and weight are heavy-tailed: a few columns set sigma and the gaps inside groups
     vanish against the temperature. The logarithm keeps the order and makes the gaps comparable. Constant scores
-    become zeros. Raises CurvatureUnavailable if a score is not finite.
+    become zeros. Raises CurvatureUnavailable, naming `where`, if a score is not finite.
     """
     s = scores.float()
     if log:
         s = (s + 1e-10 * s.mean() + 1e-38).log()
     if not all_finite(s):
-        raise CurvatureUnavailable("a score is not finite; the curvature or the weight behind it has diverged")
+        raise CurvatureUnavailable(f"{where}: a score is not finite; the curvature or weight behind it has diverged")
     return (s - s.mean()) / (s.std(correction=0) + 1e-6)

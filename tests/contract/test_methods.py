@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.corpora import Synthetic
-from sparseforge_core.errors import Diverged, Interrupted, RecipeError
-from sparseforge_core.methods import METHODS, SRSTE, FrozenMask, Method, SparseForge, SparseGPT, Wanda, method_named
+from sparseforge_core.errors import CurvatureUnavailable, Diverged, Interrupted, PatternViolation, RecipeError
+from sparseforge_core.methods import (
+    METHODS,
+    SRSTE,
+    FrozenMask,
+    MagnitudePruning,
+    Method,
+    SparseForge,
+    SparseGPT,
+    Wanda,
+    method_named,
+)
 from sparseforge_core.methods.base import MaskedTrack, Surroundings
 from sparseforge_core.methods.sparseforge import Phases
 from sparseforge_core.models.sites import assign_patterns
@@ -347,3 +357,18 @@ def test_decay_of_pruned_weights_never_touches_kept_ones(method: Method, tmp_pat
         assert site.weight.grad is not None
         expected = torch.where(site.mask.hard, torch.zeros_like(site.weight), 0.1 * site.weight)
         assert torch.allclose(site.weight.grad, expected)
+
+
+@pytest.mark.parametrize("method", [MagnitudePruning(), SparseForge(criterion=Magnitude())], ids=lambda m: m.kind)
+def test_a_score_that_is_not_finite_is_refused_by_its_site(method: Method, tmp_path: Path) -> None:
+    run = start(recipe_of(SparseForge(criterion=Magnitude())), tmp_path)
+    site = run.track.sites[3]
+    with torch.no_grad():
+        site.weight[0, 0] = torch.nan
+    if method.trains:
+        with pytest.raises(CurvatureUnavailable, match=f"site {site.name}: a score is not finite"):
+            run.track.after_update(1, run.optimizer)
+    else:
+        assert isinstance(run.track, MaskedTrack)
+        with pytest.raises(PatternViolation, match=f"site {site.name}: a score is not finite"):
+            run.track.harden(site, site.weight.detach().abs())
