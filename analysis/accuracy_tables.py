@@ -70,7 +70,8 @@ def reproductions(data: ExhibitData) -> Table:
 def _summary(data: ExhibitData, title: str) -> Table:
     variants = [v for v in VARIANTS if any(row.variant == v for row in data.rows)]
     perplexities = _perplexities(data)
-    columns = [Column("Tokens", digits=0), Column("Masked %", PERCENT, digits=1)]
+    branch = _branch_columns(data)
+    columns = [Column("Tokens", digits=0), Column("Masked %", PERCENT, digits=1), *(column for column, _ in branch)]
     columns += [Column(f"{VARIANTS[v]} acc", PERCENT) for v in variants]
     columns.append(Column("Difference", PERCENT, signed=True))
     columns += [Column(f"{VARIANTS[v]} {name}", digits=None) for name, _ in perplexities for v in variants]
@@ -79,6 +80,7 @@ def _summary(data: ExhibitData, title: str) -> Table:
         rows = {v: data.row(f"{group}/{v}") for v in VARIANTS}
         sparse = rows["sparseforge"]
         cells = [_tokens(sparse), _cell(sparse, "coverage", averaged=False)]
+        cells += [_cell(sparse, metric, averaged=False) for _, metric in branch]
         cells += [_cell(rows[v], MEAN) for v in variants]
         cells.append(_difference(sparse, rows["dense"], MEAN))
         cells += [_cell(rows[v], metric) for _, metric in perplexities for v in variants]

@@ -67,15 +67,21 @@ class Filled:
         shown: Sequence[PlannedSuite] = (ZERO_SHOT, TEXT),
         context: Mapping[str, Any] | None = None,
         repeats: int = 25,
+        branch: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """A recipe of its own in one row; `measured` is by suite key, values in the order of `seeds`."""
+        """A recipe of its own in one row; `measured` is by suite key, values in the order of `seeds`.
+
+        `branch` is what a side branch adds: parameters, bytes, operations per token.
+        """
         for number, seed in enumerate(seeds):
             cell = planned_cell(f"{exhibit}:{row}", seed, method=method, tokens=tokens)
             self.cells[cell.key] = cell
             self.stages[cell.key] = ["train", *(s.key for s in shown)]
             if done is not None and seed not in done:
                 continue
-            self.results.append((cell.key, "train", [value("coverage", 0.75)], {}))
+            costs = zip(("extra_parameters", "extra_bytes", "extra_flops_per_token"), branch, strict=True)
+            extra = [value(name, float(cost)) for name, cost in costs if any(branch)]
+            self.results.append((cell.key, "train", [value("coverage", 0.75), *extra], {}))
             for key, metrics in measured.items():
                 rows = [_measurement(name, values[number], repeats) for name, values in metrics.items()]
                 about = {"harness_version": "0.4.13", "device": "cpu", **(context or {})}

@@ -187,3 +187,17 @@ def test_a_suite_of_another_kind_is_named_and_has_no_column(sqlite_url: str, tmp
     text = text_of(sqlite_url, tmp_path, "table-2")
     assert "Suite flips: flips; it is in the store and in no column here." in text
     assert "| Method | Tokens | HellaSwag | ARC-e | Avg | PPL |" in text
+
+
+@pytest.mark.parametrize(("exhibit", "row"), [("table-1", "LLaMA/sparseforge"), ("table-3", "full")])
+def test_what_a_side_branch_costs_stands_beside_its_accuracy(
+    sqlite_url: str, tmp_path: Path, exhibit: str, row: str
+) -> None:
+    store = Filled()
+    dense = row.replace("sparseforge", "dense").replace("full", "dense")
+    store.row(exhibit, dense, "LLaMA Dense", scores([0.30], [0.40], [20.0]), method="dense")
+    store.row(exhibit, row, "LLaMA SparseForge", scores([0.28], [0.36], [25.0]), branch=(4096, 8192, 8704))
+    store.write(sqlite_url).close()
+    text = text_of(sqlite_url, tmp_path, exhibit)
+    assert "Branch params | Branch bytes | Branch FLOP/token" in text
+    assert "4,096 | 8,192 | 8,704" in text
