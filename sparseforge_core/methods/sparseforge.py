@@ -18,9 +18,10 @@ from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, Method
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
-from sparseforge_core.observe.blocks import blocks_of
+from sparseforge_core.observe.blocks import stream_blocks
 from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
-from sparseforge_core.observe.input_gram import input_grams, inverse_gram_diagonals
+from sparseforge_core.observe.grams import Grams
+from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
 from sparseforge_core.sparsity.compensation import Compensation, compensate
 from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, standardize
@@ -231,12 +232,12 @@ class SparseForgeTrack(MaskedTrack):
         Block after block, so that each sees what the blocks before it put out then.
         """
         batches = self.around.calibration(how.samples, how.length)
-        for block in blocks_of(self.sites):
-            grams = input_grams(self.around.model, block, batches)
-            for site in block:
+        for block in stream_blocks(self.around.model, self.sites, batches):
+            grams = Grams(block, block.sites)
+            for site in block.sites:
                 soft, weight = site.mask, site.weight.detach()
                 hard, target = soft.matrix(soft.hard), soft.matrix(weight * soft.view)
-                found = compensate(target, hard, grams[site.name][0], damping=how.damping)
+                found = compensate(target, hard, grams.of(site), damping=how.damping)
                 soft.matrix(weight).copy_(torch.where(hard, found, soft.matrix(weight)))
                 site.mask.set_view(0.0)
 

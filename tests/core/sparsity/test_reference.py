@@ -64,8 +64,11 @@ TOLERANCE = 1e-6
 
 @pytest.mark.parametrize(
     "pattern",
-    [*PATTERNS, pytest.param(BLOCK_16, marks=pytest.mark.slow)],
-    ids=lambda p: p.name,
+    [
+        *(pytest.param(pattern, id=pattern.name) for pattern in PATTERNS),
+        pytest.param(nm(20, 40), id="unstructured, rows of 40"),
+        pytest.param(BLOCK_16, marks=pytest.mark.slow, id="block-16"),
+    ],
 )
 def test_ten_thousand_groups_agree_with_the_reference(pattern: GroupPattern) -> None:
     assert_agree(pattern, GROUPS, SCHEDULE, log=True)
