@@ -35,6 +35,8 @@ class TrainPlan:
     """Decoupled weight decay of the matrices in `decayed`; norms and biases never get any."""
     decayed: Literal["unmasked", "all"] = "unmasked"
     """Matrices that carry no mask and are no embeddings, or every matrix as in the paper's published code."""
+    rule: Literal["adamw", "muon"] = "adamw"
+    """Update rule of the masked weights, where the method has none of its own; everything else follows AdamW."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -34,6 +34,15 @@ def _smoke(name: str) -> Callable[[], Grid]:
     return build
 
 
+def _study(name: str) -> Callable[[], Grid]:
+    def build() -> Grid:
+        from flows.grids import study
+
+        return study.GRIDS[name]()
+
+    return build
+
+
 def _reproductions() -> Grid:
     from flows.grids.reproductions import reproductions
 
@@ -46,6 +55,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "demo": _demo,
     **{name: _paper(name) for name in PAPER},
     "reproductions": _reproductions,
+    **{name: _study(name) for name in ("smollm2-trials", "smollm2-ideas")},
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke")},
 }
 """Builders by grid name; recipes are made only when a grid is asked for."""

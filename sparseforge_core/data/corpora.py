@@ -22,7 +22,8 @@ from sparseforge_core.data.cache import content_key, made_once
 from sparseforge_core.errors import DataError, RecipeError, unknown
 from sparseforge_core.specs import spec
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "all"]
+"""What is trained on, what never is, or both: text that only measures has no use for the two."""
 
 DATA_ENV = "SPARSEFORGE_DATA"
 """The environment variable that names the folder of relative corpus paths."""
@@ -50,12 +51,12 @@ class Corpus(ABC):
 
     def documents(self, split: Split, home: Path) -> Iterator[str]:
         """The documents of one split, blank ones left out. Raises DataError for an unknown or an empty split."""
-        if split not in ("train", "heldout"):
-            raise DataError(unknown("split", split, ("train", "heldout")))
+        if split not in ("train", "heldout", "all"):
+            raise DataError(unknown("split", split, ("train", "heldout", "all")))
         total = found = 0
         for document in self.all_documents(home):
             total += bool(document.strip())
-            if document.strip() and held_out(document) == (split == "heldout"):
+            if document.strip() and (split == "all" or held_out(document) == (split == "heldout")):
                 found += 1
                 yield document
         if not found:

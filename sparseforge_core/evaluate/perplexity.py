@@ -110,6 +110,9 @@ def _text(tokenizer: Any, suite: PerplexitySuite, corpus: Corpus, home: Path) ->
     if suite.text == "heldout":
         tokens = tokenize_once(corpus, "heldout", tokenizer, home)
         return tokens.ids, {"text": "held-out split of the recipe's corpus", "sha256": tokens.sha256}
+    if suite.corpus is not None:
+        tokens = tokenize_once(suite.corpus, "all", tokenizer, home)
+        return tokens.ids, {"text": f"the suite's own {suite.corpus.kind} corpus", "sha256": tokens.sha256}
     if suite.text == "c4":
         text = c4_validation()
         about = {"text": f"C4 validation, first {C4_DOCUMENTS} documents", "join": "one space"}

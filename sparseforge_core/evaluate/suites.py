@@ -8,6 +8,7 @@ import json
 from typing import Literal
 
 from sparseforge_core import specs
+from sparseforge_core.data.corpora import Corpus
 from sparseforge_core.errors import RecipeError, unknown
 from sparseforge_core.specs import spec
 
@@ -63,12 +64,22 @@ class PerplexitySuite(Suite):
     """
 
     name: str
-    text: Literal["heldout", "wikitext2", "c4"]
-    """The held-out split of the recipe's own corpus; the raw WikiText-2 test set, rows joined by blank lines; or the
-    first 1,100 documents of C4's validation split, joined by one space, as SparseGPT and Wanda read it."""
+    text: Literal["heldout", "wikitext2", "c4", "named"]
+    """The held-out split of the recipe's own corpus; the raw WikiText-2 test set, rows joined by blank lines; the
+    first 1,100 documents of C4's validation split, joined by one space, as SparseGPT and Wanda read it; or every
+    document of `corpus`, each ended by the end-of-text token."""
     window: int
     limit: int | None = None
     """Only the first so many windows; None takes all."""
+    corpus: Corpus | None = None
+    """The text that "named" names: one that no recipe trains on."""
+
+    def __post_init__(self) -> None:
+        if (self.text == "named") != (self.corpus is not None):
+            raise RecipeError(
+                f"suite {self.name}: text={self.text!r}, corpus={'given' if self.corpus else None}: a corpus belongs to "
+                'text="named", and to no other'
+            )
 
 
 @spec("throughput")

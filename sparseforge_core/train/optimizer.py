@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseforge_core.errors import Diverged
+from sparseforge_core.errors import Diverged, RecipeError
 from sparseforge_core.methods.base import MaskTrack
 from sparseforge_core.models.sites import Site
 from sparseforge_core.recipe import TrainPlan
+from sparseforge_core.train.muon import MuonAdam
 
 
 def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track: MaskTrack) -> torch.optim.Optimizer:
-    """The track's update rule, AdamW unless its method has its own.
+    """The track's update rule; without one of its own AdamW, or Muon for the masked weights where the plan says so.
+
+    Raises RecipeError where plan and method both want to say how masked weights are updated.
 
     By default decay acts on matrices that carry no mask and are no embeddings, and on nothing else: a decayed masked
     weight would be pulled to zero by the optimizer while the mask decides the same question.
@@ -23,16 +26,33 @@ def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track:
     if plan.decayed == "unmasked":
         spared = {id(site.weight) for site in sites}
         spared |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = _matrices(sites, track) if plan.rule == "muon" else []
+    elsewhere = {id(weight) for weight in matrices}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in elsewhere:
             plain_matrix = parameter.ndim >= 2 and id(parameter) not in spared
             (decayed if plain_matrix else free).append(parameter)
     groups: list[dict[str, Any]] = [{"params": free, "weight_decay": 0.0}]
     if decayed:
         groups.append({"params": decayed, "weight_decay": plan.weight_decay})
-    return track.optimizer(groups, betas=plan.betas, eps=plan.eps)
+    if not matrices:
+        return track.optimizer(groups, betas=plan.betas, eps=plan.eps)
+    decay = plan.weight_decay if plan.decayed == "all" else 0.0
+    return MuonAdam(groups, matrices, betas=plan.betas, eps=plan.eps, weight_decay=decay)
+
+
+def _matrices(sites: list[Site], track: MaskTrack) -> list[nn.Parameter]:
+    """The masked weights, for a rule of the plan's choice."""
+    if type(track).optimizer is not MaskTrack.optimizer:
+        raise RecipeError(
+            f"train.rule='muon': {type(track).__name__} brings an update rule of its own; leave the rule at 'adamw'"
+        )
+    found = [site.weight for site in sites if site.weight.requires_grad]
+    if not found:
+        raise RecipeError("train.rule='muon': no masked weight trains here; leave the rule at 'adamw'")
+    return found
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

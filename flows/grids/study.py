@@ -1,0 +1,179 @@
+"""The study: every method at equal tokens on a real model, SmolLM2-135M, all block linears 2:4.
+
+Text: five shards of public-domain English books, about 54 million tokens, read in one order by every method of a seed.
+Trials are judged on documents of these shards that no cell trains on; what is reported is measured on nine other books
+and on WikiText-2, which no trial ever sees. `$SPARSEFORGE_DATA` names the folder that holds `books/`.
+
+Every method gets the same number of trials (`TRIALS`, three): its settings in `_tuned` are the best of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from flows.grids.planned import Grid, Planned, Slot
+from sparseforge_core import presets
+from sparseforge_core.data.corpora import TextFiles
+from sparseforge_core.evaluate.suites import WIKITEXT2_2048, DivergenceSuite, PerplexitySuite, Suite
+from sparseforge_core.methods import (
+    AST,
+    CAST,
+    SRSTE,
+    Dense,
+    DenseControl,
+    FrozenMask,
+    MagnitudePruning,
+    MaskLLM,
+    Method,
+    SparseForge,
+    SparseGPT,
+    Wanda,
+)
+from sparseforge_core.models.sources import Packaged
+from sparseforge_core.objective import Distill, Objective, TaskOnly
+from sparseforge_core.recipe import Recipe, TrainPlan
+from sparseforge_core.schedules import Schedule, WarmupLinear
+from sparseforge_core.sparsity.criteria import SparseGPTScore, WandaScore
+from sparseforge_core.sparsity.patterns import nm
+from sparseforge_core.sparsity.slorb import SLoRB
+
+MODEL = Packaged(name="smollm2-135m")
+BOOKS = TextFiles(
+    paths=tuple(f"books/train-{shard:02}.txt.xz" for shard in range(5)),
+    sha256=(
+        "2342a1fa22cbdacf099dbb3b9b2b78dead81f5a0b1a7589ecb0a0bad545d67de",
+        "6aed54802f87ed5d68fcdda7f30860a927a288412b6eddd40c3e58d4a2a03911",
+        "bd7a6054c4509f299af9aa4ea07f4df64b70c346491a3602198beb41f3616cff",
+        "bf19094933bcd902ea45c769af1fad6cf3c009636f7daf4680812ac807d486f1",
+        "fddf40d5558a62460969b5d30bfbe1008d423d65fd5cf26c45f57c5cedbbca22",
+    ),
+)
+OTHER_BOOKS = TextFiles(
+    paths=("books/heldout.txt.xz",),
+    sha256=("625439b92404afcac5b3034bba7a10a0ef6de4d265dedbca6c6dbe44dd8df0ca",),
+)
+
+TRIED_ON = PerplexitySuite(name="heldout-1024", text="heldout", window=1024, limit=256)
+"""What trials are judged by: documents of the training shards that nothing trains on."""
+REPORTED: tuple[Suite, ...] = (
+    PerplexitySuite(name="books-2048", text="named", window=2048, corpus=OTHER_BOOKS),
+    WIKITEXT2_2048,
+    DivergenceSuite(name="kl-to-dense-1024", window=1024, limit=256),
+)
+
+SEQUENCES, LENGTH = 16, 1024
+TOKENS_PER_STEP = SEQUENCES * LENGTH
+MILLION = 1_000_000
+
+CALIBRATION = 128
+"""Sequences of `LENGTH` tokens that one-shot methods and priors see: 131,072 tokens."""
+
+
+def plan(tokens: int, lr: Schedule) -> TrainPlan:
+    """At least that many tokens, in steps of 16 x 1,024."""
+    steps = -(-tokens // TOKENS_PER_STEP)
+    return TrainPlan(steps=steps, sequences=SEQUENCES, length=LENGTH, lr=lr, compute_dtype="bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A method of the study with the settings that its trials chose."""
+
+    label: str
+    method: Method
+    lr: Schedule | None = None
+    """None for a method that does not train."""
+    objective: Objective = Distill()
+    slorb: SLoRB | None = None
+
+    def recipe(self, tokens: int) -> Recipe:
+        """The contender at a budget; one-shot methods have none."""
+        return Recipe(
+            model=MODEL,
+            method=self.method,
+            corpus=BOOKS,
+            pattern=nm(2, 4) if self.method.sparsifies else None,
+            objective=self.objective if self.lr else TaskOnly(),
+            train=plan(tokens, self.lr) if self.lr else TrainPlan(),
+            slorb=self.slorb,
+        )
+
+
+def rate(peak: float) -> Schedule:
+    """Up over a twentieth of the budget, then straight to zero: the same shape for every method but the presets."""
+    return WarmupLinear(peak=peak)
+
+
+WANDA = Wanda(samples=CALIBRATION, length=LENGTH)
+SPARSEGPT = SparseGPT(samples=CALIBRATION, length=LENGTH)
+
+PEAKS = (3e-4, 6e-4, 1.2e-3)
+"""Each method's trials: these peaks of its learning rate, everything else as its source has it."""
+
+FORGE = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION // 2)
+"""Development starts from here: the specification's schedules, the strongest one-shot score."""
+
+
+def _paper(peak: float) -> Contender:
+    """The paper's text, its cosine scaled to another peak."""
+    preset = presets.PAPER
+    lr = replace(preset.lr, peak=peak, last=peak / 10)  # type: ignore[call-arg]
+    return Contender(
+        label="SparseForge (paper)", method=preset.method, lr=lr, objective=preset.objective, slorb=preset.slorb
+    )
+
+
+def contenders(peak: float) -> dict[str, Contender]:
+    """Every retraining method with one peak of the learning rate; the row it fills, and what it is."""
+    lr = rate(peak)
+    ast = AST()
+    return {
+        "dense-control": Contender(label="Dense control", method=DenseControl(), lr=lr),
+        "naive": Contender(label="Naive retraining", method=FrozenMask(), lr=lr, objective=TaskOnly()),
+        "frozen-wanda": Contender(label="Wanda mask, frozen, KD", method=FrozenMask(prior=WANDA), lr=lr),
+        "frozen-sparsegpt": Contender(label="SparseGPT, mask frozen, KD", method=FrozenMask(prior=SPARSEGPT), lr=lr),
+        "sr-ste": Contender(label="SR-STE", method=SRSTE(), lr=lr),
+        "ast": Contender(label="AST", method=ast, lr=lr, objective=Distill(kl_weight=0.67)),
+        "ast-slorb": Contender(
+            label="AST + SLoRB", method=ast, lr=lr, objective=Distill(kl_weight=0.67), slorb=SLoRB(k=16)
+        ),
+        "cast": Contender(label="CAST", method=CAST(), lr=lr, objective=Distill(kl_weight=1 / 3)),
+        "maskllm": Contender(label="MaskLLM", method=MaskLLM(prior=SPARSEGPT), lr=lr, objective=TaskOnly()),
+        "paper": _paper(peak),
+        "improved": Contender(label="SparseForge (improved)", method=FORGE, lr=lr),
+    }
+
+
+def trials(names: Iterable[str] = ()) -> Grid:
+    """The trials of all methods, or of those named: 6 M tokens, seed 0, judged on held-out text of the shards."""
+    wanted = set(names)
+    entries = tuple(
+        Planned(recipe=contender.recipe(6 * MILLION), variant=f"{contender.label} {peak:g}", suites=(TRIED_ON,))
+        for peak in PEAKS
+        for name, contender in contenders(peak).items()
+        if not wanted or name in wanted
+    )
+    return Grid(name="smollm2-trials", title="SmolLM2-135M, trials", entries=entries, captions={})
+
+
+IDEAS: dict[str, Contender] = {
+    "frozen-wanda": contenders(6e-4)["frozen-wanda"],
+    "frozen-sparsegpt": contenders(6e-4)["frozen-sparsegpt"],
+    "fisher": Contender(label="Fisher score", method=SparseForge(), lr=rate(6e-4)),
+    "wanda": Contender(label="Wanda score", method=replace(FORGE, criterion=WandaScore()), lr=rate(6e-4)),
+    "sparsegpt": contenders(6e-4)["improved"],
+}
+"""Ideas tried one at a time (docs/lab-log.md): 6 M tokens, seed 0, held-out text."""
+
+
+def ideas() -> Grid:
+    """The lab's runs, in the order of the log."""
+    entries = tuple(
+        Planned(recipe=contender.recipe(6 * MILLION), variant=contender.label, suites=(TRIED_ON,))
+        for contender in IDEAS.values()
+    )
+    return Grid(name="smollm2-ideas", title="SmolLM2-135M, ideas", entries=entries, captions={})
+
+
+GRIDS = {"smollm2-trials": trials, "smollm2-ideas": ideas}
