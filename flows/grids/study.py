@@ -9,10 +9,12 @@ Every method gets the same number of trials (`TRIALS`, three): its settings in `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from flows.grids.planned import Grid, Planned, Slot
+from flows.grids.planned import Grid, Planned
 from sparseforge_core import presets
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import WIKITEXT2_2048, DivergenceSuite, PerplexitySuite, Suite
@@ -20,10 +22,8 @@ from sparseforge_core.methods import (
     AST,
     CAST,
     SRSTE,
-    Dense,
     DenseControl,
     FrozenMask,
-    MagnitudePruning,
     MaskLLM,
     Method,
     SparseForge,
@@ -32,9 +32,11 @@ from sparseforge_core.methods import (
 )
 from sparseforge_core.models.sources import Packaged
 from sparseforge_core.objective import Distill, Objective, TaskOnly
+from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.recipe import Recipe, TrainPlan
-from sparseforge_core.schedules import Schedule, WarmupLinear
-from sparseforge_core.sparsity.criteria import SparseGPTScore, WandaScore
+from sparseforge_core.schedules import Schedule, WarmupCosine, WarmupLinear
+from sparseforge_core.sparsity.compensation import Compensation
+from sparseforge_core.sparsity.criteria import HessianOBD, SparseGPTScore
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.sparsity.slorb import SLoRB
 
@@ -72,8 +74,11 @@ CALIBRATION = 128
 
 def plan(tokens: int, lr: Schedule) -> TrainPlan:
     """At least that many tokens, in steps of 16 x 1,024."""
-    steps = -(-tokens // TOKENS_PER_STEP)
+    steps = math.ceil(tokens / TOKENS_PER_STEP)
     return TrainPlan(steps=steps, sequences=SEQUENCES, length=LENGTH, lr=lr, compute_dtype="bfloat16")
+
+
+TAUGHT = Distill()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,8 @@ class Contender:
     method: Method
     lr: Schedule | None = None
     """None for a method that does not train."""
-    objective: Objective = Distill()
+    rule: Literal["adamw", "muon"] = "adamw"
+    objective: Objective = TAUGHT
     slorb: SLoRB | None = None
 
     def recipe(self, tokens: int) -> Recipe:
@@ -95,7 +101,7 @@ class Contender:
             corpus=BOOKS,
             pattern=nm(2, 4) if self.method.sparsifies else None,
             objective=self.objective if self.lr else TaskOnly(),
-            train=plan(tokens, self.lr) if self.lr else TrainPlan(),
+            train=replace(plan(tokens, self.lr), rule=self.rule) if self.lr else TrainPlan(),
             slorb=self.slorb,
         )
 
@@ -118,7 +124,8 @@ FORGE = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION 
 def _paper(peak: float) -> Contender:
     """The paper's text, its cosine scaled to another peak."""
     preset = presets.PAPER
-    lr = replace(preset.lr, peak=peak, last=peak / 10)  # type: ignore[call-arg]
+    assert isinstance(preset.lr, WarmupCosine)
+    lr = replace(preset.lr, peak=peak, last=peak / 10)
     return Contender(
         label="SparseForge (paper)", method=preset.method, lr=lr, objective=preset.objective, slorb=preset.slorb
     )
@@ -157,21 +164,44 @@ def trials(names: Iterable[str] = ()) -> Grid:
     return Grid(name="smollm2-trials", title="SmolLM2-135M, trials", entries=entries, captions={})
 
 
-IDEAS: dict[str, Contender] = {
-    "frozen-wanda": contenders(6e-4)["frozen-wanda"],
-    "frozen-sparsegpt": contenders(6e-4)["frozen-sparsegpt"],
-    "fisher": Contender(label="Fisher score", method=SparseForge(), lr=rate(6e-4)),
-    "wanda": Contender(label="Wanda score", method=replace(FORGE, criterion=WandaScore()), lr=rate(6e-4)),
-    "sparsegpt": contenders(6e-4)["improved"],
-}
-"""Ideas tried one at a time (docs/lab-log.md): 6 M tokens, seed 0, held-out text."""
+def _idea(label: str, peak: float = 6e-4, **changes: Any) -> Contender:
+    """A change of one thing: fields of the contender, or of its method."""
+    contender = Contender(label=label, method=FORGE, lr=rate(peak))
+    ours = {name: value for name, value in changes.items() if name in Contender.__dataclass_fields__}
+    method = {name: value for name, value in changes.items() if name not in ours}
+    return replace(contender, method=replace(FORGE, **method), **ours)
+
+
+def _frozen(label: str, peak: float, **changes: Any) -> Contender:
+    return replace(contenders(peak)["frozen-sparsegpt"], label=label, **changes)
+
+
+FITTED = Compensation(samples=CALIBRATION, length=LENGTH)
+EARLY: dict[str, Any] = {"quench_begin": 0.2, "freeze_at": 0.4, "compensation": FITTED}
+HIDDEN = Distill(hidden=HiddenMatch())
+
+IDEAS: tuple[Contender, ...] = (
+    _frozen("frozen SparseGPT 6e-4", 6e-4),
+    _idea("annealed, SparseGPT score 6e-4"),
+    _idea("early projection, compensated 6e-4", **EARLY),
+    _idea("hidden states 6e-4", objective=HIDDEN),
+    _idea("Muon 6e-4", rule="muon"),
+    _frozen("frozen SparseGPT 1.2e-3", 1.2e-3),
+    _idea("annealed, SparseGPT score 1.2e-3", 1.2e-3),
+    _idea("annealed, Fisher score 6e-4", criterion=HessianOBD()),
+    replace(contenders(6e-4)["frozen-wanda"], label="frozen Wanda 6e-4"),
+    _frozen("frozen SparseGPT, Muon 6e-4", 6e-4, rule="muon"),
+    _frozen("frozen SparseGPT, hidden states 6e-4", 6e-4, objective=HIDDEN),
+    replace(contenders(6e-4)["dense-control"], label="dense control 6e-4"),
+)
+"""Ideas tried one at a time (docs/lab-log.md): 6 M tokens, seed 0, held-out text of the shards."""
 
 
 def ideas() -> Grid:
     """The lab's runs, in the order of the log."""
     entries = tuple(
         Planned(recipe=contender.recipe(6 * MILLION), variant=contender.label, suites=(TRIED_ON,))
-        for contender in IDEAS.values()
+        for contender in IDEAS
     )
     return Grid(name="smollm2-ideas", title="SmolLM2-135M, ideas", entries=entries, captions={})
 

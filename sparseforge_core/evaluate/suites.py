@@ -76,9 +76,10 @@ class PerplexitySuite(Suite):
 
     def __post_init__(self) -> None:
         if (self.text == "named") != (self.corpus is not None):
+            given = "given" if self.corpus else None
             raise RecipeError(
-                f"suite {self.name}: text={self.text!r}, corpus={'given' if self.corpus else None}: a corpus belongs to "
-                'text="named", and to no other'
+                f"suite {self.name}: text={self.text!r}, corpus={given}: a corpus belongs to text='named' and to no "
+                "other text"
             )
 
 

@@ -74,13 +74,13 @@ def orthogonal(x: Tensor) -> Tensor:
     In bfloat16 on a GPU, where the error is far below that of the steps themselves; singular values end near one.
     """
     tall = x.shape[-2] > x.shape[-1]
-    y = x.transpose(-1, -2) if tall else x
+    y = x.mT if tall else x
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     if y.is_cuda:
         y = y.bfloat16()
     a, b, c = COEFFICIENTS
     for _ in range(ROUNDS):
-        gram = y @ y.transpose(-1, -2)
+        gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
-    y = y.to(x.dtype)
-    return y.transpose(-1, -2) if tall else y
+    found: Tensor = y.to(x.dtype)
+    return found.mT if tall else found

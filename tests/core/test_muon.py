@@ -25,10 +25,11 @@ PLAN = TrainPlan(steps=20, sequences=2, length=8, rule="muon")
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 16)])
 def test_singular_values_come_near_one_and_directions_stay(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
     found = torch.linalg.svdvals(orthogonal(x))
     # Newton-Schulz with these coefficients leaves singular values between 0.68 and 1.13 (Jordan et al.).
-    assert 0.5 < found.min() and found.max() < 1.3
+    assert found.min() > 0.5
+    assert found.max() < 1.3
     inside = u.transpose(-1, -2) @ orthogonal(x) @ v.transpose(-1, -2)
     off = inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-4
@@ -44,7 +45,8 @@ def test_one_step_is_the_equation() -> None:
     rule.step()
     wanted = before * (1 - 0.01 * 0.1) - 0.01 * RMS * 6**0.5 * orthogonal(first * (1 + MOMENTUM))
     torch.testing.assert_close(weight.detach(), wanted)
-    assert set(rule.state[weight]) == {"momentum"} and "exp_avg" in rule.state[other]
+    assert set(rule.state[weight]) == {"momentum"}
+    assert "exp_avg" in rule.state[other]
 
 
 def _around(method: Any) -> tuple[Any, Any, Surroundings]:
@@ -69,6 +71,6 @@ def test_only_masked_weights_follow_it(method: Any) -> None:
 @pytest.mark.parametrize("method", [AST(), DenseControl()])
 def test_a_rule_that_cannot_be_followed_is_refused(method: Any) -> None:
     model, sites, around = _around(method)
-    with pytest.raises(RecipeError, match="train.rule='muon'"):
+    with pytest.raises(RecipeError, match=r"train\.rule=.muon."):
         build_optimizer(model, sites, PLAN, method.start(around))
-    assert build_optimizer(model, sites, replace(PLAN, rule="adamw"), method.start(_around(method)[2])) is not None
+    build_optimizer(model, sites, replace(PLAN, rule="adamw"), method.start(_around(method)[2]))
