@@ -118,6 +118,7 @@ BROAD_EXCEPT: dict[str, str] = {
 
 COMMAND_LINES = {
     "analysis/make_tables.py",
+    "analysis/measurements.py",
     "flows/cli.py",
     "flows/doctor.py",
     "flows/listing.py",

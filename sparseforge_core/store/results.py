@@ -26,6 +26,9 @@ MEASUREMENT_COLUMNS = [
     "exhibit", "row", "label", "position", "recipe_key", "cell_key", "seed", "model", "family", "pattern", "method",
     "variant", "tokens", "stage", "suite", "metric", "value", "stderr", "n", "detail", "context",
 ]  # fmt: skip
+TIDY_COLUMNS = [
+    "method", "preset", "model", "tokens", "seed", "suite", "metric", "value", "stderr", "n", "cell_key", "commit",
+]  # fmt: skip
 SLOT_COLUMNS = [
     "exhibit", "row", "label", "position", "recipe_key", "seeds", "suite_keys", "note", "model", "tokens", "method",
 ]  # fmt: skip
@@ -88,6 +91,28 @@ class Results:
         frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS, dtype=object)
         frame = frame.astype({"value": float, "stderr": float, "seed": int, "position": int, "tokens": int, "n": int})
         return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
+
+    def tidy(self, grid: str) -> pd.DataFrame:
+        """One row for each measurement of a grid's done stages, whether an exhibit shows it or not.
+
+        `preset` is what the grid calls the recipe; `commit` is that of the code that recorded the result.
+        """
+        m, a, c, r, planned = schema.measurement, schema.attempt, schema.cell, schema.recipe, schema.stage
+        rows = self._rows(
+            sa.select(r.c.method, r.c.variant.label("preset"), r.c.model, r.c.tokens, c.c.seed)
+            .add_columns(m.c.stage.label("suite"), m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.cell_key)
+            .add_columns(a.c.git_sha.label("commit"))
+            .join(a, a.c.id == m.c.attempt_id)
+            .join(c, c.c.key == m.c.cell_key)
+            .join(r, r.c.key == c.c.recipe_key)
+            .join(planned, sa.and_(planned.c.cell_key == m.c.cell_key, planned.c.stage == m.c.stage))
+            .where(a.c.status == "done", planned.c.grid == grid)
+        )
+        frame = pd.DataFrame([dict(row._mapping) for row in rows], columns=TIDY_COLUMNS)
+        frame["suite"] = frame["suite"].map(self.suites()).fillna(frame["suite"])
+        return frame.sort_values(
+            ["method", "preset", "tokens", "cell_key", "seed", "suite", "metric"], ignore_index=True
+        )
 
     def missing(self, grid: str) -> pd.DataFrame:
         """What slots show and is not done: one row for each (slot, cell, stage), with its state."""

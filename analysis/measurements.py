@@ -1,0 +1,49 @@
+"""Every measurement of a grid as one CSV, for people who bring their own tools.
+
+python analysis/measurements.py [--db URL] [--grid NAME] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.store.results import Results
+
+
+def measurements_csv(results: Results, grid: str) -> str:
+    """The measurements of a grid's finished stages, a row each, in a fixed order; numbers as exact as the store's."""
+    return str(results.tidy(grid).to_csv(index=False, lineterminator="\n"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 written, 2 refused."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--db", default=os.environ.get("SPARSEFORGE_DB", "sqlite:///runs/store.db"), metavar="URL")
+    parser.add_argument("--grid", help="default: the last one planned")
+    parser.add_argument("--out", type=Path, default=Path("measurements.csv"))
+    options = parser.parse_args(arguments)
+    try:
+        results = Results(options.db)
+        try:
+            text = measurements_csv(results, results.grid(options.grid)["name"])
+        finally:
+            results.close()
+        options.out.write_text(text)
+    except (SparseForgeError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(f"{text.count(chr(10)) - 1:,} measurements in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
