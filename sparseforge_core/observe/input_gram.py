@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.models.sites import Site
-from sparseforge_core.observe.activations import watching
-from sparseforge_core.observe.blocks import blocks_of
+from sparseforge_core.observe.blocks import Block, stream_blocks
 
 
 @torch.no_grad()
@@ -21,27 +20,27 @@ def inverse_gram_diagonals(
 ) -> dict[str, Tensor]:
     """[H^-1]_jj of each site with H = mean x x' + `damping` mean(diag) I, `[..., 1, in]`, float32.
 
-    `batches` are token ids `[n, length]`. One transformer block's matrices are held at a time, each `[..., in, in]` in
-    float32, at the price of one run over the text a block. Raises CurvatureUnavailable naming a site (and expert) that
-    no token reached, or whose matrix is not finite or not positive definite.
+    `batches` are token ids `[n, length]`, carried through the model once, block by block; the matrices of one block are
+    held at a time, each `[..., in, in]` in float32. Raises CurvatureUnavailable naming a site (and expert) that no
+    token reached, or whose matrix is not finite or not positive definite.
     """
     if damping <= 0:
         raise RecipeError(f"damping={damping}: must be above 0, or a constant input leaves no inverse")
     found: dict[str, Tensor] = {}
-    for block in blocks_of(sites):
-        for name, (gram, tokens) in input_grams(model, block, batches).items():
+    for block in stream_blocks(model, sites, batches):
+        for name, (gram, tokens) in input_grams(block).items():
             found[name] = _inverse_diagonal(gram, tokens, damping, name)
     return found
 
 
 @torch.no_grad()
-def input_grams(model: nn.Module, sites: list[Site], batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def input_grams(block: Block) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum of x x' over tokens, `[..., in, in]`, and the number of tokens, `[...]`, of each site; float32."""
     grams: dict[str, tuple[Tensor, Tensor]] = {}
-    for site in sites:
+    for site in block.sites:
         *lead, _, inputs = site.matrix(site.weight).shape
-        device = site.weight.device
-        grams[site.name] = torch.zeros(*lead, inputs, inputs, device=device), torch.zeros(lead, device=device)
+        sums = torch.zeros(*lead, inputs, inputs, device=block.device)
+        grams[site.name] = sums, torch.zeros(lead, device=block.device)
 
     def see(site: Site, expert: int | None, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -49,9 +48,7 @@ def input_grams(model: nn.Module, sites: list[Site], batches: list[Tensor]) -> d
         (gram if expert is None else gram[expert]).addmm_(rows.T, rows)
         (tokens if expert is None else tokens[expert]).add_(rows.shape[0])
 
-    with watching(sites, see):
-        for batch in batches:
-            model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+    block.observe(see)
     return grams
 
 

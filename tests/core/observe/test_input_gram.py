@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
+from sparseforge_core.observe.blocks import stream_blocks
 from sparseforge_core.observe.input_gram import input_grams, inverse_gram_diagonals
 from sparseforge_core.sparsity.criteria import SparseGPTScore
 from tests.tiny import ARCHITECTURES, sites_of, tiny_model, tokens
@@ -59,7 +60,9 @@ def test_experts_have_a_matrix_each_over_the_tokens_routed_to_them() -> None:
     sites = [site for site in sites_of(model) if site.weight.ndim == 3]
     calls: list[Any] = []
     model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda m, args: calls.append((args[0], args[1])))
-    grams = input_grams(model, sites, batches)
+    (block,) = stream_blocks(model, sites, batches)
+    calls.clear()
+    grams = input_grams(block)
     ((hidden, chosen),) = calls
     gram, counts = grams["model.layers.1.mlp.experts.gate_up_proj"]
     for expert in range(4):
@@ -71,17 +74,18 @@ def test_experts_have_a_matrix_each_over_the_tokens_routed_to_them() -> None:
     assert all(bool((x > 0).all()) for x in found.values())
 
 
-def test_one_block_is_watched_at_a_time() -> None:
+def test_the_text_runs_through_each_block_once_to_be_seen_and_once_to_go_on() -> None:
     model = tiny_model("llama", layers=3)
-    sites = sites_of(model)
-    watched: list[set[str]] = []
+    runs = [0, 0, 0]
 
-    def count(module: Any, args: Any, kwargs: Any) -> None:
-        watched.append({site.name.split(".")[2] for site in sites if site.module._forward_pre_hooks})
+    def count(index: int) -> Any:
+        return lambda *_: runs.__setitem__(index, runs[index] + 1)
 
-    model.register_forward_pre_hook(count, with_kwargs=True)
-    inverse_gram_diagonals(model, sites, [tokens(2, 8), tokens(2, 8)])
-    assert watched == [{"0"}, {"0"}, {"1"}, {"1"}, {"2"}, {"2"}]
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(count(index))
+    inverse_gram_diagonals(model, sites_of(model), [tokens(2, 8), tokens(2, 8)])
+    # The first block also runs once on one sequence, which shows what a block answers; after the last nothing goes on.
+    assert runs == [5, 4, 2]
 
 
 def test_what_has_no_inverse_is_refused_by_site() -> None:
