@@ -30,6 +30,22 @@ class Diverged(SparseForgeError):
     """A loss or gradient stopped being finite; nothing of that step was kept."""
 
 
+class NotFinite(CurvatureUnavailable, Diverged):
+    """A statistic, curvature or score is NaN or infinite: what it was computed from has diverged."""
+
+
+class OutOfMemory(SparseForgeError):
+    """The host or the device had no memory left; less at once may still fit."""
+
+
+class DoesNotFit(OutOfMemory):
+    """Nothing smaller is left to try: the cell does not fit into this machine."""
+
+
+class FolderHeld(SparseForgeError):
+    """Another process is still writing in the folder of a stage."""
+
+
 class RecipeDrift(SparseForgeError):
     """The store or a file holds another recipe under the same key."""
 
@@ -60,6 +76,15 @@ class IncompleteExhibit(SparseForgeError):
 
 class Interrupted(SparseForgeError):
     """The process was asked to stop; the work so far is in a checkpoint."""
+
+
+def described(error: BaseException) -> str:
+    """An error as one text, `<class>: <message>`: what the store keeps, and tells its cause from (`store/causes.py`).
+
+    A subclass from another room goes by the nearest class of this file.
+    """
+    ours = (cls for cls in type(error).__mro__ if cls.__module__ == __name__ and cls is not SparseForgeError)
+    return f"{next(ours, type(error)).__name__}: {error}"
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

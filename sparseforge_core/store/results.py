@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
+from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.curves import curve_from
 from sparseforge_core.store.engine import make_engine, reading
 from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
@@ -188,7 +189,7 @@ class Results:
         found = {}
         for row in tries:
             place = row.cell_key, row.stage
-            count[place] = count.get(place, 0) + 1
+            count[place] = count.get(place, 0) + (not row.error.startswith(RELEASED))
             if row.status != "done":
                 continue
             link = links.get(row.id)

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sparseforge_core.store import schema
+from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.rows import StageState
 
 
@@ -28,11 +29,12 @@ def stage_states(connection: sa.Connection, grid: str) -> list[StageState]:
 
 
 def _state(row: Any, requires: Sequence[str], tries: Sequence[Any]) -> StageState:
+    since = max((number for number, t in enumerate(tries) if t.error.startswith(RELEASED)), default=-1) + 1
     shown = next((t for t in tries if t.status in ("running", "done")), tries[-1] if tries else None)
     return StageState(
         **row._mapping,
         status=shown.status if shown else "pending",
-        attempts=sum(t.status != "interrupted" for t in tries),
+        attempts=sum(t.status != "interrupted" for t in tries[since:]),
         error=shown.error if shown else "",
         requires=tuple(sorted(requires)),
     )
