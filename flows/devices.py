@@ -29,3 +29,9 @@ def gpus() -> list[str]:
 def default_workers() -> int:
     """One worker a GPU, else one a core, at most four."""
     return len(gpus()) or min(CPU_WORKERS, cores())
+
+
+def served_here(pool: str) -> bool:
+    """Whether this machine has the devices of a pool: `gpu-8` means eight GPUs, anything else a CPU."""
+    count = pool.removeprefix("gpu-")
+    return count == pool or len(gpus()) >= int(count)

@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.placements": SPECS,
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
     "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
+    "flows.stages": SPECS | core("store run files") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},

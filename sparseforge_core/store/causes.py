@@ -54,16 +54,8 @@ RELEASED = "Released: "
 FULL = ("No space left on device", "os error 28", "Input/output error", "os error 5)", "Disk quota exceeded")
 """In the text of any error: a disk that is full or gone. Libraries wrap it in exceptions of their own."""
 
-_AWAY = {
-    "StoreError",
-    "FolderHeld",
-    "OSError",
-    "TimeoutError",
-    "ConnectionError",
-    "BrokenPipeError",
-    "OperationalError",
-}
-_AWAY |= {"ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError", "InterfaceError"}
+_AWAY = {"StoreError", "FolderHeld", "OSError", "TimeoutError", "OperationalError", "InterfaceError"}
+_AWAY |= {"ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"}
 _MEMORY = {"OutOfMemory", "DoesNotFit", "OutOfMemoryError", "MemoryError"}
 _DIVERGED = {"Diverged", "NotFinite"}
 _OURS = {name for name, kind in vars(errors).items() if inspect.isclass(kind)}
