@@ -131,11 +131,12 @@ class _Seen:
         if self.on_step is not None:
             self.on_step(progress)
 
-    def close(self, journal: Journal, error: Diverged) -> None:
+    def close(self, journal: Journal, error: Diverged, steps: int) -> None:
         """End the journal of a run that diverged with the last step's loss, whether it was its turn or not."""
         if self.last is not None:
             journal.scalars(self.last.step, {"loss/total": self.last.loss})
-        journal.event("diverged", {"why": str(error)})
+        after = self.last.step if self.last is not None else 0
+        journal.event("diverged", {"why": str(error), "after": after, "of": steps})
 
 
 def _train_to_the_end(
@@ -161,7 +162,7 @@ def _train_to_the_end(
             outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
         except Diverged as error:
-            seen.close(journal, error)
+            seen.close(journal, error, cell.recipe.train.steps)
             raise
         finally:
             journal.close()

@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.launch": SPECS | core("run files") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
-    "analysis": core("store.results store.rows store.outcomes"),
+    "analysis": core("store.results store.rows store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 
