@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MICRO_BATCH = {"cpu": None, "gpu-1": 4, "gpu-8": 1}
+"""Sequences of one forward on the devices of each pool, before memory has run out; None takes the whole batch."""
 CPU_WORKERS = 4
 """Most worker processes that a run starts by itself on a machine without GPUs."""
 

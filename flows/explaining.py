@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.devices import served_here
-from flows.failures import reproducer
+from flows.failures import inputs_of, reproducer
 from flows.home import Home
 from flows.provenance import process_alive
 from flows.stages import TRAIN
@@ -68,7 +68,7 @@ def explain(prefix: str, home: Home) -> dict[str, Any]:
         ],
         "files": _files(home.cell(key)),
         "folder": str(home.cell(key)),
-        "reproduce": [reproducer(home, state) for state in found.states],
+        "reproduce": _reproduce(home, found),
     }
     results.close()
     return body
@@ -238,6 +238,15 @@ def log_tail(home: Home, key: str) -> list[str]:
         if own and path.stat().st_mtime > newest[0]:
             newest = path.stat().st_mtime, [f"{path.name}: {line}" for line in own[-LINES:]]
     return newest[1]
+
+
+def _reproduce(home: Home, found: Dossier) -> list[str]:
+    """A line for each stage whose inputs are on this machine; how to get them, if there is none."""
+    ready = [s for s in found.states if all(path.is_file() for path in inputs_of(home, s.cell_key, s.stage))]
+    if ready or not found.grids:
+        return [reproducer(home, state) for state in ready]
+    write = f"sparseforge plan {found.grids[0]} --out cells"
+    return [f"{write} && python -m sparseforge_core.run --home {home.root} train cells/{found.key}.json reproduced"]
 
 
 def _files(folder: Path) -> list[dict[str, Any]]:

@@ -9,8 +9,10 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from flows.devices import MICRO_BATCH
 from flows.home import Home
 from sparseforge_core.errors import StoreError
 from sparseforge_core.store.rows import AttemptRecord, Provenance, StageState
@@ -63,12 +65,18 @@ def release_quarantined(store: ResultStore, grid: str, origin: Provenance) -> in
     return store.release([(s.cell_key, s.stage) for s in store.work(grid) if s.quarantined], origin)
 
 
-def reproducer(home: Home, state: StageState | tuple[str, str], *, micro_batch: int | None = None) -> str:
-    """One line that runs a stage again by itself, in a folder of its own; training reads nothing but the cell file."""
-    key, stage = state if isinstance(state, tuple) else (state.cell_key, state.stage)
-    cell = home.cell(key)
+def inputs_of(home: Home, key: str, stage: str) -> list[Path]:
+    """The files that it takes to run a stage without the store: the cell's, and the suite's."""
+    return [home.cell(key) / name for name in ("cell.json", *([] if stage == "train" else [f"{stage}.json"]))]
+
+
+def reproducer(home: Home, state: StageState) -> str:
+    """One line that runs a stage again by itself, in a folder of its own and with as much at once as it had last."""
+    target = home.root / "reproduced" / state.cell_key / state.stage
     words = ["python", "-m", "sparseforge_core.run", "--home", str(home.root)]
-    words += ["train"] if stage == "train" else ["evaluate"]
-    words += ["--micro-batch", str(micro_batch)] if micro_batch is not None else []
-    words += [str(cell / "cell.json")] + ([] if stage == "train" else [str(cell / f"{stage}.json")])
-    return shlex.join([*words, str(home.root / "reproduced" / key / stage)])
+    if state.stage == "train":
+        size = 1 if state.error.startswith("DoesNotFit:") else MICRO_BATCH.get(state.pool)
+        words += ["train", *([] if size is None else ["--micro-batch", str(size)])]
+    else:
+        words.append("evaluate")
+    return shlex.join([*words, *map(str, inputs_of(home, state.cell_key, state.stage)), str(target)])

@@ -225,20 +225,19 @@ class _Drive:
         if policy.wait:
             self.later[key] = time.monotonic() + policy.wait * 2 ** (self.tries[key] - 1)
         # What never came as far as an attempt in the store is counted here alone.
-        quarantined = any(s.quarantined for s in self.states() if (s.cell_key, s.stage) == key)
-        if quarantined or (policy.tries is not None and self.tries[key] >= policy.tries):
+        state = next(s for s in self.states() if (s.cell_key, s.stage) == key)
+        if state.quarantined or (policy.tries is not None and self.tries[key] >= policy.tries):
             self.skip.add(key)
-            self._give_up(key, outcome.error)
+            self._give_up(state, outcome.error)
 
     def _report_quarantine(self, states: list[StageState]) -> None:
         for state in states:
-            key = state.cell_key, state.stage
-            if state.quarantined and key not in self.left:
-                self._give_up(key, state.error)
+            if state.quarantined and (state.cell_key, state.stage) not in self.left:
+                self._give_up(state, state.error)
 
-    def _give_up(self, key: Key, error: str) -> None:
-        self.summary.failed.setdefault(key[0], error)
-        self.summary.reproduce.setdefault(key[0], reproducer(self.home, key))
+    def _give_up(self, state: StageState, error: str) -> None:
+        self.summary.failed.setdefault(state.cell_key, error)
+        self.summary.reproduce.setdefault(state.cell_key, reproducer(self.home, state))
 
     def _not_ours(self, states: list[StageState]) -> set[Key]:
         """Stages of cells that are placed elsewhere; those that this machine cannot serve are counted."""

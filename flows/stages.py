@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.failures import halvings, is_out_of_memory
+from flows.failures import halvings, inputs_of, is_out_of_memory
 from flows.home import Home
 from sparseforge_core import files
 from sparseforge_core.errors import CheckpointMismatch, DoesNotFit, OutOfMemory, RecipeError
@@ -61,6 +61,7 @@ def run_stage(
     from sparseforge_core.evaluate.suites import Suite
     from sparseforge_core.identity import loads
 
+    _write_inputs(store, home, key, stage)
     cell = loads(store.cell_body(key))
     placement = placement_for(cell.recipe)
     if placement.gpus > 1:
@@ -69,7 +70,6 @@ def run_stage(
             "several is not built yet. Take a smaller model, or leave this cell planned"
         )
     directory = home.cell(key) / stage
-    _write_inputs(store, home, key, stage)
     halved = halvings(store.attempts(key), stage)
     if stage == TRAIN:
         plan = cell.recipe.train
@@ -91,12 +91,9 @@ def run_stage(
 
 def _write_inputs(store: ResultStore, home: Home, key: str, stage: str) -> None:
     """The cell file, and that of the suite: what it takes to run the stage again without the store."""
-    inputs = {home.cell(key) / "cell.json": lambda: store.cell_body(key)}
-    if stage != TRAIN:
-        inputs[home.cell(key) / f"{stage}.json"] = lambda: store.suite_spec(stage)
-    for path, text in inputs.items():
+    for path in inputs_of(home, key, stage):
         if not path.is_file():
-            files.write_text(path, text())
+            files.write_text(path, store.suite_spec(stage) if path.stem == stage else store.cell_body(key))
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
     CORE + "run": BELOW_TRAIN | core("train evaluate tracking.tracker"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
-    "flows.placements": SPECS,
+    "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
     "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
     "flows.stages": SPECS | core("store run files") | {"flows"},

@@ -50,6 +50,9 @@ def test_a_cell_says_what_it_waits_for_and_how_it_differs_from_its_neighbour(spa
     forge, wanda = cell_of(space, "sparseforge"), cell_of(space, "wanda")
     assert f"waits for the model of cell {space.first} (pending)" in whys(space, forge)[TRAIN]
     found = explain(forge, space.home)
+    assert found["reproduce"][0].startswith(
+        "sparseforge plan tiny-smoke --out cells && python -m sparseforge_core.run "
+    )
     assert f"model = the model of cell {space.first}" in found["recipe"]
     assert {(row["exhibit"], row["row"]) for row in found["wanted"]["rows"]} == {("table-2", "sparseforge")}
     assert found["neighbour"]["grid"] == "tiny-smoke"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import json
@@ -220,13 +221,21 @@ def test_the_one_line_reproducer_runs_the_stage_again_elsewhere(space: Workspace
     space.execute(space.dense, space.suite)
     measured = space.home.cell(space.dense) / space.suite / "measurements.json"
     for key, stage in ((space.first, TRAIN), (space.dense, space.suite)):
-        words = shlex.split(reproducer(space.home, (key, stage)))
+        words = shlex.split(reproducer(space.home, state_of(space, key, stage)))
         assert words[:3] == ["python", "-m", "sparseforge_core.run"]
         assert run.main(words[3:]) == 0
         again = space.home.root / "reproduced" / key / stage / "measurements.json"
         assert again.is_file()
     one, other = (json.loads(path.read_text())["measurements"] for path in (measured, again))
     assert one == other
+
+
+def test_the_reproducer_takes_as_much_at_once_as_the_stage_had(space: Workspace) -> None:
+    state = state_of(space, space.first)
+    assert "--micro-batch" not in reproducer(space.home, state)
+    assert " train --micro-batch 4 " in reproducer(space.home, dataclasses.replace(state, pool="gpu-1"))
+    last = dataclasses.replace(state, status="failed", error="DoesNotFit: no memory")
+    assert " train --micro-batch 1 " in reproducer(space.home, last)
 
 
 # ---------------------------------------------------------------- a store that is away
