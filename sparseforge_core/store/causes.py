@@ -54,7 +54,7 @@ RELEASED = "Released: "
 FULL = ("No space left on device", "os error 28", "Input/output error", "os error 5)", "Disk quota exceeded")
 """In the text of any error: a disk that is full or gone. Libraries wrap it in exceptions of their own."""
 
-_AWAY = {"StoreError", "FolderHeld", "OSError", "TimeoutError", "OperationalError", "InterfaceError"}
+_AWAY = {"Unavailable", "StoreError", "FolderHeld", "OSError", "TimeoutError", "OperationalError", "InterfaceError"}
 _AWAY |= {"ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"}
 _MEMORY = {"OutOfMemory", "DoesNotFit", "OutOfMemoryError", "MemoryError"}
 _DIVERGED = {"Diverged", "NotFinite"}

@@ -95,6 +95,27 @@ def test_the_class_of_a_failure_is_told_from_what_the_store_keeps(error: BaseExc
     assert cause_of("failed", described(error)) == cause
 
 
+class OfflineModeIsEnabled(ConnectionError):
+    """By this name the hub's client says that the user wants no network."""
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause"),
+    [
+        (ConnectionResetError("reset by peer"), "unavailable"),
+        (TimeoutError("no answer"), "unavailable"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "unavailable"),
+        (OfflineModeIsEnabled("offline"), "bad input"),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), "bad input"),
+        (ValueError("no JSON"), "bad input"),
+    ],
+)
+def test_data_that_a_network_or_a_disk_withholds_may_come_later(reason: Exception, cause: str) -> None:
+    with pytest.raises(DataError) as caught:
+        raise DataError("the text cannot be read") from reason
+    assert cause_of("failed", described(caught.value)) == cause
+
+
 def test_how_an_attempt_ended_is_a_class_by_itself() -> None:
     assert cause_of("lost", "its process is gone") == "lost worker"
     assert cause_of("interrupted", "stopped") == "interrupted"
