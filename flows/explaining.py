@@ -18,7 +18,7 @@ from flows.stages import TRAIN
 from flows.worker import BEGINS
 from sparseforge_core import specs
 from sparseforge_core.errors import SparseForgeError
-from sparseforge_core.identity import cell_key, diff, loads
+from sparseforge_core.identity import cell_key, loads
 from sparseforge_core.recipe import Cell, Trained
 from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.dossier import Dossier
@@ -123,12 +123,28 @@ def _neighbour(results: Results, found: Dossier) -> dict[str, Any] | None:
     best: tuple[int, str, list[str]] | None = None
     for key, (_, spec) in sorted(recipes.items()):
         if key != found.recipe_key:
-            changes = diff(json.loads(spec), own)
+            changes = list(_changes("", json.loads(spec), own))
             if best is None or len(changes) < best[0]:
                 best = len(changes), key, changes
     if best is None:
         return None
     return {"recipe": best[1], "variant": recipes[best[1]][0], "grid": found.grids[0], "changes": best[2]}
+
+
+def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
+    """Fields that differ; of a part that is another kind altogether, its kind alone."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new:
+            yield f"{path}: was {_short(old)}, now {_short(new)}"
+    elif old.get("kind") != new.get("kind"):
+        yield f"{path}: was {_short(old)}, now {_short(new)}"
+    else:
+        for name in sorted(old.keys() | new.keys()):
+            yield from _changes(f"{path}.{name}" if path else name, old.get(name), new.get(name))
+
+
+def _short(value: Any) -> str:
+    return str(value["kind"]) if isinstance(value, dict) and "kind" in value else json.dumps(value)
 
 
 # ---------------------------------------------------------------- what became of it, and why

@@ -94,7 +94,9 @@ def status_of(grid: str, home: Home) -> dict[str, Any]:
         if s.status in ("failed", "lost")
     ]
     cells = len(by_cell)
-    diverged = [{"key": s.cell_key, "stage": s.stage, "error": s.error} for s in states if s.cause == "diverged"]
+    # Of a cell whose training diverged, that is said once.
+    ended = {s.cell_key: s for s in reversed(states) if s.cause == "diverged" and s.status == "done"}
+    diverged = [{"key": s.cell_key, "stage": s.stage, "error": s.error} for s in reversed(ended.values())]
     about = {"counts": dict(counts), "running": running, "failed": failed, "diverged": diverged}
     return {"grid": grid, "cells": cells, **about}
 

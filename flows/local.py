@@ -106,7 +106,8 @@ def run_grid(
                 drive.run_on(processes)
             if summary.interrupted:
                 mirror.drop()
-    summary.diverged = {s.cell_key: s.error for s in store.work(name) if s.cause == "diverged" and s.status == "done"}
+    ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
+    summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
     store.close()
     return summary
 

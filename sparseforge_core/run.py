@@ -109,7 +109,7 @@ def train_cell(
     try:
         return _train_to_the_end(cell, directory, home, seen, should_stop, execution or Execution(), began)
     except Diverged as error:
-        why = f"{error} (step {seen.last.step} was the last good one)" if seen.last else str(error)
+        why = f"{error}; step {seen.last.step} was the last good one" if seen.last else str(error)
         log.warning("cell %s diverged: %s", cell_key(cell), why)
         rows = [*seen.facts, _row("final_loss", None, {"status": "diverged", "why": why})]
         context = {**_context(default_device()), "wall_seconds": time.perf_counter() - began}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from analysis.make_tables import make_tables
+from analysis.verify import verify
 from flows import grids
 from flows.cycle import ready
 from flows.grids.smoke import tiny_smoke
@@ -114,6 +115,7 @@ def test_nan_anywhere_in_training_ends_as_diverged_with_its_curve(
     assert forge not in {cell.key for cell in ready(own.states())}
     assert own.store.fsck() == []
     results = Results(own.home.store_url)
+    assert verify(results, own.home.root / "cells").problems == []
     curves = results.curves("tiny-smoke")
     loss = curves[(curves.cell_key == forge) & (curves.name == "loss/total")].curve.iloc[0]
     assert loss.steps[-1] == AT_STEP
