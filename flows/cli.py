@@ -184,7 +184,8 @@ def _status(options: argparse.Namespace, home: Home) -> int:
 
 
 def _explain(options: argparse.Namespace, home: Home) -> int:
-    from flows.explaining import explain, explanation_lines
+    from flows.explaining import explain
+    from flows.explanation import explanation_lines
 
     found = explain(options.cell, home)
     print(json.dumps(found, indent=1) if options.json else "\n".join(explanation_lines(found)))

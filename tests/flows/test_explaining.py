@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows import cli
-from flows.explaining import UnknownCell, explain, explanation_lines, log_tail
+from flows.explaining import UnknownCell, explain, log_tail
+from flows.explanation import explanation_lines
 from flows.home import Home
 from flows.stages import TRAIN
 from sparseforge_core.errors import StoreError
