@@ -28,7 +28,6 @@ from sparseforge_core.errors import (
     StoreError,
     described,
 )
-from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.curves import curves_of
 from sparseforge_core.store.outcomes import outcomes_of
 from sparseforge_core.store.rows import Attempt, Measurement, Provenance, StageState
@@ -94,14 +93,10 @@ def ready(
             out of memory before.
     """
     left = skip | {(s.cell_key, s.stage) for s in states if s.quarantined}
-    shared = _ready(states, busy, left, {(s.cell_key, s.stage) for s in states if s.stage in alone or _needs_room(s)})
+    shared = _ready(states, busy, left, {(s.cell_key, s.stage) for s in states if s.stage in alone or s.alone})
     if shared or busy:
         return shared
     return _ready(states, busy, left, set())[:1]
-
-
-def _needs_room(state: StageState) -> bool:
-    return state.cause is not None and POLICIES[state.cause].alone
 
 
 def _ready(

@@ -183,6 +183,8 @@ class StageState:
     variant: str
     seed: int
     tokens: int
+    alone: bool = False
+    """Whether one of those tries failed in a way that asks for the next to run alone (memory ran out)."""
 
     @property
     def cause(self) -> Cause | None:

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sparseforge_core.store import schema
-from sparseforge_core.store.causes import RELEASED
+from sparseforge_core.store.causes import POLICIES, RELEASED, cause_of
 from sparseforge_core.store.rows import StageState
 
 
@@ -45,6 +45,7 @@ def _state(row: Any, requires: Sequence[str], tries: Sequence[Any]) -> StageStat
         **row._mapping,
         status=shown.status if shown else "pending",
         attempts=sum(t.status != "interrupted" for t in tries[since:]),
+        alone=any(POLICIES[c].alone for t in tries[since:] if (c := cause_of(t.status, t.error)) is not None),
         error=shown.error if shown else "",
         requires=tuple(sorted(requires)),
     )

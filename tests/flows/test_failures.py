@@ -172,7 +172,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_down_to_what_fits(space: Wo
         for size, left in ((4, 2), (2, 1)):
             with pytest.raises(OutOfMemory, match=f"next, with {left} of {size} sequences at once, alone"):
                 space.execute(space.first)
-            assert state_of(space, space.first).cause == "out of memory"
+            assert (state_of(space, space.first).cause, state_of(space, space.first).alone) == ("out of memory", True)
             assert not state_of(space, space.first).quarantined
         space.execute(space.first)
     assert seen[:2] == [4, 2]
@@ -194,6 +194,7 @@ def test_a_cell_that_fits_at_no_size_is_given_up_with_the_arithmetic(space: Work
     assert (found.cause, found.quarantined, found.attempts) == ("out of memory", True, 3)
     assert ready(space.states()) == [], "nobody runs it, nor what waits for it"
     release_quarantined(space.store, "tiny-smoke", ORIGIN)
+    assert not state_of(space, space.first).alone
     with room_for(4) as seen:
         space.execute(space.first)
     assert seen[0] == 4, "after a release it begins anew with everything at once"

@@ -175,7 +175,7 @@ def test_each_class_of_failure_has_its_number_of_tries(status: Any, error: str, 
 
 
 def test_what_ran_out_of_memory_waits_until_nothing_else_runs_or_can() -> None:
-    scarce = state("a", status="failed", error="OutOfMemory: next, with 2 of 4", attempts=1, cost_hours=9.0)
+    scarce = state("a", status="failed", error="OutOfMemory: next, with 2 of 4", attempts=1, cost_hours=9.0, alone=True)
     others = [state("b"), state("c")]
     assert keys([scarce, *others]) == ["b", "c"]
     done = [dataclasses.replace(s, status="done") for s in others]
