@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
-    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "presets", "families",
-    "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
+    "demo", "plan", "run", "status", "explain", "tables", "report", "verify", "audit", "doctor", "methods", "presets",
+    "families", "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ EXIT_CODES = {
     "": "0 done, 2 bad input",
     "demo": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
     "run": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
+    "explain": "0 shown, 2 bad input, or a key that is unknown or stands for several cells",
     "status": "0 nothing failed, 1 something failed, 2 bad input",
     "tables": "0 written, 2 bad input, or something partial with --strict",
     "verify": "0 everything matches, 1 something does not, 2 bad input",
@@ -90,6 +91,11 @@ def _add_running(commands: Any) -> None:
     for command in (demo, run):
         command.add_argument("--workers", type=int, help="worker processes (default: one a GPU, else one a core)")
         command.add_argument("--quiet", action="store_true", help="no progress")
+        command.add_argument(
+            "--retry-failed",
+            action="store_true",
+            help="take cells out of quarantine first: those that used up their tries",
+        )
     demo.set_defaults(grid="demo", pool=None)
     plan = commands.add_parser(
         "plan",
@@ -130,6 +136,14 @@ def _add_reading(commands: Any) -> None:
     )
     status.add_argument("grid")
     status.add_argument("--json", action="store_true", help="machine-readable")
+    explain = commands.add_parser(
+        "explain",
+        help="one cell: recipe, who wants it, why it ran or has not, attempts, log, files, how to reproduce",
+        description="Everything about one cell of any grid in the store.",
+        epilog="example: sparseforge explain 0123456789ab-s0",
+    )
+    explain.add_argument("cell", metavar="CELL", help="a cell's key, or the beginning of one")
+    explain.add_argument("--json", action="store_true", help="machine-readable")
     tables = commands.add_parser(
         "tables",
         help="write Tables 1-7 and the figures from the store; with --only also show them here",

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from flows.cycle import TRAIN, record, recorded
+from flows.cycle import record, recorded
 from flows.grids.planned import Plan
 from flows.home import Home
 from flows.provenance import provenance
+from flows.stages import TRAIN
 from sparseforge_core import files
 from sparseforge_core.errors import CellTaken
 from sparseforge_core.store.rows import PlannedCell

@@ -66,9 +66,22 @@ def _run(options: argparse.Namespace, home: Home) -> int:
         prefect_environment(home)
         from flows.sparseforge import run_embedded
 
-        summary = run_embedded(home, options.grid, workers=options.workers, quiet=options.quiet)
+        summary = run_embedded(
+            home,
+            options.grid,
+            workers=options.workers,
+            quiet=options.quiet,
+            retry_failed=options.retry_failed,
+        )
     else:
-        summary = run_grid(home, options.grid, workers=options.workers, quiet=options.quiet, pool=options.pool)
+        summary = run_grid(
+            home,
+            options.grid,
+            workers=options.workers,
+            quiet=options.quiet,
+            pool=options.pool,
+            retry_failed=options.retry_failed,
+        )
     return _say(summary, "make demo" if options.command == "demo" else f"sparseforge run {options.grid}")
 
 
@@ -86,9 +99,16 @@ def _say(summary: Summary, again: str) -> int:
     print(f"{summary.grid}: {summary.executed} cells executed now, {summary.total} planned", flush=True)
     for key, error in summary.failed.items():
         print(f"  failed {key}: {error}", file=sys.stderr)
+        if key in summary.reproduce:
+            print(f"    reproduce with: {summary.reproduce[key]}", file=sys.stderr)
+    for key, error in summary.diverged.items():
+        print(f"  kept as diverged {key}: {error}", file=sys.stderr)
     if summary.interrupted:
         print(f"stopped; nothing is lost. Go on with: {again}", file=sys.stderr)
         return INTERRUPTED
+    if summary.failed:
+        what = f"{len(summary.failed)} cells are in quarantine; `sparseforge explain CELL` says all about one"
+        print(f"  {what}. Once the cause is gone: sparseforge run {summary.grid} --retry-failed", file=sys.stderr)
     for pool, count in sorted(summary.unserved.items()):
         what = f"{count} cells are placed on {pool}, which this machine cannot serve; left for workers of that pool"
         print(f"  {what}, or `sparseforge run {summary.grid} --pool {pool}`", file=sys.stderr)
@@ -161,6 +181,15 @@ def _status(options: argparse.Namespace, home: Home) -> int:
     else:
         print_status(status)
     return FAILED if status["failed"] else OK
+
+
+def _explain(options: argparse.Namespace, home: Home) -> int:
+    from flows.explaining import explain
+    from flows.explanation import explanation_lines
+
+    found = explain(options.cell, home)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(explanation_lines(found)))
+    return OK
 
 
 def _tables(options: argparse.Namespace, home: Home) -> int:
@@ -279,6 +308,7 @@ HANDLERS = {
     "bundle": _bundle,
     "ingest": _ingest,
     "status": _status,
+    "explain": _explain,
     "tables": _tables,
     "report": _report,
     "verify": _verify,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MICRO_BATCH = {"cpu": None, "gpu-1": 4, "gpu-8": 1}
+"""Sequences of one forward on the devices of each pool, before memory has run out; None takes the whole batch."""
 CPU_WORKERS = 4
 """Most worker processes that a run starts by itself on a machine without GPUs."""
 
@@ -29,3 +31,9 @@ def gpus() -> list[str]:
 def default_workers() -> int:
     """One worker a GPU, else one a core, at most four."""
     return len(gpus()) or min(CPU_WORKERS, cores())
+
+
+def served_here(pool: str) -> bool:
+    """Whether this machine has the devices of a pool: `gpu-8` means eight GPUs, anything else a CPU."""
+    count = pool.removeprefix("gpu-")
+    return count == pool or len(gpus()) >= int(count)

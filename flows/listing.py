@@ -6,6 +6,7 @@ import collections
 import socket
 from typing import Any
 
+from flows.failures import reproducer
 from flows.grids import GRIDS, grid_named
 from flows.grids.planned import Plan
 from flows.home import Home
@@ -85,12 +86,19 @@ def status_of(grid: str, home: Home) -> dict[str, Any]:
             "variant": s.variant,
             "attempts": s.attempts,
             "error": s.error,
+            "cause": s.cause,
+            "quarantined": s.quarantined,
+            "reproduce": reproducer(home, s),
         }
         for s in states
         if s.status in ("failed", "lost")
     ]
     cells = len(by_cell)
-    return {"grid": grid, "cells": cells, "counts": dict(counts), "running": running, "failed": failed}
+    # Of a cell whose training diverged, that is said once.
+    ended = {s.cell_key: s for s in reversed(states) if s.cause == "diverged" and s.status == "done"}
+    diverged = [{"key": s.cell_key, "stage": s.stage, "error": s.error} for s in reversed(ended.values())]
+    about = {"counts": dict(counts), "running": running, "failed": failed, "diverged": diverged}
+    return {"grid": grid, "cells": cells, **about}
 
 
 def print_status(status: dict[str, Any]) -> None:
@@ -101,7 +109,14 @@ def print_status(status: dict[str, Any]) -> None:
         loss = f", step {cell['step']}, loss {cell['loss']:.3f}" if cell.get("loss") is not None else ""
         print(f"  running {cell['key']}  {cell['model']} {cell['variant']}  {cell['stage']}{loss}")
     for cell in status["failed"]:
-        print(f"  failed  {cell['key']}  {cell['model']} {cell['variant']}  {cell['stage']}: {cell['error']}")
+        kept = f" (quarantined: {cell['cause']})" if cell["quarantined"] else ""
+        print(f"  failed  {cell['key']}  {cell['model']} {cell['variant']}  {cell['stage']}{kept}: {cell['error']}")
+        if kept:
+            print(f"    reproduce with: {cell['reproduce']}")
+    for cell in status["diverged"]:
+        print(f"  diverged  {cell['key']}  {cell['stage']}: {cell['error']}")
+    if any(cell["quarantined"] for cell in status["failed"]):
+        print(f"  once the cause is gone: sparseforge run {status['grid']} --retry-failed")
 
 
 def listing(what: str) -> list[dict[str, Any]]:

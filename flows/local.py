@@ -9,14 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from flows.cycle import LEASE, MAX_ATTEMPTS, Key, ReadyCell, attempts_so_far, plan_grid, ready, timed_stages
-from flows.devices import default_workers, gpus
+from flows.cycle import LEASE, Key, ReadyCell, plan_grid, ready, timed_stages
+from flows.devices import default_workers, served_here
+from flows.failures import patiently, release_quarantined, reproducer
 from flows.home import Home
 from flows.messages import Outcome
 from flows.mirror import Mirror, lacking
 from flows.pool import WorkerPool
 from flows.progress import Progress
-from flows.provenance import process_alive
+from flows.provenance import process_alive, provenance
+from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
@@ -33,7 +35,11 @@ class Summary:
     total: int = 0
     executed_cells: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
-    """Cause by cell key."""
+    """Error by cell key, of cells in quarantine and of those given up now."""
+    reproduce: dict[str, str] = field(default_factory=dict)
+    """By cell key, one line that runs what failed by itself."""
+    diverged: dict[str, str] = field(default_factory=dict)
+    """Why, by cell key; these are done."""
     unserved: dict[str, int] = field(default_factory=dict)
     """Cells left alone because they are placed on devices that this machine lacks, by pool."""
     blocked: int = 0
@@ -68,6 +74,7 @@ def run_grid(
     wrap: Callable[[RunCell], RunCell] | None = None,
     pool: str | None = None,
     flow_run_id: str = "",
+    retry_failed: bool = False,
 ) -> Summary:
     """Run what is not done of a grid, on warm workers of this machine, until nothing more can be.
 
@@ -82,8 +89,11 @@ def run_grid(
         wrap: puts something around the execution of each cell (Prefect: a task run).
         pool: only the cells placed there, whatever this machine has.
         flow_run_id: recorded with each attempt.
+        retry_failed: take the grid's cells out of quarantine first.
     """
     store, states = open_grid(home, name)
+    if retry_failed and release_quarantined(store, name, provenance(flow_run_id=flow_run_id)):
+        states = store.work(name)
     summary = Summary(name, total=len({s.cell_key for s in states}))
     behind = lacking(home, states)
     if behind or any(s.status != "done" for s in states):
@@ -92,32 +102,38 @@ def run_grid(
             if any(s.status != "done" for s in states):
                 processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
                 run: RunCell = processes.execute
-                drive = _Drive(store, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
+                drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
                 drive.run_on(processes)
             if summary.interrupted:
                 mirror.drop()
+    ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
+    summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
     store.close()
     return summary
-
-
-def served_here(pool: str) -> bool:
-    """Whether this machine has the devices of a pool: `gpu-8` means eight GPUs, anything else a CPU."""
-    count = pool.removeprefix("gpu-")
-    return count == pool or len(gpus()) >= int(count)
 
 
 class _Drive:
     """One run of a grid: what runs, what was given up, and when to look again."""
 
     def __init__(
-        self, store: ResultStore, summary: Summary, mirror: Mirror, run: RunCell, pool: str | None, *, quiet: bool
+        self,
+        store: ResultStore,
+        home: Home,
+        summary: Summary,
+        mirror: Mirror,
+        run: RunCell,
+        pool: str | None,
+        *,
+        quiet: bool,
     ) -> None:
-        self.store, self.summary, self.mirror, self.run, self.pool = store, summary, mirror, run, pool
+        self.store, self.home, self.summary, self.mirror, self.run, self.pool = store, home, summary, mirror, run, pool
         states = self.states()
-        self.earlier = attempts_so_far(states)
         self.alone = timed_stages(store, states)
         self.labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
-        self.skip = self._not_ours(states)
+        self.left = frozenset(self._not_ours(states))
+        self.skip: set[Key] = set(self.left)
+        self.later: dict[Key, float] = {}
+        """When a stage may be tried again that met a store or a disk that was away."""
         self.tries: collections.Counter[Key] = collections.Counter()
         self.running: dict[Future[Outcome], ReadyCell] = {}
         costs = {s.cell_key: s.cost_hours for s in states if s.status != "done"}
@@ -125,7 +141,7 @@ class _Drive:
         self.progress.costs = costs
 
     def states(self) -> list[StageState]:
-        return self.store.work(self.summary.grid)
+        return patiently(lambda: self.store.work(self.summary.grid))
 
     def run_on(self, pool: WorkerPool) -> None:
         """Submit what is ready, wait for something to end, repeat until nothing runs and nothing can start."""
@@ -133,7 +149,7 @@ class _Drive:
         try:
             with ThreadPoolExecutor(pool.size, thread_name_prefix="cell") as threads:
                 try:
-                    while self._submit(threads, pool.size) or self._held_elsewhere():
+                    while self._submit(threads, pool.size) or self._some_come_later() or self._held_elsewhere():
                         self._wait()
                 finally:
                     pool.stop()  # threads wait for their workers; without this, leaving the block would hang
@@ -141,7 +157,9 @@ class _Drive:
             self.summary.interrupted = True
         finally:
             self.progress.close()
-        open_cells = {s.cell_key for s in self.states() if s.status != "done"}
+        states = self.states()
+        self._report_quarantine(states)
+        open_cells = {s.cell_key for s in states if s.status != "done"}
         self.summary.blocked = len(open_cells - set(self.summary.failed))
 
     def _submit(self, threads: ThreadPoolExecutor, workers: int) -> bool:
@@ -149,22 +167,28 @@ class _Drive:
         if self.summary.interrupted:
             return bool(self.running)
         busy = frozenset(cell.key for cell in self.running.values())
-        found = ready(self.states(), busy=busy, skip=frozenset(self.skip), alone=self.alone, earlier=self.earlier)
+        now = time.monotonic()
+        self.later = {key: moment for key, moment in self.later.items() if moment > now}
+        found = ready(self.states(), busy=busy, skip=frozenset(self.skip | self.later.keys()), alone=self.alone)
         for cell in found[: workers - len(self.running)]:
             self.progress.started(cell.key, self.labels[cell.key])
             self.running[threads.submit(self.run, cell.key, cell.stages)] = cell
         return bool(self.running)
 
+    def _some_come_later(self) -> bool:
+        """Whether something is to be tried again after a while."""
+        return bool(self.later.keys() - self.skip) and not self.summary.interrupted
+
     def _held_elsewhere(self) -> bool:
         """Whether other processes hold stages that cells of ours may wait for; forget those that died."""
         if self.pool is not None or self.summary.interrupted:
             return False
-        self.store.release_dead(socket.gethostname(), process_alive)
-        self.store.expire(LEASE)
+        patiently(lambda: self.store.release_dead(socket.gethostname(), process_alive))
+        patiently(lambda: self.store.expire(LEASE))
         held = [s for s in self.states() if s.status == "running"]
         if held:
             self.progress.note(f"waiting for {len(held)} stages that other processes run")
-        return bool(held) or bool(ready(self.states(), skip=frozenset(self.skip), earlier=self.earlier))
+        return bool(held) or bool(ready(self.states(), skip=frozenset(self.skip)))
 
     def _wait(self) -> None:
         """Until a cell has ended, or, where none of ours runs, a moment."""
@@ -191,14 +215,30 @@ class _Drive:
         self.progress.ended(cell.key, done=whole, note=note)
 
     def _missed(self, cell: ReadyCell, outcome: Outcome) -> None:
-        """Count a stage that failed or lost its worker, and give it up when it never will or was tried enough."""
+        """Have a stage that failed or lost its worker tried again as the policy of its class says, or give it up."""
+        key, cause = (cell.key, outcome.stage), outcome.cause or "unknown"
         if outcome.status == "lost":
-            self.store.release_dead(socket.gethostname(), process_alive)
-        key = (cell.key, outcome.stage)
+            host = socket.gethostname()
+            if not patiently(lambda: self.store.release_dead(host, process_alive, cell=cell.key, why=outcome.error)):
+                cause = "unknown"  # it died before it had anything to do with the cell
         self.tries[key] += 1
-        if outcome.permanent or self.tries[key] >= MAX_ATTEMPTS:
+        policy = POLICIES[cause]
+        if policy.wait:
+            self.later[key] = time.monotonic() + policy.wait * 2 ** (self.tries[key] - 1)
+        # What never came as far as an attempt in the store is counted here alone.
+        state = next(s for s in self.states() if (s.cell_key, s.stage) == key)
+        if state.quarantined or (policy.tries is not None and self.tries[key] >= policy.tries):
             self.skip.add(key)
-            self.summary.failed.setdefault(cell.key, outcome.error)
+            self._give_up(state, outcome.error)
+
+    def _report_quarantine(self, states: list[StageState]) -> None:
+        for state in states:
+            if state.quarantined and (state.cell_key, state.stage) not in self.left:
+                self._give_up(state, state.error)
+
+    def _give_up(self, state: StageState, error: str) -> None:
+        self.summary.failed.setdefault(state.cell_key, error)
+        self.summary.reproduce.setdefault(state.cell_key, reproducer(self.home, state))
 
     def _not_ours(self, states: list[StageState]) -> set[Key]:
         """Stages of cells that are placed elsewhere; those that this machine cannot serve are counted."""

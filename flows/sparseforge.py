@@ -25,7 +25,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows.cycle import LEASE, attempts_so_far, ready
+from flows.cycle import LEASE, ready
 from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
 from flows.messages import Outcome
@@ -71,7 +71,9 @@ def sparseforge_cell(grid: str, pool: str, workers: int | None = None) -> Report
     return _reported(lambda: _run_here(Home.of(), grid, processes, quiet=True, pool=pool), partial=True)
 
 
-def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bool = False) -> Summary:
+def run_embedded(
+    home: Home, grid: str, *, workers: int | None = None, quiet: bool = False, retry_failed: bool = False
+) -> Summary:
     """Run a grid in this process as a flow run, under a Prefect server that needs no starting by hand.
 
     Raises ServerError if Prefect cannot be had. Failing cells are in the summary, as they are in the store.
@@ -79,7 +81,7 @@ def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bo
     found: list[Summary] = []
 
     def body() -> Report | State:
-        found.append(_run_here(home, grid, workers, quiet=quiet))
+        found.append(_run_here(home, grid, workers, quiet=quiet, retry_failed=retry_failed))
         return _report(found[0])
 
     logging.getLogger("prefect").setLevel(logging.CRITICAL)  # what failed is in the summary; once is enough
@@ -103,7 +105,9 @@ def run_stage(run: RunCell, key: str, stage: str, label: str) -> State:
     return Failed(message=said) if outcome.status in ("failed", "lost") else Cancelled(message=said)
 
 
-def _run_here(home: Home, grid: str, workers: int | None, *, quiet: bool, pool: str | None = None) -> Summary:
+def _run_here(
+    home: Home, grid: str, workers: int | None, *, quiet: bool, pool: str | None = None, retry_failed: bool = False
+) -> Summary:
     flow_context = contextvars.copy_context()
 
     def wrap(run: RunCell) -> RunCell:
@@ -128,7 +132,9 @@ def _run_here(home: Home, grid: str, workers: int | None, *, quiet: bool, pool: 
         return as_task_runs
 
     run_id = str(flow_run.id or "")
-    return run_grid(home, grid, workers=workers, quiet=quiet, wrap=wrap, pool=pool, flow_run_id=run_id)
+    return run_grid(
+        home, grid, workers=workers, quiet=quiet, wrap=wrap, pool=pool, flow_run_id=run_id, retry_failed=retry_failed
+    )
 
 
 @dataclass
@@ -143,7 +149,6 @@ class _Pool:
 def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
     """Keep one drain in flight for each polling worker of each pool that has ready cells, until nothing is left."""
     store, states = open_grid(home, grid)
-    earlier = attempts_so_far(states)
     pools: dict[str, _Pool] = {}
     shown = -1
     while True:
@@ -153,7 +158,7 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
             for pool in pools.values():
                 pool.failures = 0
             shown = done
-        waiting = {cell.key for cell in ready(states, earlier=earlier)}
+        waiting = {cell.key for cell in ready(states)}
         wanted = sorted({s.pool for s in states if s.cell_key in waiting})
         for name, pool in pools.items():
             _settle_drains(name, pool)

@@ -92,7 +92,9 @@ class Checkpoints:
 
     def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> None:
         path = self._path(step)
-        verify(path, self.cell)
+        said = verify(path, self.cell).get("step")
+        if said != step:
+            raise CheckpointMismatch(f"{path} says that it is of step {said!r}; the folder was renamed or altered")
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         state = load_file(path / "track.safetensors")

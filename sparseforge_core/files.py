@@ -7,10 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sparseforge_core.errors import FolderHeld
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,6 +47,39 @@ def only_one(path: Path) -> Iterator[None]:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def held(path: Path, *, seconds: float, pause: float = 0.2) -> Iterator[None]:
+    """Be the only process that writes `path` while the block runs; the lock goes with the process that holds it.
+
+    A process that is stopped, or cut off from everything else, keeps the lock: who comes later cannot write beside it.
+    Raises FolderHeld, saying who has it, where it is not free within so many seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.held").open("a+", encoding="utf-8") as lock:
+        deadline = time.monotonic() + seconds
+        while not _take(lock.fileno()):
+            if time.monotonic() >= deadline:
+                lock.seek(0)
+                raise FolderHeld(
+                    f"{path} is still being written by {lock.read().strip() or 'another process'}, which lost its "
+                    "claim but has not ended: let it go on (kill -CONT) or end it (kill -KILL)"
+                )
+            time.sleep(pause)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def _take(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -28,11 +28,12 @@ from sparseforge_core import files, specs
 from sparseforge_core.checkpoint import MANIFEST, Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
-from sparseforge_core.errors import DataError, Interrupted, SparseForgeError
+from sparseforge_core.errors import DataError, Diverged, Interrupted, SparseForgeError
 from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
+from sparseforge_core.evaluate.result import measurement
 from sparseforge_core.evaluate.subject import Subject
-from sparseforge_core.evaluate.suites import Suite, suite_key
+from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
 from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
@@ -41,6 +42,7 @@ from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import forwards
 from sparseforge_core.opening import (
     cell_folder,
+    divergence,
     open_family,
     open_finished,
     open_source,
@@ -76,6 +78,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_memory() -> int:
+    """Bytes of memory of the first GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def train_cell(
     cell: Cell,
     directory: Path,
@@ -87,7 +96,8 @@ def train_cell(
 ) -> Path:
     """Run a cell's train stage in `directory` and return its measurements file; a finished one is not run again.
 
-    Raises Interrupted after saving a checkpoint when asked to stop; the same call then goes on from there.
+    One that diverges has a result all the same: measurements without a value, and why. Raises Interrupted after saving
+    a checkpoint when asked to stop; the same call then goes on from there.
     """
     done = finished_training(cell, directory)
     if done:
@@ -95,7 +105,51 @@ def train_cell(
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
+    seen = _Seen(on_step)
+    try:
+        return _train_to_the_end(cell, directory, home, seen, should_stop, execution or Execution(), began)
+    except Diverged as error:
+        why = f"{error}; step {seen.last.step} was the last good one" if seen.last else str(error)
+        log.warning("cell %s diverged: %s", cell_key(cell), why)
+        rows = [*seen.facts, _row("final_loss", None, {"status": "diverged", "why": why})]
+        context = {**_context(default_device()), "wall_seconds": time.perf_counter() - began}
+        return _write_measurements(directory, cell, "train", None, rows, context, None, diverged=why)
+
+
+class _Seen:
+    """What is known of a training so far, for one that ends badly."""
+
+    def __init__(self, on_step: Callable[[Progress], None] | None) -> None:
+        self.on_step = on_step
+        self.last: Progress | None = None
+        """The last step that was made."""
+        self.facts: list[dict[str, Any]] = []
+        """Measurements that hold however it ends."""
+
+    def __call__(self, progress: Progress) -> None:
+        self.last = progress
+        if self.on_step is not None:
+            self.on_step(progress)
+
+    def close(self, journal: Journal, error: Diverged, steps: int) -> None:
+        """End the journal of a run that diverged with the last step's loss, whether it was its turn or not."""
+        if self.last is not None:
+            journal.scalars(self.last.step, {"loss/total": self.last.loss})
+        after = self.last.step if self.last is not None else 0
+        journal.event("diverged", {"why": str(error), "after": after, "of": steps})
+
+
+def _train_to_the_end(
+    cell: Cell,
+    directory: Path,
+    home: Path,
+    seen: _Seen,
+    should_stop: Callable[[], bool] | None,
+    execution: Execution,
+    began: float,
+) -> Path:
     prepared = _Prepared(cell, home, default_device())
+    seen.facts = _facts(cell.recipe, prepared.coverage)
     checkpoints = Checkpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())
     outcome = Outcome(final_loss=math.nan, seconds=0.0)
@@ -104,9 +158,12 @@ def train_cell(
         steps = checkpoints.steps()
         journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
         try:
-            run = prepared.run(track, checkpoints, journal, execution or Execution())
-            outcome = train(run, on_step=on_step, should_stop=should_stop)
+            run = prepared.run(track, checkpoints, journal, execution)
+            outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
+        except Diverged as error:
+            seen.close(journal, error, cell.recipe.train.steps)
+            raise
         finally:
             journal.close()
     branches = track.finish()
@@ -125,7 +182,8 @@ def finished_training(cell: Cell, directory: Path) -> Path | None:
     path = directory / "measurements.json"
     if not path.is_file():
         return None
-    verify(directory / "final", cell_key(cell))
+    if divergence(directory) is None:  # else it left no model
+        verify(directory / "final", cell_key(cell))
     return path
 
 
@@ -134,13 +192,20 @@ def evaluate_cell(
 ) -> Path:
     """Measure a finished cell under a suite and return the measurements file in `directory`.
 
+    A cell that diverged made no model: its measurements have no value, and say why.
+
     `ngram` is the length, in words, of what the contamination scan looks for; None leaves the scan out.
     """
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     device = default_device()
     recipe = cell.recipe
-    model = open_finished(cell, home).to(device)  # type: ignore[arg-type]
+    try:
+        model = open_finished(cell, home).to(device)  # type: ignore[arg-type]
+    except Diverged as error:
+        rows = [measurement(metric, None, None, 0, {"why": str(error)}) for metric in metrics_of(suite)]
+        context = {**_context(device), "wall_seconds": time.perf_counter() - began}
+        return _write_measurements(directory, cell, suite_key(suite), suite, rows, context, None, diverged=str(error))
     sites: list[Site] = []
     if recipe.pattern is not None:
         sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
@@ -282,9 +347,6 @@ def _train_measurements(
     findings: dict[str, float],
 ) -> list[dict[str, Any]]:
     values: dict[str, float] = {
-        "coverage": cover.share if recipe.pattern else 0.0,
-        "masked_parameters": cover.masked if recipe.pattern else 0,
-        "total_parameters": cover.total,
         "extra_parameters": sum(branch.cost.parameters for branch in branches.values()),
         "extra_bytes": sum(branch.cost.parameters for branch in branches.values()) * STORED_BYTES,
         "extra_flops_per_token": sum(branch.cost.flops for branch in branches.values()),
@@ -299,11 +361,21 @@ def _train_measurements(
     if math.isfinite(gap):
         values["soft_hard_gap"] = gap
     values |= findings
-    details = {"coverage": {"family": cover.family, "included": cover.included, "excluded": cover.excluded}}
+    return _facts(recipe, cover) + [_row(name, float(value)) for name, value in values.items()]
+
+
+def _facts(recipe: Recipe, cover: Coverage) -> list[dict[str, Any]]:
+    """What is masked, which no training changes."""
+    about = {"family": cover.family, "included": cover.included, "excluded": cover.excluded}
     return [
-        {"metric": name, "value": float(value), "stderr": None, "n": 1, "detail": details.get(name, {})}
-        for name, value in values.items()
+        _row("coverage", cover.share if recipe.pattern else 0.0, about),
+        _row("masked_parameters", float(cover.masked if recipe.pattern else 0)),
+        _row("total_parameters", float(cover.total)),
     ]
+
+
+def _row(metric: str, value: float | None, detail: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "stderr": None, "n": 1, "detail": detail or {}}
 
 
 def _context(device: torch.device) -> dict[str, Any]:
@@ -328,6 +400,8 @@ def _write_measurements(
     rows: list[dict[str, Any]],
     context: dict[str, Any],
     items_sha256: str | None,
+    *,
+    diverged: str | None = None,
 ) -> Path:
     body = {
         "format": FORMAT,
@@ -338,6 +412,8 @@ def _write_measurements(
         "items_sha256": items_sha256,
         "measurements": rows,
     }
+    if diverged is not None:
+        body["diverged"] = diverged
     path = directory / "measurements.json"
     files.write_json(path, body)
     return path

@@ -66,14 +66,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
     CORE + "run": BELOW_TRAIN | core("train evaluate tracking.tracker"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
-    "flows.placements": SPECS,
+    "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
     "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
+    "flows.stages": SPECS | core("store run files") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
-    "analysis": core("store.results store.rows store.outcomes"),
+    "analysis": core("store.results store.rows store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 

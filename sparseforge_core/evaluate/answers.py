@@ -87,7 +87,7 @@ def remembered(
         answers = Answers(path, about)
         try:
             left = [item for item, text in enumerate(asked) if answers.get(item, text) is None]
-            for found in run(left):
+            for found in run(left) if left else ():  # all may be there: killed between the last and the numbers
                 for item, answer in found.items():
                     answers.put(item, asked[item], answer)
             return [answers.known[item][1] for item in range(len(asked))]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite
 from sparseforge_core.sparsity.patterns import all_finite
 from sparseforge_core.specs import spec
 
@@ -91,11 +91,11 @@ def standardize(scores: Tensor, *, log: bool, where: str = "a layer") -> Tensor:
 
     Raw products of curvature and weight are heavy-tailed: a few columns set sigma and the gaps inside groups
     vanish against the temperature. The logarithm keeps the order and makes the gaps comparable. Constant scores
-    become zeros. Raises CurvatureUnavailable, naming `where`, if a score is not finite.
+    become zeros. Raises NotFinite, naming `where`, if a score is not finite.
     """
     s = scores.float()
     if log:
         s = (s + 1e-10 * s.mean() + 1e-38).log()
     if not all_finite(s):
-        raise CurvatureUnavailable(f"{where}: a score is not finite; the curvature or weight behind it has diverged")
+        raise NotFinite(f"{where}: a score is not finite; the curvature or weight behind it has diverged")
     return (s - s.mean()) / (s.std(correction=0) + 1e-6)

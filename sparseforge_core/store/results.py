@@ -14,7 +14,9 @@ import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
+from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.curves import curve_from
+from sparseforge_core.store.dossier import Dossier, dossier, matching, recipes_of
 from sparseforge_core.store.engine import make_engine, reading
 from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
 from sparseforge_core.store.migrate import require_newest
@@ -135,6 +137,21 @@ class Results:
         with reading(self.engine) as connection:
             return {(s.cell_key, s.stage): s.status for name in names for s in stage_states(connection, name)}
 
+    def cells_like(self, prefix: str) -> list[tuple[str, str, str, int]]:
+        """(key, model, variant, seed) of every cell whose key begins so."""
+        with reading(self.engine) as connection:
+            return matching(connection, prefix)
+
+    def dossier(self, cell_key: str) -> Dossier:
+        """All that the store knows of a cell that `cells_like` has found, but its attempts."""
+        with reading(self.engine) as connection:
+            return dossier(connection, cell_key)
+
+    def recipes(self, grid: str) -> dict[str, tuple[str, str]]:
+        """(variant, the fully resolved recipe as JSON) of every recipe that a grid plans, by recipe key."""
+        with reading(self.engine) as connection:
+            return recipes_of(connection, grid)
+
     def published(self, exhibit: str) -> pd.DataFrame:
         """Quoted numbers of an exhibit, in the paper's order."""
         table = schema.published
@@ -188,7 +205,7 @@ class Results:
         found = {}
         for row in tries:
             place = row.cell_key, row.stage
-            count[place] = count.get(place, 0) + 1
+            count[place] = count.get(place, 0) + (not row.error.startswith(RELEASED))
             if row.status != "done":
                 continue
             link = links.get(row.id)
