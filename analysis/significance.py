@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -109,20 +110,35 @@ def interval(a: Items, b: Items) -> tuple[float, float]:
 
     With more than MANY items the mean of a resample of them is drawn from its normal limit, which is what it has then.
     """
-    rng = np.random.default_rng(SEED)
     differences = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a.strata, b.strata, strict=True)]
+    sides = (a.seeds, b.seeds)
     if a.n > MANY:
         spread = math.sqrt(sum(float(d.var()) / len(d) for d in differences)) / len(differences)
-        drawn = float(np.mean([d.mean() for d in differences])) + spread * rng.standard_normal(RESAMPLES)
+        normal, chosen = _resampled(None, sides)
+        drawn = float(np.mean([d.mean() for d in differences])) + spread * normal[0]
     else:
-        drawn = np.mean([d[rng.integers(0, len(d), (RESAMPLES, len(d)))].mean(axis=1) for d in differences], axis=0)
-    for sign, side in ((1, a), (-1, b)):
-        if side.seeds > 1:
+        places, chosen = _resampled(tuple(len(d) for d in differences), sides)
+        drawn = np.mean([d[place].mean(axis=1) for d, place in zip(differences, places, strict=True)], axis=0)
+    for sign, side, seeds in zip((1, -1), (a, b), chosen, strict=True):
+        if seeds is not None:
             means = side.by_seed
-            chosen = means[rng.integers(0, side.seeds, (RESAMPLES, side.seeds))].mean(axis=1)
-            drawn = drawn + sign * (chosen - means.mean())
+            drawn = drawn + sign * (means[seeds].mean(axis=1) - means.mean())
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=16)
+def _resampled(items: tuple[int, ...] | None, sides: tuple[int, int]) -> tuple[list[Any], list[Any]]:
+    """What a bootstrap draws: (places of items by stratum, or standard normals for None; places of seeds by side).
+
+    Every comparison of the same shape draws the same, so that it is drawn once.
+    """
+    rng = np.random.default_rng(SEED)
+    if items is None:
+        places = [rng.standard_normal(RESAMPLES)]
+    else:
+        places = [rng.integers(0, count, (RESAMPLES, count)) for count in items]
+    return places, [rng.integers(0, seeds, (RESAMPLES, seeds)) if seeds > 1 else None for seeds in sides]
 
 
 def holm(values: Sequence[float], family: int | None = None) -> list[float]:

@@ -80,17 +80,18 @@ class Results:
         """
         recorded = self._measurements(grid)
         suites = self.suites()
+        of_slot, of_record = MEASUREMENT_COLUMNS[:4], [c for c in MEASUREMENT_COLUMNS[4:] if c != "suite"]
         rows = []
         for slot in self._slots(grid):
-            shown = {name: slot[name] for name in ("exhibit", "row", "label", "position")}
-            stages = {"train", *slot["suite_keys"]}
+            shown = [slot[name] for name in of_slot]
+            stages, seeds = {"train", *slot["suite_keys"]}, set(slot["seeds"])
             rows += [
-                {**record, **shown, "suite": suites.get(record["stage"], record["stage"])}
+                [*shown, suites.get(record["stage"], record["stage"]), *(record[name] for name in of_record)]
                 for record in recorded.get(slot["recipe_key"], [])
-                if record["stage"] in stages and record["seed"] in slot["seeds"]
+                if record["stage"] in stages and record["seed"] in seeds
             ]
         # as objects: reading texts back one by one out of Arrow's strings takes longer than everything else
-        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS, dtype=object)
+        frame = pd.DataFrame(rows, columns=[*of_slot, "suite", *of_record], dtype=object)[MEASUREMENT_COLUMNS]
         frame = frame.astype({"value": float, "stderr": float, "seed": int, "position": int, "tokens": int, "n": int})
         return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
 
@@ -283,9 +284,11 @@ class Results:
         done = self._rows(sa.select(a.c.id, a.c.context).where(a.c.status == "done"))
         contexts = {row.id: _sorted(row.context) for row in done}  # one for the many measurements of a stage
         grouped: dict[str, list[dict[str, Any]]] = {}
+        names = rows[0]._fields if rows else ()
         for row in rows:
-            record = {**row._mapping, "detail": _sorted(row.detail), "context": contexts[row.attempt_id]}
-            grouped.setdefault(row.recipe_key, []).append(record)
+            record = dict(zip(names, row, strict=True))
+            record |= {"detail": _sorted(record["detail"]), "context": contexts[record["attempt_id"]]}
+            grouped.setdefault(record["recipe_key"], []).append(record)
         return grouped
 
     def _rows(self, statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
