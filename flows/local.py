@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 from flows.cycle import LEASE, Key, ReadyCell, plan_grid, ready, timed_stages
 from flows.devices import default_workers, served_here
@@ -15,6 +16,7 @@ from flows.failures import patiently, release_quarantined, reproducer
 from flows.home import Home
 from flows.messages import Outcome
 from flows.mirror import Mirror, lacking
+from flows.notify import Notifier
 from flows.pool import WorkerPool
 from flows.progress import Progress
 from flows.provenance import process_alive, provenance
@@ -56,6 +58,15 @@ class Summary:
         """Whether everything planned is done."""
         return not (self.failed or self.blocked or self.interrupted)
 
+    def as_json(self) -> dict[str, Any]:
+        """For machines: counts first, then what went wrong by cell key."""
+        counts = {"planned": self.total, "executed": self.executed, "not_done": self.blocked + len(self.failed)}
+        ends = {"interrupted": self.interrupted, "complete": self.complete}
+        return {
+            "grid": self.grid, **counts, **ends, "unserved": self.unserved, "failed": self.failed,
+            "diverged": self.diverged, "reproduce": self.reproduce,
+        }  # fmt: skip
+
 
 def open_grid(home: Home, name: str) -> tuple[ResultStore, list[StageState]]:
     """Plan a grid in its store, release what dead processes of this machine held, and say what is to do."""
@@ -95,19 +106,24 @@ def run_grid(
     if retry_failed and release_quarantined(store, name, provenance(flow_run_id=flow_run_id)):
         states = store.work(name)
     summary = Summary(name, total=len({s.cell_key for s in states}))
-    behind = lacking(home, states)
-    if behind or any(s.status != "done" for s in states):
-        with Mirror(home, name, states) as mirror:
-            mirror.put(behind)
-            if any(s.status != "done" for s in states):
-                processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
-                run: RunCell = processes.execute
-                drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
-                drive.run_on(processes)
-            if summary.interrupted:
-                mirror.drop()
-    ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
-    summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
+    behind, began = lacking(home, states), time.monotonic()
+    to_run = any(s.status != "done" for s in states)
+    with Notifier() as notifier:
+        if behind or to_run:
+            with Mirror(home, name, states) as mirror:
+                mirror.put(behind)
+                if to_run:
+                    processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
+                    run: RunCell = processes.execute
+                    drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
+                    drive.notifier = notifier
+                    drive.run_on(processes)
+                if summary.interrupted:
+                    mirror.drop()
+        ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
+        summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
+        if to_run:
+            notifier.ended(summary.as_json(), seconds=time.monotonic() - began, pool=pool)
     store.close()
     return summary
 
@@ -136,6 +152,7 @@ class _Drive:
         """When a stage may be tried again that met a store or a disk that was away."""
         self.tries: collections.Counter[Key] = collections.Counter()
         self.running: dict[Future[Outcome], ReadyCell] = {}
+        self.notifier: Notifier | None = None
         costs = {s.cell_key: s.cost_hours for s in states if s.status != "done"}
         self.progress = Progress(summary.grid, summary.total, done=summary.total - len(costs), quiet=quiet)
         self.progress.costs = costs
@@ -230,6 +247,10 @@ class _Drive:
         if state.quarantined or (policy.tries is not None and self.tries[key] >= policy.tries):
             self.skip.add(key)
             self._give_up(state, outcome.error)
+            if self.notifier is not None:
+                about = {"cell": cell.key, "label": self.labels[cell.key], "stage": outcome.stage}
+                told = {"cause": cause, "error": outcome.error, "reproduce": self.summary.reproduce[cell.key]}
+                self.notifier.cell_failed(self.summary.grid, **about, **told)
 
     def _report_quarantine(self, states: list[StageState]) -> None:
         for state in states:

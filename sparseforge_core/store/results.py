@@ -21,8 +21,8 @@ from sparseforge_core.store.engine import make_engine, reading
 from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
 from sparseforge_core.store.migrate import require_newest
 from sparseforge_core.store.outcomes import unpack
-from sparseforge_core.store.rows import Curve
-from sparseforge_core.store.states import stage_states
+from sparseforge_core.store.rows import AttemptRecord, Curve, StageState
+from sparseforge_core.store.states import grid_attempts, stage_states
 
 MEASUREMENT_COLUMNS = [
     "exhibit", "row", "label", "position", "recipe_key", "cell_key", "seed", "model", "family", "pattern", "method",
@@ -131,6 +131,17 @@ class Results:
                     if (status := states.get((key, stage), "unplanned")) != "done":
                         rows.append([slot["exhibit"], slot["row"], key, stage, status])
         return pd.DataFrame(rows, columns=MISSING_COLUMNS)
+
+    def progress(self, grid: str) -> tuple[list[StageState], list[AttemptRecord]]:
+        """Every planned stage of a grid in planned order, and every try at its cells, as of one moment."""
+        with reading(self.engine) as connection:
+            return stage_states(connection, grid), grid_attempts(connection, grid)
+
+    def cell_bodies(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The cell files of some cells, by key."""
+        cell = schema.cell
+        rows = self._rows(sa.select(cell.c.key, cell.c.body).where(cell.c.key.in_(keys))) if keys else ()
+        return {row.key: json.loads(row.body)["cell"] for row in rows}
 
     def stage_statuses(self, grid: str | None = None) -> dict[tuple[str, str], str]:
         """State of every planned stage, of one grid or of all, by (cell key, stage)."""
