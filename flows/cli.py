@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.arguments import parser
@@ -114,10 +115,31 @@ def _say(summary: Summary, again: str, options: argparse.Namespace | None = None
     return OK if summary.complete else FAILED
 
 
+def _say_links(options: argparse.Namespace, home: Home) -> None:
+    """Where MLflow shows the grid: addresses of its saved views, or how to start its pages."""
+    from flows.grids import grid_named
+    from flows.mirror import MirrorError, links
+    from flows.placements import model_name
+
+    if options.quiet or options.json:
+        return
+    if not home.mlflow_uri.startswith(("http://", "https://")):
+        artifacts = f" --default-artifact-root {home.root / 'mlartifacts'}" if "sqlite" in home.mlflow_uri else ""
+        print(f"MLflow  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {home.mlflow_uri}{artifacts}")
+        return
+    try:
+        models = [model_name(entry.recipe.model) for entry in grid_named(options.grid).entries]
+        for model, about, address in links(home, options.grid, models):
+            print(f"MLflow  {model}, {about}:\n        {address}")
+    except MirrorError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
 def _run(options: argparse.Namespace, home: Home) -> int:
     from flows.running import last_line
 
     code, summary = _execute(options, home)
+    _say_links(options, home)
     if options.json:
         print(last_line(summary, home))
     return code
@@ -138,6 +160,7 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
     if not (options.quiet or options.json):
         print("\n" + (folder / "tables" / "table-2.md").read_text())
         print(f"Tables  {folder / 'tables'}\nFigure  {folder / 'figures' / 'accuracy-vs-tokens.png'}")
+    _say_links(options, home)
     if options.json:
         print(last_line(summary, home, files=len(files), folder=str(folder)))
     return code
@@ -258,6 +281,7 @@ def _report(options: argparse.Namespace, home: Home) -> int:
 def _verify(options: argparse.Namespace, home: Home) -> int:
     from analysis.make_tables import collect
     from analysis.verify import find, trace_lines, verification_lines, verify
+    from flows.mirror import runs_of
     from sparseforge_core.store.results import Results
 
     results, trace = Results(home.store_url), None
@@ -269,10 +293,11 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
         name = results.grid(options.grid)["name"]
         trace = find(collect(results, name).exhibits, *options.place)
     found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
+    runs = {} if trace is None else runs_of(home, (cell for cell, _ in trace.cell.sources))
     if options.json:
-        print(json.dumps(found.as_json(), indent=1))
+        print(json.dumps({**found.as_json(), "mlflow_runs": runs}, indent=1))
     else:
-        lines = [] if trace is None else trace_lines(trace, results, name)
+        lines = [] if trace is None else trace_lines(trace, results, name, runs)
         print("\n".join([*lines, *verification_lines(found)]))
     return FAILED if found.problems else OK
 
