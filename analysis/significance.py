@@ -149,7 +149,7 @@ def _resampled(items: tuple[int, ...] | None, sides: tuple[int, int]) -> tuple[l
     """
     rng = np.random.default_rng(SEED)
     if items is None:
-        places = [rng.standard_normal(RESAMPLES)]
+        places: list[Any] = [rng.standard_normal(RESAMPLES)]
     else:
         places = [rng.integers(0, count, (RESAMPLES, count)) for count in items]
     return places, [rng.integers(0, seeds, (RESAMPLES, seeds)) if seeds > 1 else None for seeds in sides]

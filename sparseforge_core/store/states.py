@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -43,12 +43,12 @@ def grid_attempts(connection: sa.Connection, grid: str) -> list[AttemptRecord]:
     """Every try at the cells of a grid, oldest first."""
     table = schema.attempt
     rows = connection.execute(sa.select(table).where(table.c.cell_key.in_(_cells(grid))).order_by(table.c.id))
-    return [attempt_record(row._mapping) for row in rows]
+    return [attempt_record(row) for row in rows]
 
 
-def attempt_record(row: Mapping[str, Any]) -> AttemptRecord:
+def attempt_record(row: sa.Row[Any]) -> AttemptRecord:
     """A row of the attempts' table."""
-    known = dict(row)
+    known = dict(row._mapping)
     provenance = Provenance(**{f.name: known.pop(f.name) for f in fields(Provenance)})
     return AttemptRecord(**known, provenance=provenance)
 

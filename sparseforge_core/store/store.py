@@ -238,7 +238,7 @@ class ResultStore:
         table = schema.attempt
         with reading(self.engine) as connection:
             rows = connection.execute(sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)).all()
-        return [attempt_record(row._mapping) for row in rows]
+        return [attempt_record(row) for row in rows]
 
     def fsck(self) -> list[str]:
         """What in the store contradicts itself, one sentence each; an empty list is a sound store."""

@@ -84,7 +84,7 @@ def _charts(kind: str, wanted: Sequence[tuple[str, str]]) -> dict[str, Any]:
     sections = {name: f"sparseforge-{name.lower()}" for name, _ in wanted}
     cards = []
     for section, metric in wanted:
-        card = {"type": kind, "uuid": f"{kind}-{metric}", "metricSectionId": sections[section], "metricKey": metric}
+        card: dict[str, Any] = {"type": kind, "uuid": f"{kind}-{metric}", "metricSectionId": sections[section], "metricKey": metric}
         card |= {"deleted": False, "isGenerated": False, "runsCountToCompare": 50}
         if kind == "LINE":
             card |= {"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear", "lineSmoothness": 0}
