@@ -66,7 +66,7 @@ def status_of(home: Home, grid: str | None = None, *, now: datetime.datetime | N
         "stages": {"done": sum(state.status == "done" for state in states), "total": len(states)},
         "running": running,
         "failed": [_failed(home, s, gone) for s in states if _went_wrong(s, gone)],
-        "diverged": [{**_names(s), "stage": s.stage, "error": s.error} for s in states if s.cause == "diverged"],
+        "diverged": _diverged(states),
         **_costs(states, attempts, left, running, now),
         "store": shown_url(home.store_url),
         "home": str(home.root),
@@ -159,6 +159,15 @@ def _failed(home: Home, state: StageState, gone: set[tuple[str, str]]) -> Status
         "quarantined": not lost and state.quarantined,
         "reproduce": reproducer(home, state),
     }
+
+
+def _diverged(states: Sequence[StageState]) -> list[Status]:
+    """What is kept as diverged; of a cell whose training was, that is said once."""
+    ended: dict[str, Status] = {}
+    for state in states:
+        if state.cause == "diverged" and state.status == "done":
+            ended.setdefault(state.cell_key, {**_names(state), "stage": state.stage, "error": state.error})
+    return list(ended.values())
 
 
 def _names(state: StageState) -> Status:

@@ -84,8 +84,8 @@ def _charts(kind: str, wanted: Sequence[tuple[str, str]]) -> dict[str, Any]:
     sections = {name: f"sparseforge-{name.lower()}" for name, _ in wanted}
     cards = []
     for section, metric in wanted:
-        card: dict[str, Any] = {"type": kind, "uuid": f"{kind}-{metric}", "metricSectionId": sections[section], "metricKey": metric}
-        card |= {"deleted": False, "isGenerated": False, "runsCountToCompare": 50}
+        card: dict[str, Any] = {"type": kind, "uuid": f"{kind}-{metric}", "metricKey": metric}
+        card |= {"metricSectionId": sections[section], "deleted": False, "isGenerated": False, "runsCountToCompare": 50}
         if kind == "LINE":
             card |= {"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear", "lineSmoothness": 0}
             card |= {"useGlobalXaxisKey": True, "useGlobalLineSmoothing": True, "displayPoints": False}
