@@ -5,6 +5,7 @@ python benchmarks/grid.py [--cells 10000] [--run 200] [--json]
 Planned are retraining recipes of the paper at many lengths, four seeds each, into an empty store, and again. Run are
 cells with next to no work (a tiny dense model is built and left as it is), one after the other in one worker: what a
 cell takes in all, less what its own clock says, is the overhead. `user` is this process's processor time.
+benchmarks/results/grid.json keeps what was measured.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def planning(cells: int, folder: Path) -> dict[str, dict[str, float]]:
     from flows.listing import plan_rows
     from flows.planning import bill
 
-    grid, home = large(cells), Home.of(folder)
+    grid, home = large(cells), _home(folder)
     store = ResultStore(home.store_url)
     plan, made = timed(lambda: expand(grid))
     _, first = timed(lambda: _record(store, grid, plan))
@@ -88,6 +89,10 @@ def planning(cells: int, folder: Path) -> dict[str, dict[str, float]]:
     return {f"all of {len(plan.cells)} cells": total, **steps, "record again": again}
 
 
+def _home(folder: Path) -> Home:
+    return Home(folder, f"sqlite:///{folder / 'store.db'}", f"sqlite:///{folder / 'mlflow.db'}")
+
+
 def _record(store: ResultStore, grid: Grid, plan: Any) -> None:
     store.plan(grid.name, grid.title, plan.cells, plan.suites, plan.slots, plan.stages)
 
@@ -97,7 +102,7 @@ def running(cells: int, folder: Path) -> dict[str, float]:
     from flows.local import run_grid
 
     grids.GRIDS[RUN] = lambda: idle(cells)
-    home = Home(folder, f"sqlite:///{folder / 'store.db'}", f"sqlite:///{folder / 'mlflow.db'}")
+    home = _home(folder)
     _mirror_nothing()
     summary = run_grid(home, RUN, workers=1, quiet=True)
     if not summary.complete:
