@@ -59,9 +59,16 @@ class ExhibitRow:
     """The metrics whose items make another one's: the tasks of a mean."""
     bank: Bank = field(default_factory=lambda: Bank({}))
     """Where outcomes of single items are."""
+    _items: dict[str, Items | None] = field(default_factory=dict)
+    """What `items` has given, by metric: a table, its marks and its verdicts ask for the same."""
 
     def items(self, metric: str) -> Items | None:
         """Outcomes of the items behind a metric; None if a seed is not in or the store has no outcomes of it."""
+        if metric not in self._items:
+            self._items[metric] = self._stacked(metric)
+        return self._items[metric]
+
+    def _stacked(self, metric: str) -> Items | None:
         values = self.values.get(metric, {})
         if not values or set(values) != set(self.seeds):
             return None

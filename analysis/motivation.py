@@ -273,7 +273,7 @@ def _moments(row: Any, kind: str, curve: Any) -> None:
         counts = np.array(curve.values[index], dtype=float)
         edges = curve.edges
         shares = 100 * counts / max(counts.sum(), 1)
-        axes.bar(edges[:-1], shares, width=edges[1] - edges[0], align="edge", color=COLORS[0], linewidth=0)
+        axes.stairs(shares, edges, fill=True, color=COLORS[0], linewidth=0)  # one path where bars would be twenty
         axes.set_title(f"step {curve.steps[index]:,}", size=8)
         plain(axes, "y")
     row[0].set_ylabel(f"{kind}\n% of weights", size=8.5)

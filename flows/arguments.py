@@ -35,6 +35,8 @@ EXIT_CODES = {
     "status": "0 nothing failed, 1 something failed, 2 bad input",
     "tables": "0 written, 2 bad input, or something partial with --strict",
     "verify": "0 everything matches, 1 something does not, 2 bad input",
+    "plan": "0 shown (a disk that is too small is a warning), 2 bad input",
+    "ingest": "0 recorded, also when there was nothing to record, 2 bad input, or files that do not verify",
     "audit": "0 everything adds up, 1 something does not, 2 bad input",
     "doctor": "0 all well, 1 something is missing",
 }
@@ -91,6 +93,13 @@ def _add_running(commands: Any) -> None:
     for command in (demo, run):
         command.add_argument("--workers", type=int, help="worker processes (default: one a GPU, else one a core)")
         command.add_argument("--quiet", action="store_true", help="no progress")
+        command.add_argument("--json", action="store_true", help="end with one line of JSON, the only one on stdout")
+        command.add_argument(
+            "--notify",
+            metavar="COMMAND",
+            help="called when a cell fails and when the grid ends, with a JSON object on its standard input "
+            "(default $SPARSEFORGE_NOTIFY)",
+        )
         command.add_argument(
             "--retry-failed",
             action="store_true",
@@ -99,11 +108,14 @@ def _add_running(commands: Any) -> None:
     demo.set_defaults(grid="demo", pool=None)
     plan = commands.add_parser(
         "plan",
-        help="every cell of a grid: key, tokens, placement, device hours, state",
-        description="Show what a grid would run and what it costs, without running anything.",
-        epilog="example: sparseforge plan full",
+        help="every cell of a grid, and what is left of it costs: device hours, disk, time",
+        description="Show what a grid would run and what it costs, without running anything. Warns of a disk that is "
+        "too small. Times are those measured in the store, else the plan's.",
+        epilog="example: sparseforge plan full --workers 8",
     )
     plan.add_argument("grid")
+    plan.add_argument("--workers", type=int, help="of each pool, for time and disk (default: what `run` would start)")
+    plan.add_argument("--quiet", action="store_true", help="the totals alone")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(
         "--out", type=Path, help="also write each cell and suite as a file for `python -m sparseforge_core.run`"
@@ -128,14 +140,25 @@ def _add_carrying(commands: Any) -> None:
         epilog="example: sparseforge ingest smollm2-smoke",
     )
     ingest.add_argument("grid")
+    for command in (bundle, ingest):
+        command.add_argument("--quiet", action="store_true", help="say nothing")
+        command.add_argument("--json", action="store_true", help="one line of JSON with the counts")
 
 
 def _add_reading(commands: Any) -> None:
     status = commands.add_parser(
-        "status", help="done, running, failed, pending of a grid", epilog="example: sparseforge status demo --json"
+        "status",
+        help="one screen about a grid: done, running with step and loss, failed with cause, hours used and left",
+        description="What is done, what runs and how far it is, what failed and why, device hours used and left, and "
+        "where everything is. Asking changes nothing.",
+        epilog="example: sparseforge status demo --watch",
     )
-    status.add_argument("grid")
-    status.add_argument("--json", action="store_true", help="machine-readable")
+    status.add_argument("grid", nargs="?", help="default: the grid planned last")
+    status.add_argument("--watch", action="store_true", help="show it again and again, until it is over or Ctrl-C")
+    status.add_argument(
+        "--every", type=float, metavar="SECONDS", help="with --watch (default 2; 10 without a terminal)"
+    )
+    status.add_argument("--json", action="store_true", help="machine-readable; with --watch one object a line")
     explain = commands.add_parser(
         "explain",
         help="one cell: recipe, who wants it, why it ran or has not, attempts, log, files, how to reproduce",

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -53,14 +54,17 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _run(options: argparse.Namespace, home: Home) -> int:
+def _execute(options: argparse.Namespace, home: Home) -> tuple[int, Summary]:
+    """Run a grid and tell how it ended: the exit code, and the summary."""
+    from flows import running
     from flows.local import run_grid
 
-    if options.workers is not None and options.workers < 1:
-        raise SparseForgeError(f"--workers {options.workers}: needs at least 1")
+    warning = running.prepare(options, home)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     if options.prefect and options.pool:
         raise SparseForgeError("--pool and --prefect: with Prefect, the work pools choose; see docs/prefect.md")
-    if options.prefect and _pending(options.grid, home):
+    if options.prefect and running.pending(options.grid, home):
         from flows.home import prefect_environment
 
         prefect_environment(home)
@@ -82,21 +86,14 @@ def _run(options: argparse.Namespace, home: Home) -> int:
             pool=options.pool,
             retry_failed=options.retry_failed,
         )
-    return _say(summary, "make demo" if options.command == "demo" else f"sparseforge run {options.grid}")
+    code = _say(summary, "make demo" if options.command == "demo" else f"sparseforge run {options.grid}", options)
+    return code, summary
 
 
-def _pending(grid: str, home: Home) -> bool:
-    """Whether a grid has something to run: Prefect is not started for nothing."""
-    from flows.local import open_grid
-
-    store, states = open_grid(home, grid)
-    store.close()
-    return any(state.status != "done" for state in states)
-
-
-def _say(summary: Summary, again: str) -> int:
-    """Tell how a run ended, and what to do next; the exit code."""
-    print(f"{summary.grid}: {summary.executed} cells executed now, {summary.total} planned", flush=True)
+def _say(summary: Summary, again: str, options: argparse.Namespace | None = None) -> int:
+    """Tell how a run ended, and what to do next; the exit code. With --json all of it goes to standard error."""
+    out = sys.stderr if options is not None and options.json else sys.stdout
+    print(f"{summary.grid}: {summary.executed} cells executed now, {summary.total} planned", file=out, flush=True)
     for key, error in summary.failed.items():
         print(f"  failed {key}: {error}", file=sys.stderr)
         if key in summary.reproduce:
@@ -118,27 +115,69 @@ def _say(summary: Summary, again: str) -> int:
     return OK if summary.complete else FAILED
 
 
+def _say_links(options: argparse.Namespace, home: Home) -> None:
+    """Where MLflow shows the grid: addresses of its saved views, or how to start its pages."""
+    from flows.grids import grid_named
+    from flows.mirror import MirrorError, links
+    from flows.placements import model_name
+
+    if options.quiet or options.json:
+        return
+    if not home.mlflow_uri.startswith(("http://", "https://")):
+        artifacts = f" --default-artifact-root {home.root / 'mlartifacts'}" if "sqlite" in home.mlflow_uri else ""
+        print(f"MLflow  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {home.mlflow_uri}{artifacts}")
+        return
+    try:
+        models = [model_name(entry.recipe.model) for entry in grid_named(options.grid).entries]
+        for model, about, address in links(home, options.grid, models):
+            print(f"MLflow  {model}, {about}:\n        {address}")
+    except MirrorError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
+def _run(options: argparse.Namespace, home: Home) -> int:
+    from flows.running import last_line
+
+    code, summary = _execute(options, home)
+    _say_links(options, home)
+    if options.json:
+        print(last_line(summary, home))
+    return code
+
+
 def _demo(options: argparse.Namespace, home: Home) -> int:
-    code = _run(options, home)
+    from analysis.make_tables import make_tables
+    from flows.running import last_line
+    from sparseforge_core.store.results import Results
+
+    code, summary = _execute(options, home)
     if code == INTERRUPTED:
+        if options.json:
+            print(last_line(summary, home))
         return code
-    options.out, options.only, options.strict, options.json = None, None, False, False
-    _tables(options, home)
-    table = home.grid("demo") / "tables" / "table-2.md"
-    print("\n" + table.read_text())
-    print(f"Tables  {home.grid('demo') / 'tables'}\nFigure  {home.grid('demo') / 'figures' / 'accuracy-vs-tokens.png'}")
-    artifacts = f" --default-artifact-root {home.root / 'mlartifacts'}" if home.mlflow_uri.startswith("sqlite") else ""
-    print(f"MLflow  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {home.mlflow_uri}{artifacts}")
+    folder = home.grid("demo")
+    files = make_tables(Results(home.store_url), "demo", folder).files
+    if not (options.quiet or options.json):
+        print("\n" + (folder / "tables" / "table-2.md").read_text())
+        print(f"Tables  {folder / 'tables'}\nFigure  {folder / 'figures' / 'accuracy-vs-tokens.png'}")
+    _say_links(options, home)
+    if options.json:
+        print(last_line(summary, home, files=len(files), folder=str(folder)))
     return code
 
 
 def _plan(options: argparse.Namespace, home: Home) -> int:
+    from flows.devices import default_workers
     from flows.grids import grid_named
     from flows.grids.planned import expand
-    from flows.listing import plan_rows, print_plan
+    from flows.listing import plan_lines, plan_rows, stages_done
+    from flows.planning import bill, history_of
+    from flows.running import require_workers
 
-    plan = expand(grid_named(options.grid))
-    rows = plan_rows(plan, home)
+    require_workers(options.workers)
+    plan, done = expand(grid_named(options.grid)), stages_done(home)
+    workers, history = options.workers or default_workers(), history_of(home, options.grid)
+    found = bill(plan, options.grid, home, workers=workers, done=done, history=history, rows=plan_rows(plan, done))
     if options.out:
         from sparseforge_core.files import write_text
 
@@ -147,9 +186,11 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
         for suite in plan.suites:
             write_text(options.out / "suites" / f"{suite.key}.json", suite.spec_json)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(found.as_json(), indent=1))
     else:
-        print_plan(options.grid, rows)
+        print("\n".join([*(() if options.quiet else plan_lines(found.rows)), *found.lines()]))
+    if found.disk.warning:
+        print(f"warning: {found.disk.warning}", file=sys.stderr)
     return OK
 
 
@@ -159,7 +200,10 @@ def _bundle(options: argparse.Namespace, _home: Home) -> int:
     from flows.grids.planned import expand
 
     count = write_bundle(expand(grid_named(options.grid)), options.out, pool=options.pool)
-    print(f"{options.out / 'bundle.json'}: {count} cells")
+    if options.json:
+        print(json.dumps({"grid": options.grid, "file": str(options.out / "bundle.json"), "cells": count}))
+    elif not options.quiet:
+        print(f"{options.out / 'bundle.json'}: {count} cells")
     return OK
 
 
@@ -168,19 +212,34 @@ def _ingest(options: argparse.Namespace, home: Home) -> int:
     from flows.local import open_grid
 
     store, _ = open_grid(home, options.grid)
-    print(f"{options.grid}: {ingest(store, home, options.grid)} stages recorded")
+    count = ingest(store, home, options.grid)
+    states = store.work(options.grid)
+    store.close()
+    if options.json:
+        done = sum(state.status == "done" for state in states)
+        print(json.dumps({"grid": options.grid, "recorded": count, "done": done, "stages": len(states)}))
+    elif not options.quiet:
+        print(f"{options.grid}: {count} stages recorded")
     return OK
 
 
 def _status(options: argparse.Namespace, home: Home) -> int:
-    from flows.listing import print_status, status_of
+    from flows.status import screen, status_of
+    from flows.watch import watch
 
-    status = status_of(options.grid, home)
-    if options.json:
-        print(json.dumps(status, indent=1))
-    else:
-        print_status(status)
+    if options.watch:
+        if options.every is not None and not 0 < options.every <= 86_400:
+            raise SparseForgeError(f"--every {options.every:g}: seconds between two looks, more than 0")
+        seen = watch(lambda: status_of(home, options.grid), sys.stdout, every=options.every, as_json=options.json)
+        return FAILED if seen is not None and seen["failed"] else OK
+    status = status_of(home, options.grid)
+    print(json.dumps(status, indent=1) if options.json else "\n".join(screen(status, width=_columns())))
     return FAILED if status["failed"] else OK
+
+
+def _columns() -> int:
+    """Width of the terminal; a file takes whole lines."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 def _explain(options: argparse.Namespace, home: Home) -> int:
@@ -222,6 +281,7 @@ def _report(options: argparse.Namespace, home: Home) -> int:
 def _verify(options: argparse.Namespace, home: Home) -> int:
     from analysis.make_tables import collect
     from analysis.verify import find, trace_lines, verification_lines, verify
+    from flows.mirror import runs_of
     from sparseforge_core.store.results import Results
 
     results, trace = Results(home.store_url), None
@@ -233,10 +293,11 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
         name = results.grid(options.grid)["name"]
         trace = find(collect(results, name).exhibits, *options.place)
     found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
+    runs = {} if trace is None else runs_of(home, (cell for cell, _ in trace.cell.sources))
     if options.json:
-        print(json.dumps(found.as_json(), indent=1))
+        print(json.dumps({**found.as_json(), "mlflow_runs": runs}, indent=1))
     else:
-        lines = [] if trace is None else trace_lines(trace, results, name)
+        lines = [] if trace is None else trace_lines(trace, results, name, runs)
         print("\n".join([*lines, *verification_lines(found)]))
     return FAILED if found.problems else OK
 

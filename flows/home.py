@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def be_quiet() -> None:
     """Set the environment that keeps libraries quiet and offline-friendly; what the user has set stays."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def shown_url(url: str) -> str:
+    """A database's or server's address without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

@@ -7,7 +7,8 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flows.cycle import LEASE, Key, ReadyCell, plan_grid, ready, timed_stages
 from flows.devices import default_workers, served_here
@@ -15,6 +16,7 @@ from flows.failures import patiently, release_quarantined, reproducer
 from flows.home import Home
 from flows.messages import Outcome
 from flows.mirror import Mirror, lacking
+from flows.notify import Notifier
 from flows.pool import WorkerPool
 from flows.progress import Progress
 from flows.provenance import process_alive, provenance
@@ -25,6 +27,8 @@ from sparseforge_core.store.store import ResultStore
 RunCell = Callable[[str, tuple[str, ...]], Outcome]
 
 POLL_SECONDS = 1.0
+FRESH_SECONDS, FRESH_READS = 1.0, 20.0
+"""How old the states of a grid may be, in seconds and in readings of them."""
 
 
 @dataclass
@@ -55,6 +59,15 @@ class Summary:
     def complete(self) -> bool:
         """Whether everything planned is done."""
         return not (self.failed or self.blocked or self.interrupted)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: counts first, then what went wrong by cell key."""
+        counts = {"planned": self.total, "executed": self.executed, "not_done": self.blocked + len(self.failed)}
+        ends = {"interrupted": self.interrupted, "complete": self.complete}
+        return {
+            "grid": self.grid, **counts, **ends, "unserved": self.unserved, "failed": self.failed,
+            "diverged": self.diverged, "reproduce": self.reproduce,
+        }  # fmt: skip
 
 
 def open_grid(home: Home, name: str) -> tuple[ResultStore, list[StageState]]:
@@ -95,19 +108,24 @@ def run_grid(
     if retry_failed and release_quarantined(store, name, provenance(flow_run_id=flow_run_id)):
         states = store.work(name)
     summary = Summary(name, total=len({s.cell_key for s in states}))
-    behind = lacking(home, states)
-    if behind or any(s.status != "done" for s in states):
-        with Mirror(home, name, states) as mirror:
-            mirror.put(behind)
-            if any(s.status != "done" for s in states):
-                processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
-                run: RunCell = processes.execute
-                drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
-                drive.run_on(processes)
-            if summary.interrupted:
-                mirror.drop()
-    ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
-    summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
+    behind, began = lacking(home, states), time.monotonic()
+    to_run = any(s.status != "done" for s in states)
+    with Notifier() as notifier:
+        if behind or to_run:
+            with Mirror(home, name, states) as mirror:
+                mirror.put(behind)
+                if to_run:
+                    processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
+                    run: RunCell = processes.execute
+                    drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
+                    drive.notifier = notifier
+                    drive.run_on(processes)
+                if summary.interrupted:
+                    mirror.drop()
+        ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
+        summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
+        if to_run:
+            notifier.ended(summary.as_json(), seconds=time.monotonic() - began, pool=pool)
     store.close()
     return summary
 
@@ -127,6 +145,8 @@ class _Drive:
         quiet: bool,
     ) -> None:
         self.store, self.home, self.summary, self.mirror, self.run, self.pool = store, home, summary, mirror, run, pool
+        self._known: list[StageState] | None = None
+        self._read_at, self._reading = 0.0, 0.0
         states = self.states()
         self.alone = timed_stages(store, states)
         self.labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
@@ -136,12 +156,35 @@ class _Drive:
         """When a stage may be tried again that met a store or a disk that was away."""
         self.tries: collections.Counter[Key] = collections.Counter()
         self.running: dict[Future[Outcome], ReadyCell] = {}
+        self.notifier: Notifier | None = None
         costs = {s.cell_key: s.cost_hours for s in states if s.status != "done"}
         self.progress = Progress(summary.grid, summary.total, done=summary.total - len(costs), quiet=quiet)
         self.progress.costs = costs
 
     def states(self) -> list[StageState]:
-        return patiently(lambda: self.store.work(self.summary.grid))
+        """As the store has them, read again when something else may have changed than what we saw end well.
+
+        A large grid takes longer to read than a small cell to run, and reading is never more than a small part of the
+        time. What is too old by then costs a claim that the store refuses.
+        """
+        now = time.monotonic()
+        if self._known is None or now - self._read_at > max(FRESH_SECONDS, FRESH_READS * self._reading):
+            self._known = patiently(lambda: self.store.work(self.summary.grid))
+            self._read_at = time.monotonic()
+            self._reading = self._read_at - now
+        return self._known
+
+    def _look_again(self) -> None:
+        self._known = None
+
+    def _saw_done(self, cell: ReadyCell) -> bool:
+        """Enter the stages of a cell that has ended well; whether nothing of it is left."""
+        known = self.states()
+        mine = [place for place, state in enumerate(known) if state.cell_key == cell.key]
+        for place in mine:
+            if known[place].stage in cell.stages:
+                known[place] = replace(known[place], status="done", error="")
+        return all(known[place].status == "done" for place in mine)
 
     def run_on(self, pool: WorkerPool) -> None:
         """Submit what is ready, wait for something to end, repeat until nothing runs and nothing can start."""
@@ -157,6 +200,7 @@ class _Drive:
             self.summary.interrupted = True
         finally:
             self.progress.close()
+        self._look_again()
         states = self.states()
         self._report_quarantine(states)
         open_cells = {s.cell_key for s in states if s.status != "done"}
@@ -166,14 +210,20 @@ class _Drive:
         """Fill the free workers; False if nothing runs afterwards."""
         if self.summary.interrupted:
             return bool(self.running)
-        busy = frozenset(cell.key for cell in self.running.values())
-        now = time.monotonic()
-        self.later = {key: moment for key, moment in self.later.items() if moment > now}
-        found = ready(self.states(), busy=busy, skip=frozenset(self.skip | self.later.keys()), alone=self.alone)
+        found = self._ready()
+        if not found and not self.running:  # before this is believed, it must be fresh
+            self._look_again()
+            found = self._ready()
         for cell in found[: workers - len(self.running)]:
             self.progress.started(cell.key, self.labels[cell.key])
             self.running[threads.submit(self.run, cell.key, cell.stages)] = cell
         return bool(self.running)
+
+    def _ready(self) -> list[ReadyCell]:
+        busy = frozenset(cell.key for cell in self.running.values())
+        now = time.monotonic()
+        self.later = {key: moment for key, moment in self.later.items() if moment > now}
+        return ready(self.states(), busy=busy, skip=frozenset(self.skip | self.later.keys()), alone=self.alone)
 
     def _some_come_later(self) -> bool:
         """Whether something is to be tried again after a while."""
@@ -185,6 +235,7 @@ class _Drive:
             return False
         patiently(lambda: self.store.release_dead(socket.gethostname(), process_alive))
         patiently(lambda: self.store.expire(LEASE))
+        self._look_again()
         held = [s for s in self.states() if s.status == "running"]
         if held:
             self.progress.note(f"waiting for {len(held)} stages that other processes run")
@@ -211,12 +262,15 @@ class _Drive:
         elif outcome.status in ("failed", "lost"):
             self._missed(cell, outcome)
         note = "" if outcome.status in ("done", "taken") else f"{outcome.stage} {outcome.status}: {outcome.error}"
-        whole = outcome.status == "done" and all(s.status == "done" for s in self.states() if s.cell_key == cell.key)
+        whole = outcome.status == "done" and self._saw_done(cell)
+        if outcome.status != "done":
+            self._look_again()
         self.progress.ended(cell.key, done=whole, note=note)
 
     def _missed(self, cell: ReadyCell, outcome: Outcome) -> None:
         """Have a stage that failed or lost its worker tried again as the policy of its class says, or give it up."""
         key, cause = (cell.key, outcome.stage), outcome.cause or "unknown"
+        self._look_again()
         if outcome.status == "lost":
             host = socket.gethostname()
             if not patiently(lambda: self.store.release_dead(host, process_alive, cell=cell.key, why=outcome.error)):
@@ -230,6 +284,10 @@ class _Drive:
         if state.quarantined or (policy.tries is not None and self.tries[key] >= policy.tries):
             self.skip.add(key)
             self._give_up(state, outcome.error)
+            if self.notifier is not None:
+                about = {"cell": cell.key, "label": self.labels[cell.key], "stage": outcome.stage}
+                told = {"cause": cause, "error": outcome.error, "reproduce": self.summary.reproduce[cell.key]}
+                self.notifier.cell_failed(self.summary.grid, **about, **told)
 
     def _report_quarantine(self, states: list[StageState]) -> None:
         for state in states:

@@ -29,6 +29,7 @@ from flows.cycle import LEASE, ready
 from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
 from flows.messages import Outcome
+from flows.notify import Notifier
 from flows.server import prefect_api
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.rows import StageState
@@ -61,7 +62,7 @@ def sparseforge(
     home = Home.of()
     if dispatch == "here":
         return _reported(lambda: _run_here(home, grid, workers, quiet=True))
-    return _reported(lambda: _run_on_pools(home, grid, workers))
+    return _reported(lambda: _told(lambda: _run_on_pools(home, grid, workers)))
 
 
 @flow(name="sparseforge-cell", flow_run_name="{grid} on {pool}")
@@ -171,6 +172,15 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
         time.sleep(POLL_SECONDS)
         store.expire(LEASE)
         states = store.work(grid)
+
+
+def _told(run: Callable[[], Summary]) -> Summary:
+    """Run, then tell the user's command that the grid has ended; cells that failed were told by their drains."""
+    began = time.monotonic()
+    with Notifier() as notifier:
+        summary = run()
+        notifier.ended(summary.as_json(), seconds=time.monotonic() - began)
+    return summary
 
 
 def _settle_drains(name: str, pool: _Pool) -> None:

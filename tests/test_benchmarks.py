@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import curvature, packed
+from benchmarks import curvature, grid, packed
 from sparseforge_core.observe.curvature import ESTIMATORS
 
 SMALL = ["--width", "16", "--layers", "1", "--sequences", "2", "--length", "8", "--repeats", "1", "--device", "cpu"]
@@ -21,6 +21,13 @@ def test_curvature_reports_the_cost_of_every_estimator(capsys: pytest.CaptureFix
         assert row["run_over_plain"] == pytest.approx(1.0 + row["look_over_step"] / row["every"])
     assert curvature.main([*SMALL, "--only", "fisher"]) == 0
     assert "fisher" in capsys.readouterr().out
+
+
+def test_grid_plans_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert grid.main(["--cells", "40", "--run", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["planning"]) >= {"all of 40 cells", "expand", "record", "cost, disk and time"}
+    assert "running" not in found
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import sqlalchemy as sa
 
 from sparseforge_core.store import schema
 from sparseforge_core.store.causes import POLICIES, RELEASED, cause_of
-from sparseforge_core.store.rows import StageState
+from sparseforge_core.store.rows import AttemptRecord, Provenance, StageState
 
 
 def stage_states(connection: sa.Connection, grid: str) -> list[StageState]:
@@ -36,6 +37,20 @@ def _states(connection: sa.Connection, which: sa.ColumnElement[bool], cells: sa.
     requires = _requirements(connection, cells)
     history = _history(connection, cells)
     return [_state(row, requires.get(row.cell_key, ()), history.get((row.cell_key, row.stage), ())) for row in planned]
+
+
+def grid_attempts(connection: sa.Connection, grid: str) -> list[AttemptRecord]:
+    """Every try at the cells of a grid, oldest first."""
+    table = schema.attempt
+    rows = connection.execute(sa.select(table).where(table.c.cell_key.in_(_cells(grid))).order_by(table.c.id))
+    return [attempt_record(row) for row in rows]
+
+
+def attempt_record(row: sa.Row[Any]) -> AttemptRecord:
+    """A row of the attempts' table."""
+    known = dict(row._mapping)
+    provenance = Provenance(**{f.name: known.pop(f.name) for f in fields(Provenance)})
+    return AttemptRecord(**known, provenance=provenance)
 
 
 def _state(row: Any, requires: Sequence[str], tries: Sequence[Any]) -> StageState:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -37,7 +37,7 @@ from sparseforge_core.store.rows import (
     PublishedNumber,
     StageState,
 )
-from sparseforge_core.store.states import stage_states
+from sparseforge_core.store.states import attempt_record, stage_states
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class ResultStore:
         table = schema.attempt
         with reading(self.engine) as connection:
             rows = connection.execute(sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)).all()
-        return [_record(dict(row._mapping)) for row in rows]
+        return [attempt_record(row) for row in rows]
 
     def fsck(self) -> list[str]:
         """What in the store contradicts itself, one sentence each; an empty list is a sound store."""
@@ -251,11 +251,6 @@ def _touch(connection: sa.Connection, attempt: Attempt, **values: Any) -> bool:
     table = schema.attempt
     live = sa.update(table).where(table.c.id == attempt.id, table.c.status == "running")
     return connection.execute(live.values(**values)).rowcount == 1
-
-
-def _record(row: dict[str, Any]) -> AttemptRecord:
-    provenance = Provenance(**{f.name: row.pop(f.name) for f in fields(Provenance)})
-    return AttemptRecord(**row, provenance=provenance)
 
 
 def _measurement_rows(attempt: Attempt, measurements: Iterable[Measurement]) -> list[dict[str, Any]]:

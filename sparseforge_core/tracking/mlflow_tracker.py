@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,7 @@ from sparseforge_core import files
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.tracking.histograms import write_histograms
 from sparseforge_core.tracking.tracker import read_journal
+from sparseforge_core.tracking.views import BEST, TAG, views_of
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,52 @@ def mirror_cell(
         run_id = _open_run(client, uri, home, about, folder)
         _Copy(client, run_id, uri, folder).up_to_now(status, _tags(about, folder, grid) | dict(tags or {}))
     return run_id
+
+
+def save_views(uri: str, home: Path, grid: str, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Put the saved views of a grid on the experiments of its models; their ids by model. Doing it again is harmless.
+
+    `scores` are the names of the metrics that each model's suites gave. Raises MirrorError.
+    """
+    prepare(uri, home)
+    found = {}
+    with _refusals(uri):
+        client = _client(uri)
+        for model, names in scores.items():
+            found[model] = _experiment(client, uri, home, model)
+            for view in views_of(grid, names):
+                client.set_experiment_tag(found[model], *view.tag(grid))
+    return found
+
+
+def saved_views(uri: str, home: Path, models: Iterable[str]) -> dict[str, tuple[str, frozenset[str]]]:
+    """Id of the experiment of each model that has one, and the tags under which it keeps views. Raises MirrorError."""
+    prepare(uri, home)
+    with _refusals(uri):
+        client = _client(uri)
+        known = {model: client.get_experiment_by_name(model) for model in dict.fromkeys(models)}
+    return {
+        model: (str(found.experiment_id), frozenset(name for name in found.tags if name.startswith(TAG)))
+        for model, found in known.items()
+        if found is not None
+    }
+
+
+def score_names(folder: Path) -> list[str]:
+    """The names under which MLflow has what suites have measured of a cell: means and perplexities."""
+    names = []
+    for path in sorted(folder.glob("*/measurements.json")):
+        body = json.loads(path.read_text())
+        if body["suite"] is not None:
+            metrics = [row["metric"] for row in body["measurements"] if row["metric"].endswith(BEST)]
+            names += [f"eval/{_metric_name(body['suite']['name'] + '/' + metric)}" for metric in metrics]
+    return names
+
+
+def run_of(folder: Path) -> dict[str, str] | None:
+    """The MLflow run of a mirrored cell and where it is, as the cursor beside its files says; None for another cell."""
+    cursor = _read_cursor(folder / CURSOR)
+    return {"run": str(cursor["run"]), "uri": str(cursor["uri"])} if cursor else None
 
 
 def is_mirrored(folder: Path, stages: Sequence[str], uri: str) -> bool:

@@ -58,8 +58,11 @@ def test_bad_input_gets_a_sentence_and_exit_code_2(
 
 def test_plan_lists_every_cell_and_needs_no_store(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "tiny-smoke", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    rows = found["cells"]
     assert [row["status"] for row in rows] == ["pending"] * 4
+    assert (found["planned"], found["done"]) == (4, 0)
+    assert found["disk"]["fits"]
     assert {"key", "model", "method", "tokens", "pool", "device_hours", "requires"} <= set(rows[0])
     assert run("plan", "tiny-smoke") == 0
     text = capsys.readouterr().out
