@@ -90,7 +90,7 @@ def _say(summary: Summary, again: str) -> int:
         print(f"stopped; nothing is lost. Go on with: {again}", file=sys.stderr)
         return INTERRUPTED
     for pool, count in sorted(summary.unserved.items()):
-        what = f"{count} cells are placed on {pool}, which this machine cannot serve; left for workers of that pool"
+        what = f"{count} cells are placed on {pool}, which this run does not serve; left for workers of that pool"
         print(f"  {what}, or `sparseforge run {summary.grid} --pool {pool}`", file=sys.stderr)
     waiting = summary.blocked - sum(summary.unserved.values())
     if waiting > 0:

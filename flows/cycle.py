@@ -17,7 +17,7 @@ from typing import Any
 
 from flows.home import Home
 from sparseforge_core import files
-from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError, SparseForgeError
+from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, SparseForgeError
 from sparseforge_core.store.curves import curves_of
 from sparseforge_core.store.outcomes import outcomes_of
 from sparseforge_core.store.rows import Attempt, Measurement, Provenance, StageState
@@ -201,6 +201,7 @@ def _run_stage(
     on_step: Callable[[Any], None] | None,
     should_stop: Callable[[], bool],
 ) -> Path:
+    from flows.launching import train_on_ranks
     from flows.placements import placement_for
     from sparseforge_core import run, specs
     from sparseforge_core.evaluate.suites import Suite
@@ -208,13 +209,10 @@ def _run_stage(
 
     cell = loads(store.cell_body(key))
     placement = placement_for(cell.recipe)
-    if placement.gpus > 1:
-        raise RecipeError(
-            f"cell {key} is placed on {placement.pool}: it needs {placement.gpus} GPUs at once, and training over "
-            "several is not built yet. Take a smaller model, or leave this cell planned"
-        )
     directory = home.cell(key) / stage
     if stage == TRAIN:
+        if placement.gpus > 1:  # a process of its own for each device; they say where they are in the journal
+            return train_on_ranks(store.cell_body(key), directory, home.root, placement, should_stop)
         execution = run.Execution(micro_batch=placement.micro_batch)
         try:
             return run.train_cell(

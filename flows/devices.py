@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 CPU_WORKERS = 4
@@ -29,3 +33,22 @@ def gpus() -> list[str]:
 def default_workers() -> int:
     """One worker a GPU, else one a core, at most four."""
     return len(gpus()) or min(CPU_WORKERS, cores())
+
+
+@contextlib.contextmanager
+def reserved(folder: Path, names: Sequence[str], waiting: Callable[[str], None]) -> Iterator[None]:
+    """Hold these devices of this machine for the block; `waiting` is told, once, of the first that somebody else holds.
+
+    A drain of eight GPUs and drains of one each may be workers of one machine: whoever is first computes, the others
+    wait. Taken in order, so that two sets that overlap never wait for each other; a holder that is killed lets go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        for name in sorted(set(names)):
+            lock = held.enter_context((folder / f"{socket.gethostname()}-{name.replace('/', '-')}.lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting(name)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -90,7 +90,7 @@ def run_grid(
         with Mirror(home, name, states) as mirror:
             mirror.put(behind)
             if any(s.status != "done" for s in states):
-                processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
+                processes = WorkerPool(home, workers or _workers_of(pool), flow_run_id=flow_run_id)
                 run: RunCell = processes.execute
                 drive = _Drive(store, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
                 drive.run_on(processes)
@@ -101,9 +101,17 @@ def run_grid(
 
 
 def served_here(pool: str) -> bool:
-    """Whether this machine has the devices of a pool: `gpu-8` means eight GPUs, anything else a CPU."""
+    """Whether a run that names no pool serves this one: `gpu-1` where there is a GPU, anything without one always.
+
+    Cells that need several GPUs at once (`gpu-8`) are left to runs and workers of that pool: here, each worker has one.
+    """
     count = pool.removeprefix("gpu-")
-    return count == pool or len(gpus()) >= int(count)
+    return count == pool or (count == "1" and bool(gpus()))
+
+
+def _workers_of(pool: str | None) -> int:
+    """One worker a device, and one in all where a cell takes several devices."""
+    return 1 if pool is not None and pool.removeprefix("gpu-") not in (pool, "1") else default_workers()
 
 
 class _Drive:
