@@ -185,7 +185,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # A signal to our group, such as Ctrl-C or Prefect's cancellation, is for us: torchrun would cut saving short.
+            # A signal to our group (Ctrl-C, a cancelled flow run) is for us: torchrun would cut saving short.
             start_new_session=True,
             preexec_fn=end_with_parent,
         )

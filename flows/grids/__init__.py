@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from flows.grids.planned import Grid
@@ -61,8 +62,16 @@ GRIDS: dict[str, Callable[[], Grid]] = {
 """Builders by grid name; recipes are made only when a grid is asked for."""
 
 
+SHRUNK = re.compile(r"(?P<grid>[^/]+)-shrunk-(?P<rows>\d{1,4})")
+"""The name of a grid's miniature (`flows/grids/shrunken.py`)."""
+
+
 def grid_named(name: str) -> Grid:
-    """A grid by name. Raises RecipeError, naming the nearest."""
+    """A grid by name, `NAME-shrunk-ROWS` being its miniature. Raises RecipeError, naming the nearest."""
+    if miniature := SHRUNK.fullmatch(name):
+        from flows.grids.shrunken import shrunk
+
+        return shrunk(grid_named(miniature["grid"]), int(miniature["rows"]))
     if name not in GRIDS:
         raise RecipeError(unknown("grid", name, GRIDS))
     return GRIDS[name]()

@@ -87,7 +87,7 @@ def remembered(
         answers = Answers(path, about)
         try:
             left = [item for item, text in enumerate(asked) if answers.get(item, text) is None]
-            for found in run(left):
+            for found in run(left) if left else ():  # a pass that was cut off after its last answer asks nothing
                 for item, answer in found.items():
                     answers.put(item, asked[item], answer)
             return [answers.known[item][1] for item in range(len(asked))]

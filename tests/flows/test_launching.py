@@ -1,4 +1,4 @@
-"""The launcher over real torchrun with two gloo ranks: endings, the stop signal, and that nothing outlives its owner."""
+"""The launcher over real torchrun with two gloo ranks: how it ends, how it stops, and that nothing outlives it."""
 
 from __future__ import annotations
 
