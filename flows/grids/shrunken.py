@@ -1,4 +1,4 @@
-"""A grid in miniature: the same exhibits, methods and dependencies on tiny models, to try a stack before spending on it.
+"""A grid in miniature: the same exhibits, methods and dependencies on tiny models, to try a stack with.
 
 `full-shrunk-3` is the grid `full` with at most three rows an exhibit, one seed, random tiny models of the same
 families, sentences of a small grammar, a few steps, two items a task. Its numbers mean nothing; that they arrive in
@@ -8,11 +8,14 @@ every table, through whatever databases and workers there are, does.
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from flows.grids.planned import Grid, Planned
+from sparseforge_core import specs
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import HarnessSuite, PerplexitySuite, Suite, ThroughputSuite
@@ -24,6 +27,7 @@ STEPS = 8
 """Of the longest training; shorter ones keep their share of it, two steps at least."""
 LENGTH = 16
 CORPUS = Synthetic()
+"""What vocabularies are trained on."""
 FAMILIES: dict[str, Architecture] = {
     "gpt2": "gpt2",
     "opt": "opt",
@@ -80,7 +84,7 @@ def _recipe(recipe: Recipe, longest: int) -> Recipe:
         recipe,
         model=_model(recipe.model),
         method=_calibrated(recipe.method),
-        corpus=CORPUS,
+        corpus=Synthetic(seed=_number(recipe.corpus)),
         objective=objective,
         train=plan,
         slorb=None if recipe.slorb is None else replace(recipe.slorb, k=8),
@@ -94,7 +98,6 @@ def _model(source: ModelSource) -> ModelSource:
     name = (source.id if isinstance(source, Hub) else source.name).lower()
     for part, architecture in FAMILIES.items():
         if part in name:
-            seed = sum(name.encode())
             tokenizer = TrainedBPE(corpus=CORPUS, size=300)
             return Tiny(
                 architecture=architecture,
@@ -103,9 +106,14 @@ def _model(source: ModelSource) -> ModelSource:
                 layers=2,
                 heads=2,
                 positions=512,  # as long as the longest question
-                init_seed=seed,
+                init_seed=_number(source),
             )
     raise RecipeError(f"no tiny model stands for {name!r}; known: {', '.join(FAMILIES)}")
+
+
+def _number(spec: Any) -> int:
+    """A seed that follows from what a model or corpus says: two that differ stay two."""
+    return zlib.crc32(json.dumps(specs.encode(spec), sort_keys=True).encode()) % 10_000
 
 
 def _calibrated(method: Any) -> Any:
