@@ -2,7 +2,7 @@
 """Make the work pools, automations and deployments on the Prefect server at $PREFECT_API_URL. Safe to call again.
 
     infra/register.sh                         pools of processes: grids, cpu, gpu-1, gpu-8
-    infra/register.sh --kubernetes gpu-8 …    these pools as Kubernetes jobs (infra/kubernetes/README.md)
+    infra/register.sh --kubernetes gpu-8 …    these pools as Kubernetes jobs (docs/prefect.md)
 
 A pool that is there keeps its settings, for someone may have paused or limited it; automations and deployments are
 replaced by what their files say.
@@ -55,7 +55,7 @@ def make_pool(client: Any, name: str, *, kubernetes: bool) -> None:
     try:
         found = client.read_work_pool(name)
     except ObjectNotFound:
-        kind, job = ("kubernetes", json.loads(JOB.read_text())) if kubernetes else ("process", process_job())
+        kind, job = ("kubernetes", kubernetes_job(name)) if kubernetes else ("process", process_job())
         client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=job))
         return
     if kubernetes != (found.type == "kubernetes"):
@@ -69,6 +69,13 @@ def process_job() -> dict[str, Any]:
     from prefect.workers.process import ProcessWorker
 
     return ProcessWorker.get_default_base_job_template()
+
+
+def kubernetes_job(pool: str) -> dict[str, Any]:
+    """The template, with the GPUs of the pool: `gpu-8` has eight."""
+    job: dict[str, Any] = json.loads(JOB.read_text())
+    job["variables"]["properties"]["gpus"]["default"] = pool.removeprefix("gpu-") if pool.startswith("gpu-") else "0"
+    return job
 
 
 def make_automation(client: Any, automation: AutomationCore) -> None:

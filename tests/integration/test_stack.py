@@ -197,7 +197,7 @@ def test_the_full_grid_in_miniature_fills_every_table_in_postgresql(stack: Stack
     assert stack.environment["SPARSEFORGE_DB"].startswith("postgresql")
     assert results.missing(GRID).empty
     written = _tables(stack)
-    assert set(written) == set(grid_named("full").captions)
+    assert set(written) >= set(grid_named("full").captions)
     assert "[missing" not in "".join(written.values())
 
 
