@@ -57,7 +57,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     **{name: _paper(name) for name in PAPER},
     "reproductions": _reproductions,
     **{name: _study(name) for name in ("smollm2-trials", "smollm2-ideas")},
-    **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke")},
+    **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }
 """Builders by grid name; recipes are made only when a grid is asked for."""
 

@@ -255,16 +255,16 @@ def test_secrets_are_for_their_owner_alone(stack: Stack) -> None:
 
 
 def test_cancelling_a_grid_reaches_the_training_process_which_saves(stack: Stack) -> None:
-    asked = stack.deployment_run("grid=demo", "workers=1", watch=False)
+    asked = stack.deployment_run("grid=long-smoke", "workers=1", watch=False)
     assert asked.returncode == 0, asked.stdout
     assert _wait_until(lambda: _training(stack) is not None, 120), stack.logs()
-    (run,) = stack.ask("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["demo"]}}})
+    (run,) = stack.ask("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["long-smoke"]}}})
     cancelled = stack.prefect("flow-run", "cancel", run["id"])
     assert cancelled.returncode == 0, cancelled.stdout
-    assert _wait_until(lambda: not any(s.status == "running" for s in stack.states("demo")), 90), stack.logs()
-    stopped = [state for state in stack.states("demo") if state.status != "pending"]
+    assert _wait_until(lambda: not any(s.status == "running" for s in stack.states("long-smoke")), 90), stack.logs()
+    stopped = [state for state in stack.states("long-smoke") if state.status != "pending"]
     assert {state.status for state in stopped} <= {"interrupted", "done"}, stopped
-    runs = {"flow_runs": {"name": {"any_": ["demo", "demo on cpu"]}}}
+    runs = {"flow_runs": {"name": {"any_": ["long-smoke", "long-smoke on cpu"]}}}
     assert _wait_until(lambda: _ended(stack.ask("/flow_runs/filter", runs)), 90)
     assert {run["state_type"] for run in stack.ask("/flow_runs/filter", runs)} == {"CANCELLED"}
     workers = [line for line in _processes_of(stack.home) if "spawn_main" in line]
@@ -273,8 +273,8 @@ def test_cancelling_a_grid_reaches_the_training_process_which_saves(stack: Stack
 
 
 def _training(stack: Stack) -> Path | None:
-    """The journal of a training of the demo that has made a step."""
-    running = [s.cell_key for s in stack.states("demo") if s.status == "running" and s.stage == "train"]
+    """The journal of a training that has made a step."""
+    running = [s.cell_key for s in stack.states("long-smoke") if s.status == "running" and s.stage == "train"]
     journals = [stack.home / "cells" / key / "train" / "journal.jsonl" for key in running]
     return next((path for path in journals if path.is_file() and path.stat().st_size), None)
 
