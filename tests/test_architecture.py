@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
-    "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},
+    "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
     "analysis": core("store.results store.rows store.outcomes"),
 }
