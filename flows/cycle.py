@@ -211,8 +211,16 @@ def _run_stage(
     placement = placement_for(cell.recipe)
     directory = home.cell(key) / stage
     if stage == TRAIN:
-        if placement.gpus > 1:  # a process of its own for each device; they say where they are in the journal
-            return train_on_ranks(store.cell_body(key), directory, home.root, placement, should_stop)
+        if placement.gpus > 1:  # a process of its own for each device
+            return train_on_ranks(
+                store.cell_body(key),
+                directory,
+                home.root,
+                placement,
+                micro_batch=placement.micro_batch,
+                on_step=on_step,
+                should_stop=should_stop,
+            )
         execution = run.Execution(micro_batch=placement.micro_batch)
         try:
             return run.train_cell(

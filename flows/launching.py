@@ -19,25 +19,27 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.devices import cores, gpus
 from flows.placements import Placement
 from flows.provenance import process_alive
 from flows.rank import ENDINGS
-from sparseforge_core import files
+from sparseforge_core import errors, files
 from sparseforge_core.errors import Interrupted, RecipeError, SparseForgeError
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
 STOP_SECONDS = 300.0
 """How long ranks may take to save their shards after the stop signal; then they are killed."""
+TELL_SECONDS = 1.0
 TAIL_BYTES = 4000
 PR_SET_PDEATHSIG = 1
-REFUSED, STOPPED = 2, 130
+REFUSED, LOST, STOPPED = 2, 75, 130
 """Exit codes of `python -m sparseforge_core.run`."""
 
 
-class RanksRefused(SparseForgeError):
+class RanksRefused(RecipeError):
     """The program on the ranks refused what it was given; trying again would end in the same way."""
 
 
@@ -62,13 +64,29 @@ class Ending:
         return len(self.codes) == self.ranks and not any(self.codes.values())
 
 
+@dataclass(frozen=True)
+class Where:
+    """How far the ranks are, as their journal says."""
+
+    step: int
+    steps: int
+    loss: float
+
+
 def train_on_ranks(
-    cell_body: str, directory: Path, home: Path, placement: Placement, should_stop: Callable[[], bool]
+    cell_body: str,
+    directory: Path,
+    home: Path,
+    placement: Placement,
+    *,
+    micro_batch: int | None,
+    on_step: Callable[[Any], None] | None,
+    should_stop: Callable[[], bool],
 ) -> Path:
     """Train a cell on as many ranks as its placement has GPUs; the measurements file.
 
     Raises RecipeError where this process sees fewer GPUs, Interrupted when asked to stop (a checkpoint is there then),
-    RanksRefused for what no other attempt would change, RanksFailed for the rest.
+    the error of ours that a rank ended with, MemoryError or OSError if it was one of these, RanksFailed for the rest.
     """
     found = gpus()
     if len(found) < placement.gpus:
@@ -79,24 +97,70 @@ def train_on_ranks(
     cell = directory.parent / "cell-for-ranks.json"
     files.write_text(cell, cell_body)
     program = ["sparseforge_core.run", "--home", str(home), "train", str(cell), str(directory)]
-    if placement.micro_batch:
-        program += ["--micro-batch", str(placement.micro_batch)]
+    program += ["--micro-batch", str(micro_batch)] if micro_batch else []
+    told = _Teller(directory / "journal.jsonl", json.loads(cell_body)["cell"]["recipe"]["train"]["steps"], on_step)
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(found[: placement.gpus])}
-    ending = launch(program, placement.gpus, directory / "ranks", should_stop, environment=devices)
-    return _measured(ending, directory / "measurements.json")
+    ending = launch(program, placement.gpus, directory / "ranks", should_stop, environment=devices, tick=told)
+    return measured(ending, directory / "measurements.json")
 
 
-def _measured(ending: Ending, path: Path) -> Path:
+def measured(ending: Ending, path: Path) -> Path:
+    """The measurements file of ranks that ended well; else raises what `train_on_ranks` says."""
     if ending.done and path.is_file():
         return path
-    bad = [rank for rank, code in sorted(ending.codes.items()) if code not in (0, STOPPED)]
-    bad.sort(key=lambda rank: ending.codes[rank] != REFUSED)
-    said = f"{last_line(ending.log, *bad[:1])} (log: {ending.log})"
-    if REFUSED in ending.codes.values():
-        raise RanksRefused(said)
-    if ending.stopped or STOPPED in ending.codes.values():
+    codes = ending.codes
+    if ending.stopped or (STOPPED in codes.values() and set(codes.values()) <= {0, STOPPED}):
         raise Interrupted("stopped; the ranks' work so far is in their last checkpoint")
-    raise RanksFailed(f"exit codes of {ending.ranks} ranks: {ending.codes}, none from those killed; {said}")
+    # A rank that ends takes the others with it: the one that refused, or else crashed, says why.
+    bad = sorted((r for r, code in codes.items() if code not in (0, STOPPED)), key=lambda r: _blame(codes[r]))
+    said = last_line(ending.log, *bad[:1])
+    name, _, text = said.partition(": ")
+    text, name = f"{text} (log: {ending.log})", name.rpartition(".")[2]
+    if name in ("MemoryError", "OutOfMemoryError"):
+        raise MemoryError(text)
+    if name == "OSError":
+        raise OSError(text)
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, SparseForgeError):
+        raise kind(text)
+    if REFUSED in codes.values():
+        raise RanksRefused(f"{said} (log: {ending.log})")
+    raise RanksFailed(
+        f"exit codes of {ending.ranks} ranks: {codes}, none from those killed; {said} (log: {ending.log})"
+    )
+
+
+def _blame(code: int) -> int:
+    """Order of exit codes, the most telling first: refused, crashed, another rank was lost."""
+    return {REFUSED: 0, LOST: 2}.get(code, 1)
+
+
+class _Teller:
+    """Tells how far the ranks are: at once, so that a stop is passed on to them from then on, and as they go."""
+
+    def __init__(self, journal: Path, steps: int, on_step: Callable[[Any], None] | None) -> None:
+        self.journal, self.steps, self.on_step = journal, steps, on_step
+        self.next = 0.0
+        self.said = -1
+
+    def __call__(self) -> None:
+        if self.on_step is None or time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + TELL_SECONDS
+        found = self._last()
+        if found.step > self.said:
+            self.said = found.step
+            self.on_step(found)
+
+    def _last(self) -> Where:
+        """From the last whole line with a loss; a journal that is not there, or was just begun, is step 0."""
+        with contextlib.suppress(FileNotFoundError), self.journal.open("rb") as file:
+            file.seek(max(0, self.journal.stat().st_size - 8 * TAIL_BYTES))
+            for line in reversed(file.read().splitlines()):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    body = json.loads(line)
+                    return Where(int(body["step"]), self.steps, float(body["scalars"]["loss/total"]))
+        return Where(0, self.steps, float("nan"))
 
 
 def launch(
@@ -107,6 +171,7 @@ def launch(
     *,
     environment: dict[str, str] | None = None,
     stop_seconds: float = STOP_SECONDS,
+    tick: Callable[[], None] = lambda: None,
 ) -> Ending:
     """Run `python -m PROGRAM…` on so many ranks of this machine under torchrun, and wait for the end.
 
@@ -120,6 +185,7 @@ def launch(
         should_stop: asked five times a second; once true, ranks get SIGTERM and `stop_seconds` to save.
         environment: added to ours.
         stop_seconds: before SIGKILL.
+        tick: called five times a second.
     """
     endings, log = folder / "endings", folder / "torchrun.log"
     shutil.rmtree(endings, ignore_errors=True)  # of an earlier attempt; logs are kept
@@ -130,6 +196,7 @@ def launch(
     told: set[int] = set()
     try:
         while process.poll() is None and time.monotonic() < deadline:
+            tick()
             if not stopped and should_stop():
                 stopped, deadline = True, time.monotonic() + stop_seconds
             if stopped:  # to the ranks and not to torchrun, which would give them 30 seconds

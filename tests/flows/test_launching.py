@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,10 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from flows.launching import Ending, RanksFailed, RanksRefused, _measured, last_line, launch
+from flows.launching import (
+    Ending,
+    RanksFailed,
+    RanksRefused,
+    Where,
+    _Teller,
+    last_line,
+    launch,
+    measured,
+    train_on_ranks,
+)
 from flows.placements import Placement
 from flows.provenance import process_alive
-from sparseforge_core.errors import Interrupted, RecipeError
+from sparseforge_core.errors import Diverged, Interrupted, RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "tests.flows.ranks_program"
@@ -47,8 +58,8 @@ def test_ranks_run_together_and_what_they_print_is_kept(tmp_path: Path) -> None:
 def test_a_refusal_of_one_rank_is_a_refusal_with_its_sentence(tmp_path: Path) -> None:
     ending = launch([PROGRAM, str(tmp_path), "refuse"], 2, tmp_path / "ranks", lambda: False)
     assert ending.codes[1] == 2
-    with pytest.raises(RanksRefused, match="RecipeError: pattern: 3:2 keeps more than there is"):
-        _measured(ending, tmp_path / "measurements.json")
+    with pytest.raises(RecipeError, match=r"^pattern: 3:2 keeps more than there is .log: "):
+        measured(ending, tmp_path / "measurements.json")
 
 
 @pytest.mark.slow
@@ -58,7 +69,7 @@ def test_a_stop_reaches_every_rank_and_waits_for_what_it_saves(tmp_path: Path) -
     assert ending.codes == {0: 130, 1: 130}
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     with pytest.raises(Interrupted):
-        _measured(ending, tmp_path / "measurements.json")
+        measured(ending, tmp_path / "measurements.json")
 
 
 @pytest.mark.slow
@@ -96,24 +107,62 @@ def test_endings_are_told_apart(tmp_path: Path) -> None:
 
     path = tmp_path / "measurements.json"
     with pytest.raises(RanksFailed, match="exit codes of 2 ranks"):
-        _measured(ending({0: 1}), path)
+        measured(ending({0: 1}), path)
     with pytest.raises(RanksFailed):  # all said that they were done, and left nothing
-        _measured(ending({0: 0, 1: 0}), path)
+        measured(ending({0: 0, 1: 0}), path)
     with pytest.raises(Interrupted):
-        _measured(ending({0: 130}), path)
+        measured(ending({0: 130}), path)
     with pytest.raises(Interrupted):
-        _measured(ending({}, stopped=True), path)
+        measured(ending({}, stopped=True), path)
     path.write_text("{}")
-    assert _measured(ending({0: 0, 1: 0}), path) == path
+    assert measured(ending({0: 0, 1: 0}), path) == path
 
 
 def test_too_few_devices_are_named_with_what_starts_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.launching import train_on_ranks
-
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     placement = Placement(pool="gpu-8", gpus=8)
     with pytest.raises(RecipeError, match=r"needs 8 GPUs at once, and this process sees 2; .*worker.sh gpu-8"):
-        train_on_ranks("{}", tmp_path / "train", tmp_path, placement, lambda: False)
+        train_on_ranks(
+            "{}", tmp_path / "train", tmp_path, placement, micro_batch=1, on_step=None, should_stop=lambda: False
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "codes", "kind"),
+    [
+        ("Diverged: the loss is nan at step 7", {0: 2, 1: 75}, Diverged),
+        ("torch.OutOfMemoryError: CUDA out of memory.", {1: 1}, MemoryError),
+        ("OSError: [Errno 28] No space left on device", {1: 2, 0: 75}, OSError),
+        ("something else", {1: 2}, RanksRefused),
+        ("RuntimeError: no such kernel", {1: 1, 0: 75}, RanksFailed),
+    ],
+)
+def test_what_a_rank_ended_with_is_raised_here(
+    line: str, codes: dict[int, int], kind: type[Exception], tmp_path: Path
+) -> None:
+    blamed = 0 if codes.get(0) == 2 else 1
+    log = tmp_path / "torchrun.log"
+    log.write_text(f"[default{blamed}]:{line}\n[default{1 - blamed}]:RankLost: another rank ended\n")
+    with pytest.raises(kind):
+        measured(Ending(codes, 2, False, log), tmp_path / "measurements.json")
+
+
+def test_how_far_the_ranks_are_is_told_at_once_and_as_they_go(tmp_path: Path) -> None:
+    told: list[Where] = []
+    journal = tmp_path / "journal.jsonl"
+    teller = _Teller(journal, 10, told.append)
+    teller()
+    assert [(where.step, where.steps) for where in told] == [(0, 10)]
+    lines = [{"step": 1, "scalars": {"loss/total": 3.5}}, {"step": 2, "histogram": {}}]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "sca')
+    teller()
+    assert len(told) == 1, "not again within a second"
+    teller.next = 0.0
+    teller()
+    assert told[-1] == Where(1, 10, 3.5)
+    teller.next = 0.0
+    teller()
+    assert len(told) == 2, "nothing new"
 
 
 def _parent(pid: int) -> int:
