@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -q
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast lint format lock clean clean-runs
+.PHONY: help setup setup-dev stack demo test test-fast lint audit format lock clean clean-runs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ setup: ## make .venv from requirements.lock
 
 setup-dev:
 	@infra/setup.sh --dev
+
+stack: setup ## PostgreSQL, Prefect, MLflow and workers of docker-compose.yml as processes of this machine
+	@$(BIN)/python infra/stack.py $(ARGS)
 
 demo: setup ## train, evaluate and tabulate the demo grid; goes on where it stopped
 	@$(BIN)/sparseforge demo $(ARGS)
@@ -31,6 +34,9 @@ lint: setup-dev ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: setup-dev ## are the locks exact and complete; then known advisories (needs a network)
+	@infra/audit.sh
 
 format: setup-dev ## let ruff put the sources in order
 	@$(BIN)/ruff check --fix .

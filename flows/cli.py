@@ -107,7 +107,7 @@ def _say(summary: Summary, again: str, options: argparse.Namespace | None = None
         what = f"{len(summary.failed)} cells are in quarantine; `sparseforge explain CELL` says all about one"
         print(f"  {what}. Once the cause is gone: sparseforge run {summary.grid} --retry-failed", file=sys.stderr)
     for pool, count in sorted(summary.unserved.items()):
-        what = f"{count} cells are placed on {pool}, which this machine cannot serve; left for workers of that pool"
+        what = f"{count} cells are placed on {pool}, which this run does not serve; left for workers of that pool"
         print(f"  {what}, or `sparseforge run {summary.grid} --pool {pool}`", file=sys.stderr)
     waiting = summary.blocked - sum(summary.unserved.values())
     if waiting > 0:

@@ -36,6 +36,12 @@ class Home:
         mlflow = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
         return cls(folder, store, mlflow)
 
+    @property
+    def mlflow_ui(self) -> str:
+        """Where a browser finds MLflow: $SPARSEFORGE_MLFLOW_UI, else the tracking server; empty for a local file."""
+        served = self.mlflow_uri if self.mlflow_uri.startswith(("http://", "https://")) else ""
+        return (os.environ.get("SPARSEFORGE_MLFLOW_UI") or served).rstrip("/")
+
     def cell(self, key: str) -> Path:
         """The folder of a cell."""
         return self.root / "cells" / key

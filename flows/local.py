@@ -115,7 +115,7 @@ def run_grid(
             with Mirror(home, name, states) as mirror:
                 mirror.put(behind)
                 if to_run:
-                    processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
+                    processes = WorkerPool(home, workers or _workers_of(pool), flow_run_id=flow_run_id)
                     run: RunCell = processes.execute
                     drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
                     drive.notifier = notifier
@@ -128,6 +128,11 @@ def run_grid(
             notifier.ended(summary.as_json(), seconds=time.monotonic() - began, pool=pool)
     store.close()
     return summary
+
+
+def _workers_of(pool: str | None) -> int:
+    """One worker a device, and one in all where a cell takes several devices."""
+    return 1 if pool is not None and pool.removeprefix("gpu-") not in (pool, "1") else default_workers()
 
 
 class _Drive:

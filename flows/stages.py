@@ -12,7 +12,7 @@ from typing import Any
 from flows.failures import halvings, inputs_of, is_out_of_memory
 from flows.home import Home
 from sparseforge_core import files
-from sparseforge_core.errors import CheckpointMismatch, DoesNotFit, OutOfMemory, RecipeError
+from sparseforge_core.errors import CheckpointMismatch, DoesNotFit, OutOfMemory
 from sparseforge_core.store.store import ResultStore
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def run_stage(
     What ran out of memory before is run with half as much at once for each time it did. Raises OutOfMemory, or
     DoesNotFit where nothing is left to halve, and whatever else the stage raises.
     """
+    from flows.launching import train_on_ranks
     from flows.placements import placement_for
     from sparseforge_core import run, specs
     from sparseforge_core.evaluate.suites import Suite
@@ -64,17 +65,17 @@ def run_stage(
     _write_inputs(store, home, key, stage)
     cell = loads(store.cell_body(key))
     placement = placement_for(cell.recipe)
-    if placement.gpus > 1:
-        raise RecipeError(
-            f"cell {key} is placed on {placement.pool}: it needs {placement.gpus} GPUs at once, and training over "
-            "several is not built yet. Take a smaller model, or leave this cell planned"
-        )
     directory = home.cell(key) / stage
     halved = halvings(store.attempts(key), stage)
     if stage == TRAIN:
         plan = cell.recipe.train
         whole = placement.micro_batch or plan.sequences
         size = max(1, whole >> halved)
+        if placement.gpus > 1:  # a process of its own for each device
+            body = store.cell_body(key)
+            return train_on_ranks(
+                body, directory, home.root, placement, micro_batch=size, on_step=on_step, should_stop=should_stop
+            )
         execution = run.Execution(micro_batch=size if halved else placement.micro_batch)
         try:
             with _memory_accounted(cell.recipe, size if plan.steps else 1, halved, run.device_memory()):

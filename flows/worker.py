@@ -139,9 +139,9 @@ def _redirect(log_file: str) -> None:
 
 
 def share_machine(index: int, of: int) -> None:
-    """Share the cores, and give each worker one GPU where there are some; must come before torch is imported."""
+    """Share the cores and the GPUs, of which each of several workers gets one; must come before torch is imported."""
     be_quiet()
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // of))
     devices = gpus()
-    if devices:
+    if devices and of > 1:  # a worker by itself sees all: a cell may need them at once
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]

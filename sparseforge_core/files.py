@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparseforge_core.errors import FolderHeld
+from sparseforge_core.errors import DataError, FolderHeld
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,6 +32,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, body: Any) -> None:
     """Replace `path` by canonical, readable JSON."""
     write_text(path, json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def inside(folder: Path, name: str, field: str) -> Path:
+    """`folder / name` for a name that came from a file. Raises DataError, by its field, if it is no plain name."""
+    if not name or name in (".", "..") or Path(name).name != name or "\0" in name:
+        raise DataError(f"{field}: {name!r} is no plain name; a path would lead out of {folder}")
+    return folder / name
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Literal
 
 from sparseforge_core import specs
@@ -270,6 +271,11 @@ def metrics_of(suite: Suite) -> tuple[str, ...]:
 
 
 def suite_key(suite: Suite) -> str:
-    """`<name>-<6 hex of its contents>`: two suites that measure differently never share a key."""
+    """`<name>-<6 hex of its contents>`: two suites that measure differently never share a key.
+
+    It names a folder. Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", suite.name, re.ASCII):
+        raise RecipeError(f"name: {suite.name!r} is no name of a suite: use letters, digits, '.', '-' and '_'")
     text = json.dumps(specs.encode(suite), sort_keys=True)
     return f"{suite.name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

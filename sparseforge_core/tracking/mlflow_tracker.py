@@ -107,8 +107,8 @@ def mirror_cell(
     prepare(uri, home)
     with files.only_one(folder / CURSOR), _refusals(uri):
         client = _client(uri)
-        run_id = _open_run(client, uri, home, about, folder)
-        _Copy(client, run_id, uri, folder).up_to_now(status, _tags(about, folder, grid) | dict(tags or {}))
+        experiment, run_id = _open_run(client, uri, home, about, folder)
+        _Copy(client, experiment, run_id, uri, folder).up_to_now(status, _tags(about, folder, grid) | dict(tags or {}))
     return run_id
 
 
@@ -164,14 +164,21 @@ def is_mirrored(folder: Path, stages: Sequence[str], uri: str) -> bool:
     return cursor.get("uri") == uri and cursor.get("status") == "FINISHED" and set(stages) <= set(cursor["stages"])
 
 
+def run_place(folder: Path) -> tuple[str, str] | None:
+    """Ids of the experiment and the run that hold a cell, by its cursor; None before it was mirrored."""
+    cursor = _read_cursor(folder / CURSOR)
+    return (cursor["experiment"], cursor["run"]) if "experiment" in cursor else None
+
+
 class _Copy:
     """One cell on its way into its run; the cursor is written after each part, so that no part is sent twice."""
 
-    def __init__(self, client: Any, run_id: str, uri: str, folder: Path) -> None:
+    def __init__(self, client: Any, experiment: str, run_id: str, uri: str, folder: Path) -> None:
         self.client, self.run_id, self.folder = client, run_id, folder
         self.cursor = _read_cursor(folder / CURSOR)
         if self.cursor.get("run") != run_id or self.cursor.get("uri") != uri:
             self.cursor = {"run": run_id, "uri": uri, "step": 0, "stages": [], "pictured": 0, "status": None}
+        self.cursor["experiment"] = experiment
 
     def up_to_now(self, status: Status, tags: dict[str, str]) -> None:
         lines, _ = read_journal(self.folder / "train" / "journal.jsonl")
@@ -249,12 +256,12 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> str:
-    """The run tagged with this cell's key, made if there is none; experiments are models."""
+def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> tuple[str, str]:
+    """Ids of the experiment (its model) and of the run tagged with a cell's key, made if there is none."""
     experiment = _experiment(client, uri, home, about.model)
     found = client.search_runs([experiment], f"tags.cell_key = '{about.cell_key}'", max_results=1)
     if found:
-        return str(found[0].info.run_id)
+        return experiment, str(found[0].info.run_id)
     from mlflow.entities import Param
 
     tags = {"cell_key": about.cell_key}
@@ -263,7 +270,7 @@ def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> 
     parameters = [Param(name, value) for name, value in _parameters(folder / "cell.json")]
     for start in range(0, len(parameters), PARAMETERS):
         client.log_batch(run.info.run_id, params=parameters[start : start + PARAMETERS])
-    return str(run.info.run_id)
+    return experiment, str(run.info.run_id)
 
 
 def _experiment(client: Any, uri: str, home: Path, name: str) -> str:

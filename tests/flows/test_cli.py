@@ -177,7 +177,7 @@ def test_a_machine_without_gpus_leaves_their_cells_alone(
     assert run("run", "table-7", "--quiet") == 1
     said = capsys.readouterr()
     assert "0 cells executed now" in said.out
-    assert "which this machine cannot serve" in said.err
+    assert "which this run does not serve" in said.err
 
 
 def test_the_papers_numbers_are_audited(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
