@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.home import Home
-from sparseforge_core import files
+from sparseforge_core import measured
 from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError, SparseForgeError
 from sparseforge_core.store.curves import curves_of
 from sparseforge_core.store.outcomes import outcomes_of
@@ -158,36 +158,26 @@ def execute_stage(
 def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
     """Commit a measurements file, with its items' outcomes and the journal beside it.
 
-    Raises CheckpointMismatch if it is of another stage or its items were altered.
+    Raises CheckpointMismatch if it is of another stage, or if it or what it was made of was altered.
     """
-    body = _read(path)
+    body = measured.read(path)
     found = (body.get("cell"), body.get("stage"))
     if found != (attempt.cell_key, attempt.stage):
         wanted = f"cell {attempt.cell_key}, stage {attempt.stage}"
         raise CheckpointMismatch(f"{path} is of cell {found[0]}, stage {found[1]}; wanted {wanted}")
-    items, digest = path.with_name("items.jsonl"), body["items_sha256"]
-    if digest is not None and (not items.is_file() or files.sha256(items) != digest):
-        raise CheckpointMismatch(f"{items} is missing or was altered; delete {path.parent} to measure again")
+    items, digest = path.with_name(measured.ITEMS), body["items_sha256"]
     measurements = [Measurement(**row) for row in body["measurements"]]
     outcomes = outcomes_of(json.loads(line) for line in items.read_text().splitlines()) if digest is not None else ()
-    curves = curves_of(read_journal(path.with_name("journal.jsonl"))[0])
+    curves = curves_of(read_journal(path.with_name(measured.JOURNAL))[0])
     store.finish(attempt, measurements, body["context"], digest, outcomes=outcomes, curves=curves)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        body: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointMismatch(f"{path} cannot be read ({error}); delete {path.parent} to make it anew") from error
-    return body
 
 
 def _finished(store: ResultStore, home: Home, key: str, stage: str) -> Path | None:
     """The measurements of a suite that are complete on disk; training knows by itself what it has finished."""
-    path = home.cell(key) / stage / "measurements.json"
+    path = home.cell(key) / stage / measured.FILE
     if stage == TRAIN or not path.is_file():
         return None
-    if _read(path).get("suite") != json.loads(store.suite_spec(stage)):
+    if measured.read(path).get("suite") != json.loads(store.suite_spec(stage)):
         log.warning("%s says another suite than the store; measuring again", path)
         return None
     return path

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseforge_core import files, specs
+from sparseforge_core import files, measured, specs
 from sparseforge_core.checkpoint import MANIFEST, Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
@@ -54,8 +54,6 @@ from sparseforge_core.train.loop import Outcome, Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
 
 STORED_BYTES = 2
 """Of a value of a side branch at inference (bfloat16)."""
@@ -95,6 +93,7 @@ def train_cell(
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
+    files.remove_temporaries(directory)
     prepared = _Prepared(cell, home, default_device())
     checkpoints = Checkpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())
@@ -117,12 +116,12 @@ def train_cell(
     rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**_context(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
-    return _write_measurements(directory, cell, "train", None, rows, context, None)
+    return _write_measurements(directory, cell, "train", None, rows, context)
 
 
 def finished_training(cell: Cell, directory: Path) -> Path | None:
     """The measurements file of a train stage that is complete on disk and verifies, or None."""
-    path = directory / "measurements.json"
+    path = directory / measured.FILE
     if not path.is_file():
         return None
     verify(directory / "final", cell_key(cell))
@@ -158,13 +157,14 @@ def evaluate_cell(
         sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
     result = evaluate_model(subject, suite, ngram=ngram)
-    digest = None
-    if result.items:
-        lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
-        files.write_text(directory / "items.jsonl", lines)
-        digest = files.sha256(directory / "items.jsonl")
+    files.remove_temporaries(directory)
+    lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
+    if lines:
+        files.write_text(directory / measured.ITEMS, lines)
+    else:
+        (directory / measured.ITEMS).unlink(missing_ok=True)
     context = {**_context(device), **result.context, "wall_seconds": time.perf_counter() - began}
-    return _write_measurements(directory, cell, suite_key(suite), suite, list(result.measurements), context, digest)
+    return _write_measurements(directory, cell, suite_key(suite), suite, list(result.measurements), context)
 
 
 class _Prepared:
@@ -327,20 +327,15 @@ def _write_measurements(
     suite: Suite | None,
     rows: list[dict[str, Any]],
     context: dict[str, Any],
-    items_sha256: str | None,
 ) -> Path:
     body = {
-        "format": FORMAT,
         "cell": cell_key(cell),
         "stage": stage,
         "suite": None if suite is None else specs.encode(suite, omit_defaults=False),
         "context": context,
-        "items_sha256": items_sha256,
         "measurements": rows,
     }
-    path = directory / "measurements.json"
-    files.write_json(path, body)
-    return path
+    return measured.write(directory, body)
 
 
 def main(arguments: list[str] | None = None) -> int:
