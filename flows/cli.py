@@ -134,21 +134,27 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
 
 
 def _bundle(options: argparse.Namespace, _home: Home) -> int:
-    from flows.bundle import write_bundle
-    from flows.grids import grid_named
-    from flows.grids.planned import expand
+    from flows.bundle import choose, write_bundle
 
-    count = write_bundle(expand(grid_named(options.grid)), options.out, pool=options.pool)
+    chosen = choose(options.what, grid=options.grid, pool=options.pool)
+    count = write_bundle(chosen, options.out, there=options.there, slurm=options.slurm)
     print(f"{options.out / 'bundle.json'}: {count} cells")
+    if options.slurm:
+        print(f"{options.out / 'submit.sh'}: submits them level after level; options for every job follow it")
     return OK
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
-    from flows.bundle import ingest
-    from flows.local import open_grid
+    from flows.ingesting import ingest
+    from sparseforge_core.store.store import ResultStore
 
-    store, _ = open_grid(home, options.grid)
-    print(f"{options.grid}: {ingest(store, home, options.grid)} stages recorded")
+    store = ResultStore(home.store_url)
+    found = ingest(store, home, options.folder)
+    store.close()
+    print(
+        f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
+        f"{found.unfinished} not finished yet"
+    )
     return OK
 
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 SEAL = "sha256"
 """The name under which a sealed body holds its own hash."""
 
