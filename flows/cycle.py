@@ -192,9 +192,10 @@ def _run_stage(
     should_stop: Callable[[], bool],
 ) -> Path:
     from flows.placements import placement_for
+    from flows.remaking import restore_models
     from sparseforge_core import run, specs
     from sparseforge_core.evaluate.suites import Suite
-    from sparseforge_core.identity import loads
+    from sparseforge_core.identity import loads, required_cells
 
     cell = loads(store.cell_body(key))
     placement = placement_for(cell.recipe)
@@ -204,6 +205,7 @@ def _run_stage(
             "several is not built yet. Take a smaller model, or leave this cell planned"
         )
     directory = home.cell(key) / stage
+    restore_models(store, home, (() if stage == TRAIN else (cell,)) + required_cells(cell), should_stop)
     if stage == TRAIN:
         execution = run.Execution(micro_batch=placement.micro_batch)
         try:
