@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from flows.home import Home
 from flows.placements import placement_for
-from sparseforge_core import files, measured
+from sparseforge_core import files
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.identity import cell_key, required_cells
 from sparseforge_core.recipe import Cell
@@ -44,7 +44,6 @@ def _restore(store: ResultStore, home: Home, cell: Cell, should_stop: Callable[[
         log.warning("the model of cell %s is gone from %s; training it again", key, directory)
         from sparseforge_core import run
 
-        (directory / measured.FILE).unlink(missing_ok=True)
         execution = run.Execution(micro_batch=placement_for(cell.recipe).micro_batch)
         run.train_cell(cell, directory, home.root, should_stop=should_stop, execution=execution)
         wanted = (done[0].context or {}).get("model_sha256")

@@ -120,9 +120,12 @@ def train_cell(
 
 
 def finished_training(cell: Cell, directory: Path) -> Path | None:
-    """The measurements file of a train stage that is complete on disk and verifies, or None."""
+    """The measurements file of a train stage that is complete on disk and verifies, or None.
+
+    One whose model is gone, for instance because an error said to delete it, is not complete.
+    """
     path = directory / measured.FILE
-    if not path.is_file():
+    if not path.is_file() or not (directory / "final").is_dir():
         return None
     verify(directory / "final", cell_key(cell))
     return path
@@ -157,7 +160,8 @@ def evaluate_cell(
         sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
     result = evaluate_model(subject, suite, ngram=ngram)
-    files.remove_temporaries(directory)
+    for folder in (directory, subject.items_dir):
+        files.remove_temporaries(folder)
     lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
     if lines:
         files.write_text(directory / measured.ITEMS, lines)

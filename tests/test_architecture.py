@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.placements": SPECS,
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
     "flows.cycle": SPECS | core("store run files measured tracking.tracker") | {"flows"},
-    "flows.remaking": SPECS | core("store run files measured") | {"flows"},
+    "flows.remaking": SPECS | core("store run files") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
     "flows.bundle": SPECS | core("store files bundles") | {"flows"},
     "flows.ingesting": SPECS | core("store files measured bundles checkpoint") | {"flows"},
