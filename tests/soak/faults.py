@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +16,9 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from flows import cycle
+from flows.provenance import process_alive
 from sparseforge_core.store.store import ResultStore
 from tests import postgres
-from tests.soak.grid import GRID
 from tests.soak.world import CRASHED, DONE, Counts, Reference, World, end_of, fork
 
 PATIENCE = 0.5
@@ -74,7 +73,9 @@ def _finish(world: World, what: str, reference: Reference, counts: Counts) -> No
 # ------------------------------------------------------------------------------------------------------------ SIGSTOP
 
 
-def paused(start: World, reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts) -> None:
+def paused(
+    start: World, reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts
+) -> None:
     """Stop a process at a random instant, let its lease end and another one take over, then let it go on."""
     for number in range(wanted):
         world = start.copy(scratch / "paused")
@@ -103,7 +104,9 @@ def paused(start: World, reference: Reference, scratch: Path, chance: random.Ran
 def small_disk(folder: Path) -> Iterator[Callable[[int | None, bool], None] | None]:
     """A file system of its own whose size can be set in bytes, and that can be made read-only; None: not permitted."""
     folder.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "soak", folder], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "soak", folder], check=False, capture_output=True
+    )
     if mounted.returncode:
         yield None
         return
@@ -164,7 +167,9 @@ def _used(folder: Path) -> int:
 # ----------------------------------------------------------------------------------------------------------- database
 
 
-def locked(start: World, reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts) -> None:
+def locked(
+    start: World, reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts
+) -> None:
     """Another process holds the write lock, for less or for more than anybody waits."""
     for number in range(wanted):
         world = start.copy(scratch / "locked")
@@ -213,31 +218,35 @@ def read_only(start: World, reference: Reference, scratch: Path, counts: Counts)
 
 def gone_and_back(reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts) -> None:
     """PostgreSQL ends at a random instant, as by a power cut, and comes back."""
-    with postgres.server() as admin, postgres.database(admin) as url:
+    with postgres.server() as admin:
         engine = sa.create_engine(admin)
         with engine.connect() as connection:
             data = Path(str(connection.execute(sa.text("SHOW data_directory")).scalar()))
         engine.dispose()
         server = _Server(data, int(str(admin.port)))
         try:
-            for number in range(wanted):
-                world = World(scratch / f"postgres-{number}", url=url)
-                _empty(url)
-                drainer = fork(world.drain, world.root.with_suffix(".log"))
-                time.sleep(chance.uniform(0.1, reference.seconds))
-                server.cut()
-                time.sleep(chance.uniform(0.0, 0.5))
-                server.start()
-                code = end_of(drainer)
-                if code == CRASHED:
-                    counts.tracebacks += 1
-                    counts.say(f"server gone: {world.root.with_suffix('.log').read_text()[-600:]}")
-                counts.add(counts.faults, "PostgreSQL killed and back")
-                world.check(counts)
-                world.release_everything()
-                _finish(world, "server gone", reference, counts)
+            with postgres.database(admin) as url:
+                for number in range(wanted):
+                    world = World(scratch / f"postgres-{number}", url=url)
+                    _empty(url)
+                    _cut_once(world, server, reference, chance, counts)
         finally:
             server.cut()
+
+
+def _cut_once(world: World, server: _Server, reference: Reference, chance: random.Random, counts: Counts) -> None:
+    drainer = fork(world.drain, world.root.with_suffix(".log"))
+    time.sleep(chance.uniform(0.1, reference.seconds))
+    server.cut()
+    time.sleep(chance.uniform(0.0, 0.5))
+    server.start()
+    if end_of(drainer) == CRASHED:
+        counts.tracebacks += 1
+        counts.say(f"server gone: {world.root.with_suffix('.log').read_text()[-600:]}")
+    counts.add(counts.faults, "PostgreSQL killed and back")
+    world.check(counts)
+    world.release_everything()
+    _finish(world, "server gone", reference, counts)
 
 
 def _empty(url: str) -> None:
@@ -270,7 +279,7 @@ class _Server:
         if self.process is not None:
             self.process.wait(30)
         deadline = time.monotonic() + 30
-        while (self.data / "postmaster.pid").exists() and time.monotonic() < deadline:
+        while process_alive(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def start(self) -> None:
@@ -296,6 +305,3 @@ class _Server:
                     return
             time.sleep(0.05)
         raise AssertionError("PostgreSQL does not come back")
-
-
-__all__ = ["GRID", "begun", "full_disk", "gone_and_back", "locked", "paused", "read_only", "shutil"]

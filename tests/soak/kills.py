@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from flows.pool import WorkerPool
 from sparseforge_core.store.engine import make_engine, reading
 from sparseforge_core.store.states import stage_states
 from tests.soak.grid import GRID
-from tests.soak.world import CRASHED, DONE, ROLES, Counts, Reference, World, announced, end_of, fork
+from tests.soak.world import DONE, ROLES, Counts, Reference, World, announced, end_of, fork
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,7 +222,12 @@ class Tree:
 
 
 def tree_kills(
-    reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts, made: Callable[[Path], World]
+    reference: Reference,
+    scratch: Path,
+    chance: random.Random,
+    wanted: int,
+    counts: Counts,
+    made: Callable[[Path], World],
 ) -> None:
     """Kill parts of real `sparseforge run` process trees at random instants until so many were killed."""
     killed, number, longest = 0, 0, 0.0
@@ -253,6 +257,3 @@ def tree_kills(
             counts.tracebacks += 1
             counts.say(f"a traceback in {tree.log}: {tree.log.read_text()[-400:]}")
         counts.compare(world, reference)
-
-
-__all__ = ["CRASHED", "Tree", "forked_kills", "select", "tree_kills"]

@@ -55,7 +55,9 @@ class World:
 
     @property
     def home(self) -> Home:
-        return Home(self.root, self.url or f"sqlite:///{self.root / 'store.db'}", f"sqlite:///{self.root / 'mlflow.db'}")
+        return Home(
+            self.root, self.url or f"sqlite:///{self.root / 'store.db'}", f"sqlite:///{self.root / 'mlflow.db'}"
+        )
 
     def copy(self, root: Path) -> World:
         """The same world in another folder."""
