@@ -100,9 +100,9 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
+def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Delete what killed writers left in a folder, and in those below it, that has one writer at a time."""
-    for leftover in list(folder.rglob(".*.tmp")):
+    for leftover in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -94,6 +94,7 @@ def train_cell(
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
     files.remove_temporaries(directory)
+    files.remove_temporaries(cell_folder(home, cell), below=False)
     prepared = _Prepared(cell, home, default_device())
     checkpoints = Checkpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())

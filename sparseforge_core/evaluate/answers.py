@@ -87,9 +87,7 @@ def remembered(
         answers = Answers(path, about)
         try:
             left = [item for item, text in enumerate(asked) if answers.get(item, text) is None]
-            for found in (
-                run(left) if left else ()
-            ):  # nothing is left after a kill between the last answer and its record
+            for found in run(left) if left else ():  # nothing is left where a process was killed before its record
                 for item, answer in found.items():
                     answers.put(item, asked[item], answer)
             return [answers.known[item][1] for item in range(len(asked))]

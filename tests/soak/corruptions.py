@@ -1,4 +1,4 @@
-"""Every file that a run trusts, cut short or with one bit flipped: noticed, and after what the error says to do, mended.
+"""Every file that a run trusts, cut short or with one bit flipped: noticed, and mended by what the error says to do.
 
 Whatever is damaged, the grid ends with the undisturbed run's results, or stops with a sentence that names what to
 delete; never with other results.
@@ -6,6 +6,7 @@ delete; never with other results.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import shutil
@@ -44,10 +45,8 @@ def scenes(reference: Reference, scratch: Path) -> list[Scene]:
     middle.drain(until=lambda cell, stage: cell == key)
     steps: list[int] = []
     with_stop = {"on_step": lambda progress: steps.append(progress.step), "should_stop": lambda: len(steps) >= 55}
-    try:
+    with contextlib.suppress(Interrupted):
         _only(middle, key, "train", **with_stop)
-    except Interrupted:
-        pass
     found.append(Scene("checkpoint", middle, _files(middle, f"cells/{key}/train/checkpoints")))
 
     trained = World(scratch / "trained")

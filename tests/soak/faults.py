@@ -1,4 +1,4 @@
-"""Faults of the machine: a process stopped past its lease, a full disk, a database locked, read-only, or gone and back."""
+"""Faults of the machine: a process stopped past its lease, a full disk, a database locked, read-only, gone and back."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def paused(
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[int | None, bool], None] | None]:
-    """A file system of its own whose size can be set in bytes, and that can be made read-only; None: not permitted."""
+    """A file system of its own that can be given a size in bytes, and be made read-only; None: not permitted."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64m", "soak", folder], check=False, capture_output=True

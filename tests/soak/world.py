@@ -81,10 +81,12 @@ class World:
         """Drain to the end, whatever the first tries meet. Raises the last error."""
         for left in reversed(range(tries)):
             try:
-                return self.drain()
+                self.drain()
             except (SparseForgeError, OSError):
                 if not left:
                     raise
+            else:
+                return
 
     def release_everything(self) -> int:
         """As if every lease were over; how many attempts were lost."""
@@ -193,7 +195,7 @@ class Counts:
         if world.tables() != reference.tables:
             self.lost_results += 1
             self.say(f"{world.root}: its tables differ")
-        left = [path for path in (world.root / "cells").rglob(".*.tmp")]
+        left = list((world.root / "cells").rglob(".*.tmp"))
         if left:
             self.lost_results += 1
             self.say(f"{world.root}: left over: {left[:3]}")
