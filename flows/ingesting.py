@@ -80,7 +80,7 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
 
 def _planned(store: ResultStore, bundle: bundles.Bundle) -> dict[tuple[str, str], StageState]:
     """The planned stages of the bundle's grids; a grid that the store does not have yet is planned."""
-    found = {}
+    found: dict[tuple[str, str], StageState] = {}
     for name in bundle.grids:
         states = store.work(name)
         if not states:

@@ -78,7 +78,8 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{path} was altered: its content does not give its hash; {again}, or copy it again")
     try:
         entries = tuple(_entry(entry) for entry in body["cells"])
-        corpora = tuple((specs.decode(c["corpus"], Corpus, "corpus"), c["identity"]) for c in body["corpora"])
+        read = ((specs.decode(c["corpus"], Corpus, "corpus"), c["identity"]) for c in body["corpora"])  # type: ignore[type-abstract]
+        corpora = tuple(read)
     except SparseForgeError as error:
         raise BundleError(f"{path} was written by other code, which this version cannot read: {error}") from error
     return Bundle(folder, tuple(body["grids"]), entries, corpora)

@@ -42,20 +42,20 @@ class Size:
     """How much of everything."""
 
     forked: int = 1000
-    trees: int = 16
-    corruptions: int = 232
+    trees: int = 12
+    corruptions: int = 208
     racers: int = 16
     cells: int = 1000
     configs: int = 10_000
-    paused: int = 24
-    full: int = 40
+    paused: int = 16
+    full: int = 24
     locked: int = 8
     gone: int = 6
     pairs: int = 10
 
 
-SHORT = Size(forked=14, trees=1, corruptions=12, cells=30, configs=500, paused=2, full=4, locked=2, gone=1, pairs=2)
-"""The same in a minute or two, to see whether the soak itself works."""
+SHORT = Size(forked=12, trees=1, corruptions=6, cells=30, configs=300, paused=1, full=3, locked=1, gone=1, pairs=2)
+"""A little of everything: what the ordinary tests run of it, and to see whether the soak itself works."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,15 @@ from tests.soak.world import DONE, ROLES, Counts, Reference, World, announced, e
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SHARES = {"scheduler": 0.05, "trainer": 0.4, "checkpoint": 0.02, "evaluator": 0.05, "recorder": 0.02}
+SHARES = {
+    "scheduler": 0.05,
+    "trainer": 0.2,
+    "checkpoint": 0.02,
+    "evaluator": 0.05,
+    "recorder": 0.02,
+    "any": 0.4,
+    "worker": 0.3,
+}
 """How long after a role has begun it may be killed, as a share of the undisturbed run's time."""
 
 QUIET_SECONDS = 60.0
@@ -31,6 +39,7 @@ QUIET_SECONDS = 60.0
 def forked_kills(reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts) -> None:
     """Kill forked processes that drain the grid, in a role drawn at random, until so many were killed."""
     number, begun = 0, sum(counts.kills.values())
+    started = time.monotonic()
     while sum(counts.kills.values()) - begun < wanted:
         number += 1
         world = World(scratch / f"killed-{number}")
@@ -46,6 +55,9 @@ def forked_kills(reference: Reference, scratch: Path, chance: random.Random, wan
                 finished = _kill_in(role, world, chance, reference.seconds, counts)
             world.check(counts)
         counts.compare(world, reference)
+        done = sum(counts.kills.values()) - begun
+        if number % 10 == 0:
+            print(f"{done} kills in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def _kill_in(role: str, world: World, chance: random.Random, seconds: float, counts: Counts) -> bool:
@@ -61,7 +73,7 @@ def _kill_in(role: str, world: World, chance: random.Random, seconds: float, cou
     pid = fork(work, log)
     os.close(writer)
     if role == "any":
-        time.sleep(chance.uniform(0, seconds))
+        time.sleep(chance.uniform(0, seconds * SHARES["any"]))
     else:
         _wait_for(reader, role[:1].encode(), chance.randrange(3) if role != "scheduler" else 0)
         time.sleep(chance.uniform(0, seconds * SHARES[role]))
@@ -115,7 +127,7 @@ def _kill_worker(world: World, chance: random.Random, seconds: float, counts: Co
 
         before = signal.signal(signal.SIGALRM, kill)
         try:
-            signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.001, seconds * 0.5))
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.001, seconds * SHARES["worker"]))
             outcome = pool.execute(key, stages)
             signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
