@@ -110,7 +110,7 @@ def _add_carrying(commands: Any) -> None:
         help="write cells into a folder that runs without a store or a network",
         description="Write a folder with cells, code and data. There: PYTHONPATH=OUT/code python -m "
         "sparseforge_core.run bundle OUT. Then copy OUT/home back and run `sparseforge ingest OUT`.",
-        epilog="example: sparseforge bundle smollm2-smoke --there --slurm --out carried",
+        epilog="example: sparseforge bundle tiny-smoke --out carried",
     )
     bundle.add_argument("what", nargs="+", metavar="CELL|GRID", help="the beginning of a cell's key, or a grid")
     bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
