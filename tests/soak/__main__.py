@@ -47,11 +47,11 @@ class Size:
     racers: int = 16
     cells: int = 1000
     configs: int = 10_000
-    paused: int = 16
-    full: int = 24
-    locked: int = 8
-    gone: int = 6
-    pairs: int = 10
+    paused: int = 12
+    full: int = 16
+    locked: int = 6
+    gone: int = 4
+    pairs: int = 8
 
 
 SHORT = Size(forked=12, trees=1, corruptions=6, cells=30, configs=300, paused=1, full=3, locked=1, gone=1, pairs=2)
@@ -67,12 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="also write the measures to this file, such as benchmarks/results/soak.json"
     )
     options = parser.parse_args(arguments)
-    began = time.monotonic()
+    began, commit = time.monotonic(), _commit()
     if options.only:
         line = alone(options.seed, SHORT if options.short else Size(), options.only)
     else:
         line = side_by_side(options.seed, short=options.short)
     line["seconds"] = round(time.monotonic() - began)
+    line["commit"] = commit
     whole = not (options.short or options.only)
     missed = [name for name, bar in BARS.items() if _total(line[name]) < bar] if whole else []
     if missed:
@@ -110,7 +111,7 @@ def side_by_side(seed: int, *, short: bool) -> dict[str, Any]:
             raise AssertionError(f"{lane.args} ended with {lane.returncode} and without a line of counts")
         for name, value in json.loads(said.splitlines()[-1]).items():
             line[name] = _sum(line.get(name), value)
-    return {**line, "seed": seed}
+    return {**line, "seed": seed}  # the lanes' own seconds and commits are replaced by the caller
 
 
 def _sum(one: Any, other: Any) -> Any:
@@ -255,12 +256,12 @@ def measures(line: dict[str, Any]) -> list[dict[str, Any]]:
     about = {
         "hardware": f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__}",
         "command": "make soak",
-        "commit": _commit(),
+        "commit": line["commit"],
     }
     bars: dict[str, float] = {**BARS, **dict.fromkeys(ZERO, 0), "trainer_seconds_mlflow_lost_over_without": 1.01}
     found = []
     for name, value in line.items():
-        if name == "seed":
+        if name in ("seed", "commit"):
             continue
         unit = "s" if name == "seconds" else "ratio" if isinstance(value, float) else "count"
         amount = value if isinstance(value, float) else _total(value)

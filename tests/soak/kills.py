@@ -31,7 +31,10 @@ SHARES = {
     "any": 0.4,
     "worker": 0.3,
 }
-"""How long after a role has begun it may be killed, as a share of the undisturbed run's time."""
+"""How long after a role has begun it may be killed, as a share of the pace: at first the undisturbed run's time."""
+
+FEWEST, MOST = 15, 40
+"""Kills of one grid, about."""
 
 QUIET_SECONDS = 60.0
 
@@ -39,23 +42,26 @@ QUIET_SECONDS = 60.0
 def forked_kills(reference: Reference, scratch: Path, chance: random.Random, wanted: int, counts: Counts) -> None:
     """Kill forked processes that drain the grid, in a role drawn at random, until so many were killed."""
     number, begun = 0, sum(counts.kills.values())
-    started = time.monotonic()
+    started, pace = time.monotonic(), reference.seconds
     while sum(counts.kills.values()) - begun < wanted:
         number += 1
         world = World(scratch / f"killed-{number}")
-        finished = False
+        finished, before = False, sum(counts.kills.values())
         while not finished:
             role = chance.choice((*ROLES, "worker", "any"))
             if sum(counts.kills.values()) - begun >= wanted:
                 world.finish()
                 break
             if role == "worker":
-                finished = _kill_worker(world, chance, reference.seconds, counts)
+                finished = _kill_worker(world, chance, pace, counts)
             else:
-                finished = _kill_in(role, world, chance, reference.seconds, counts)
+                finished = _kill_in(role, world, chance, pace, counts)
             world.check(counts)
         counts.compare(world, reference)
         done = sum(counts.kills.values()) - begun
+        # However fast the machine is at the moment, a grid shall be killed many times, and still come to its end.
+        died = sum(counts.kills.values()) - before
+        pace *= 0.7 if died < FEWEST else 1.4 if died > MOST else 1.0
         if number % 10 == 0:
             print(f"{done} kills in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
@@ -75,7 +81,7 @@ def _kill_in(role: str, world: World, chance: random.Random, seconds: float, cou
     if role == "any":
         time.sleep(chance.uniform(0, seconds * SHARES["any"]))
     else:
-        _wait_for(reader, role[:1].encode(), chance.randrange(3) if role != "scheduler" else 0)
+        _wait_for(reader, role[:1].encode(), chance.randrange(2) if role != "scheduler" else 0)
         time.sleep(chance.uniform(0, seconds * SHARES[role]))
     os.kill(pid, signal.SIGKILL)
     os.close(reader)
