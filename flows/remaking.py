@@ -7,6 +7,7 @@ cells that can never go on because what they read counts as done.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 
 from flows.home import Home
@@ -25,7 +26,8 @@ TRAIN, FINAL, MANIFEST = "train", "final", "manifest.json"
 def restore_models(store: ResultStore, home: Home, cells: tuple[Cell, ...], should_stop: Callable[[], bool]) -> None:
     """Make the finished models of these cells again where the store has them as done and their folder is gone.
 
-    Raises CheckpointMismatch if another model than the recorded one came out, and Interrupted when asked to stop.
+    Raises CheckpointMismatch if another model than the recorded one came out or it was made on another machine, where
+    it still may be; and Interrupted when asked to stop.
     """
     for cell in cells:
         _restore(store, home, cell, should_stop)
@@ -37,6 +39,11 @@ def _restore(store: ResultStore, home: Home, cell: Cell, should_stop: Callable[[
     done = [a for a in store.attempts(key) if (a.stage, a.status) == (TRAIN, "done")]
     if not done or (directory / FINAL).is_dir():
         return  # a cell that was never trained is another matter, and the stage that needs it says so
+    if done[0].provenance.host != socket.gethostname():
+        raise CheckpointMismatch(
+            f"the model of cell {key} was made on {done[0].provenance.host} and is not in {directory / FINAL}; copy "
+            "that folder from there, or share one home between the machines"
+        )
     restore_models(store, home, required_cells(cell), should_stop)
     with files.only_one(directory / FINAL):
         if (directory / FINAL).is_dir():

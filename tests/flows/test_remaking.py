@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.cycle import TRAIN
+from flows.cycle import TRAIN, execute_stage
 from sparseforge_core import files, measured
 from sparseforge_core.errors import CheckpointMismatch
-from tests.flows.test_cycle import Workspace
+from tests.flows.test_cycle import ORIGIN, Workspace
 
 
 def values(path: Path) -> dict[str, Any]:
@@ -52,3 +53,14 @@ def test_a_model_that_comes_out_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch, match="gave another one than the recorded one"):
         other.execute(other.dense)
     assert other.status(other.dense) == "failed"
+
+
+def test_a_model_that_was_made_on_another_machine_is_asked_for_and_not_made_again(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    elsewhere = replace(ORIGIN, host="elsewhere")
+    execute_stage(space.store, space.home, space.first, TRAIN, elsewhere)
+    folder = space.home.cell(space.first) / TRAIN / "final"
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointMismatch, match=f"was made on elsewhere and is not in {folder}; copy that folder"):
+        space.execute(space.dense)
+    assert not folder.exists()
