@@ -125,7 +125,13 @@ def _kill_worker(world: World, chance: random.Random, seconds: float, counts: Co
         world.finish()  # plans it, where it was killed before that
         return not _next(world)[1]
     with warm_workers():
-        pool = WorkerPool(world.home, 1)
+
+        def begin(_report: Any) -> None:
+            """The clock starts when the worker says that it has begun, in some of its stages."""
+            if signal.getitimer(signal.ITIMER_REAL)[0] == 0 and chance.random() < 0.7:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.001, seconds * SHARES["worker"]))
+
+        pool = WorkerPool(world.home, 1, begin)
 
         def kill(*_: Any) -> None:
             for pid in pool.pids():
@@ -133,7 +139,6 @@ def _kill_worker(world: World, chance: random.Random, seconds: float, counts: Co
 
         before = signal.signal(signal.SIGALRM, kill)
         try:
-            signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.001, seconds * SHARES["worker"]))
             outcome = pool.execute(key, stages)
             signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
