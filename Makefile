@@ -6,11 +6,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -q
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev stack demo test test-fast lint audit format lock clean clean-runs
+.PHONY: help setup setup-dev stack demo test test-fast soak lint audit format lock clean clean-runs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is passed on to demo, test and test-fast, for example: make test ARGS="-k gate"'
+	@echo '  ARGS="..." is passed on to demo, test, test-fast and soak, for example: make test ARGS="-k gate"'
 
 setup: ## make .venv from requirements.lock
 	@infra/setup.sh
@@ -29,6 +29,9 @@ test: setup-dev ## every test
 
 test-fast: setup-dev ## the tests that take less than five seconds each
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+soak: setup-dev ## the long fault test: a thousand kills, damaged files, dead servers; a quarter of an hour
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
 
 lint: setup-dev ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

@@ -125,21 +125,26 @@ def _add_running(commands: Any) -> None:
 def _add_carrying(commands: Any) -> None:
     bundle = commands.add_parser(
         "bundle",
-        help="write the cells of a grid for a machine without a store",
-        description="Write OUT/bundle.json. There: python -m sparseforge_core.run --home HOME bundle OUT. Then copy "
-        "HOME/cells into the home here and run `sparseforge ingest GRID`.",
-        epilog="example: sparseforge bundle smollm2-smoke --out carried",
+        help="write cells into a folder that runs without a store or a network",
+        description="Write a folder with cells, code and data. There: PYTHONPATH=OUT/code python -m "
+        "sparseforge_core.run bundle OUT. Then copy OUT/home back and run `sparseforge ingest OUT`.",
+        epilog="example: sparseforge bundle tiny-smoke --out carried",
     )
-    bundle.add_argument("grid")
-    bundle.add_argument("--out", type=Path, required=True, help="folder for bundle.json")
-    bundle.add_argument("--pool", help="only the cells placed there, and what they need")
+    bundle.add_argument("what", nargs="+", metavar="CELL|GRID", help="the beginning of a cell's key, or a grid")
+    bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    bundle.add_argument("--grid", help="where the keys are looked up (default: the first grid that has each)")
+    bundle.add_argument("--pool", help="of a grid only the cells placed there, and what they need")
+    bundle.add_argument(
+        "--there", action="store_true", help="models, texts and tasks that a bundle cannot carry are on that machine"
+    )
+    bundle.add_argument("--slurm", action="store_true", help="also write a job array and the script that submits it")
     ingest = commands.add_parser(
         "ingest",
-        help="record finished cells that were copied into the home",
-        description="Record every stage of a grid that is finished under HOME/cells and not in the store.",
-        epilog="example: sparseforge ingest smollm2-smoke",
+        help="record what a bundle made elsewhere",
+        description="Check every file of a bundle that came back, record each finished stage once, keep its model.",
+        epilog="example: sparseforge ingest carried",
     )
-    ingest.add_argument("grid")
+    ingest.add_argument("folder", type=Path, metavar="DIR", help="the bundle's folder, with its home/ in it")
     for command in (bundle, ingest):
         command.add_argument("--quiet", action="store_true", help="say nothing")
         command.add_argument("--json", action="store_true", help="one line of JSON with the counts")

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 some cells failed or something is partial; 2 bad input; 13
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -195,31 +196,34 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
 
 
 def _bundle(options: argparse.Namespace, _home: Home) -> int:
-    from flows.bundle import write_bundle
-    from flows.grids import grid_named
-    from flows.grids.planned import expand
+    from flows.bundle import choose, write_bundle
 
-    count = write_bundle(expand(grid_named(options.grid)), options.out, pool=options.pool)
+    chosen = choose(options.what, grid=options.grid, pool=options.pool)
+    count = write_bundle(chosen, options.out, there=options.there, slurm=options.slurm)
+    file = options.out / "bundle.json"
     if options.json:
-        print(json.dumps({"grid": options.grid, "file": str(options.out / "bundle.json"), "cells": count}))
+        print(json.dumps({"grids": list(chosen.grids), "file": str(file), "cells": count}))
     elif not options.quiet:
-        print(f"{options.out / 'bundle.json'}: {count} cells")
+        print(f"{file}: {count} cells")
+        if options.slurm:
+            print(f"{options.out / 'submit.sh'}: submits them level after level; options for every job follow it")
     return OK
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
-    from flows.bundle import ingest
-    from flows.local import open_grid
+    from flows.ingesting import ingest
+    from sparseforge_core.store.store import ResultStore
 
-    store, _ = open_grid(home, options.grid)
-    count = ingest(store, home, options.grid)
-    states = store.work(options.grid)
+    store = ResultStore(home.store_url)
+    found = ingest(store, home, options.folder)
     store.close()
     if options.json:
-        done = sum(state.status == "done" for state in states)
-        print(json.dumps({"grid": options.grid, "recorded": count, "done": done, "stages": len(states)}))
+        print(json.dumps({"folder": str(options.folder), **dataclasses.asdict(found)}))
     elif not options.quiet:
-        print(f"{options.grid}: {count} stages recorded")
+        print(
+            f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
+            f"{found.unfinished} not finished yet"
+        )
     return OK
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from flows.failures import patiently
 from flows.home import Home
-from flows.stages import TRAIN, finished, read_measurements, run_stage
-from sparseforge_core import files
+from flows.stages import TRAIN, finished, run_stage
+from sparseforge_core import files, measured
 from sparseforge_core.errors import (
     CellTaken,
     CheckpointMismatch,
@@ -167,19 +167,17 @@ def execute_stage(
 def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
     """Commit a measurements file, with its items' outcomes and the journal beside it.
 
-    Raises CheckpointMismatch if it is of another stage or its items were altered.
+    Raises CheckpointMismatch if it is of another stage, or if it or what it was made of was altered.
     """
-    body = read_measurements(path)
+    body = measured.read(path)
     found = (body.get("cell"), body.get("stage"))
     if found != (attempt.cell_key, attempt.stage):
         wanted = f"cell {attempt.cell_key}, stage {attempt.stage}"
         raise CheckpointMismatch(f"{path} is of cell {found[0]}, stage {found[1]}; wanted {wanted}")
-    items, digest = path.with_name("items.jsonl"), body["items_sha256"]
-    if digest is not None and (not items.is_file() or files.sha256(items) != digest):
-        raise CheckpointMismatch(f"{items} is missing or was altered; delete {path.parent} to measure again")
+    items, digest = path.with_name(measured.ITEMS), body["items_sha256"]
     measurements = [Measurement(**row) for row in body["measurements"]]
     outcomes = outcomes_of(json.loads(line) for line in items.read_text().splitlines()) if digest is not None else ()
-    curves = curves_of(read_journal(path.with_name("journal.jsonl"))[0])
+    curves = curves_of(read_journal(path.with_name(measured.JOURNAL))[0])
     why = body.get("diverged")
     error = "" if why is None else described(Diverged(why))
     store.finish(attempt, measurements, body["context"], digest, outcomes=outcomes, curves=curves, error=error)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.failures import halvings, inputs_of, is_out_of_memory
 from flows.home import Home
-from sparseforge_core import files
+from sparseforge_core import files, measured
 from sparseforge_core.errors import CheckpointMismatch, DoesNotFit, OutOfMemory
 from sparseforge_core.store.store import ResultStore
 
@@ -23,21 +23,12 @@ BATCH_SIZE = 16
 """Sequences that a suite puts through the model at once."""
 
 
-def read_measurements(path: Path) -> dict[str, Any]:
-    """What a stage left. Raises CheckpointMismatch, saying what to do, if it cannot be read."""
-    try:
-        body: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointMismatch(f"{path} cannot be read ({error}); delete {path.parent} to make it anew") from error
-    return body
-
-
 def finished(store: ResultStore, home: Home, key: str, stage: str) -> Path | None:
     """The measurements of a suite that are complete on disk; training knows by itself what it has finished."""
-    path = home.cell(key) / stage / "measurements.json"
+    path = home.cell(key) / stage / measured.FILE
     if stage == TRAIN or not path.is_file():
         return None
-    if read_measurements(path).get("suite") != json.loads(store.suite_spec(stage)):
+    if measured.read(path).get("suite") != json.loads(store.suite_spec(stage)):
         log.warning("%s says another suite than the store; measuring again", path)
         return None
     return path
@@ -58,15 +49,17 @@ def run_stage(
     """
     from flows.launching import train_on_ranks
     from flows.placements import placement_for
+    from flows.remaking import restore_models
     from sparseforge_core import run, specs
     from sparseforge_core.evaluate.suites import Suite
-    from sparseforge_core.identity import loads
+    from sparseforge_core.identity import loads, required_cells
 
     _write_inputs(store, home, key, stage)
     cell = loads(store.cell_body(key))
     placement = placement_for(cell.recipe)
     directory = home.cell(key) / stage
     halved = halvings(store.attempts(key), stage)
+    restore_models(store, home, (() if stage == TRAIN else (cell,)) + required_cells(cell), should_stop)
     if stage == TRAIN:
         plan = cell.recipe.train
         whole = placement.micro_batch or plan.sequences

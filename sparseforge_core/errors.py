@@ -67,6 +67,10 @@ class ExportError(SparseForgeError):
     """An export that cannot be made as asked, or one of an unknown format, truncated or altered."""
 
 
+class BundleError(SparseForgeError):
+    """A bundle, or what came of one, that is foreign, altered, incomplete or of another format version."""
+
+
 class CellTaken(SparseForgeError):
     """Another live attempt holds this stage of the cell."""
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseforge_core import files, specs
+from sparseforge_core import bundles, files, measured, specs
 from sparseforge_core.checkpoint import MANIFEST, Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
-from sparseforge_core.errors import DataError, Diverged, Interrupted, SparseForgeError
+from sparseforge_core.errors import BundleError, DataError, Diverged, Interrupted, SparseForgeError
 from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
 from sparseforge_core.evaluate.result import measurement
@@ -56,8 +56,6 @@ from sparseforge_core.train.loop import Outcome, Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
 
 STORED_BYTES = 2
 """Of a value of a side branch at inference (bfloat16)."""
@@ -105,6 +103,8 @@ def train_cell(
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
+    files.remove_temporaries(directory)
+    files.remove_temporaries(cell_folder(home, cell), below=False)
     seen = _Seen(on_step)
     try:
         return _train_to_the_end(cell, directory, home, seen, should_stop, execution or Execution(), began)
@@ -113,7 +113,7 @@ def train_cell(
         log.warning("cell %s diverged: %s", cell_key(cell), why)
         rows = [*seen.facts, _row("final_loss", None, {"status": "diverged", "why": why})]
         context = {**_context(default_device()), "wall_seconds": time.perf_counter() - began}
-        return _write_measurements(directory, cell, "train", None, rows, context, None, diverged=why)
+        return _write_measurements(directory, cell, "train", None, rows, context, diverged=why)
 
 
 class _Seen:
@@ -174,16 +174,22 @@ def _train_to_the_end(
     rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**_context(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
-    return _write_measurements(directory, cell, "train", None, rows, context, None)
+    return _write_measurements(directory, cell, "train", None, rows, context)
 
 
 def finished_training(cell: Cell, directory: Path) -> Path | None:
-    """The measurements file of a train stage that is complete on disk and verifies, or None."""
-    path = directory / "measurements.json"
+    """The measurements file of a train stage that is complete on disk and verifies, or None.
+
+    One whose model is gone, for instance because an error said to delete it, is not complete.
+    """
+    path = directory / measured.FILE
     if not path.is_file():
         return None
-    if divergence(directory) is None:  # else it left no model
-        verify(directory / "final", cell_key(cell))
+    if divergence(directory) is not None:  # it left no model, by rights
+        return path
+    if not (directory / "final").is_dir():
+        return None
+    verify(directory / "final", cell_key(cell))
     return path
 
 
@@ -205,7 +211,7 @@ def evaluate_cell(
     except Diverged as error:
         rows = [measurement(metric, None, None, 0, {"why": str(error)}) for metric in metrics_of(suite)]
         context = {**_context(device), "wall_seconds": time.perf_counter() - began}
-        return _write_measurements(directory, cell, suite_key(suite), suite, rows, context, None, diverged=str(error))
+        return _write_measurements(directory, cell, suite_key(suite), suite, rows, context, diverged=str(error))
     sites: list[Site] = []
     if recipe.pattern is not None:
         sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
@@ -223,13 +229,15 @@ def evaluate_cell(
         sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
     result = evaluate_model(subject, suite, ngram=ngram)
-    digest = None
-    if result.items:
-        lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
-        files.write_text(directory / "items.jsonl", lines)
-        digest = files.sha256(directory / "items.jsonl")
+    for folder in (directory, subject.items_dir):
+        files.remove_temporaries(folder)
+    lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
+    if lines:
+        files.write_text(directory / measured.ITEMS, lines)
+    else:
+        (directory / measured.ITEMS).unlink(missing_ok=True)
     context = {**_context(device), **result.context, "wall_seconds": time.perf_counter() - began}
-    return _write_measurements(directory, cell, suite_key(suite), suite, list(result.measurements), context, digest)
+    return _write_measurements(directory, cell, suite_key(suite), suite, list(result.measurements), context)
 
 
 class _Prepared:
@@ -399,30 +407,27 @@ def _write_measurements(
     suite: Suite | None,
     rows: list[dict[str, Any]],
     context: dict[str, Any],
-    items_sha256: str | None,
     *,
     diverged: str | None = None,
 ) -> Path:
     body = {
-        "format": FORMAT,
         "cell": cell_key(cell),
         "stage": stage,
         "suite": None if suite is None else specs.encode(suite, omit_defaults=False),
         "context": context,
-        "items_sha256": items_sha256,
         "measurements": rows,
     }
     if diverged is not None:
         body["diverged"] = diverged
-    path = directory / "measurements.json"
-    files.write_json(path, body)
-    return path
+    return measured.write(directory, body)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of one cell; exit code 0 done, 2 refused, 130 stopped with a checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m sparseforge_core.run", description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path(os.environ.get("SPARSEFORGE_HOME", "runs")))
+    home = os.environ.get("SPARSEFORGE_HOME")
+    parser.add_argument("--home", type=Path, help="default $SPARSEFORGE_HOME, else runs; of a bundle its own home/")
+    parser.set_defaults(home=Path(home) if home else None)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train one cell, or go on where it stopped")
     evaluation = commands.add_parser("evaluate", help="measure a finished cell under a suite")
@@ -430,6 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("cell", type=Path, help="cell file written by `sparseforge plan GRID --out DIR`")
     bundle = commands.add_parser("bundle", help="run many cells in one warm process, for machines without a store")
     bundle.add_argument("folder", type=Path, help="folder with bundle.json, written by `sparseforge bundle`")
+    bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
     for command in (training, bundle):
         command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
         command.add_argument("--compile", action="store_true", help="compile the forwards")
@@ -455,34 +461,46 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
+    runs = options.home or Path("runs")
     if options.command == "evaluate":
         suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
         cell = loads(options.cell.read_text())
-        return evaluate_cell(cell, suite, options.directory, options.home, ngram=options.ngram or None)
+        return evaluate_cell(cell, suite, options.directory, runs, ngram=options.ngram or None)
     execution = Execution(options.micro_batch, options.compile)
     if options.command == "bundle":
-        return run_bundle(options.folder, options.home, execution, should_stop)
+        home = options.home or options.folder / bundles.HOME
+        return run_bundle(options.folder, home, execution, should_stop, index=options.index)
     cell = loads(options.cell.read_text())
-    return train_cell(cell, options.directory, options.home, should_stop=should_stop, execution=execution)
+    return train_cell(cell, options.directory, runs, should_stop=should_stop, execution=execution)
 
 
-def run_bundle(folder: Path, home: Path, execution: Execution, should_stop: Callable[[], bool]) -> Path:
-    """Run the cells of `bundle.json` in order, each stage once; what is finished is passed over.
+def run_bundle(
+    folder: Path,
+    home: Path,
+    execution: Execution,
+    should_stop: Callable[[], bool],
+    *,
+    index: int | None = None,
+    ngram: int | None = NGRAM,
+) -> Path:
+    """Run the cells of a bundle in order, or the one at `index`, each stage once; what is finished is passed over.
 
-    The file holds `{"cells": [{"cell": <cell file>, "suites": [<suite JSON>]}]}`. Returns HOME/cells, whose folders
-    `sparseforge ingest` records.
+    Returns HOME/cells, which `sparseforge ingest` brings home. Raises BundleError for a bundle that is not whole.
     """
-    body = json.loads((folder / "bundle.json").read_text())
-    for entry in body["cells"]:
-        cell = loads(json.dumps(entry["cell"]))
-        base = cell_folder(home, cell)
+    bundle = bundles.read_bundle(folder)
+    bundles.prepare(bundle)
+    if index is not None and not 0 <= index < len(bundle.entries):
+        raise BundleError(f"--index {index}: the bundle has cells 0 to {len(bundle.entries) - 1}")
+    for entry in bundle.entries if index is None else bundle.entries[index : index + 1]:
+        base = cell_folder(home, entry.cell)
         began = time.perf_counter()
-        train_cell(cell, base / "train", home, should_stop=should_stop, execution=execution)
-        for data in entry["suites"]:
-            suite = specs.decode(data, Suite, "suite")
-            if not (base / suite_key(suite) / "measurements.json").is_file():
-                evaluate_cell(cell, suite, base / suite_key(suite), home)
-        log.info("cell %s done in %.1f s", cell_key(cell), time.perf_counter() - began)
+        train_cell(entry.cell, base / "train", home, should_stop=should_stop, execution=execution)
+        for suite in entry.suites:
+            if should_stop():
+                raise Interrupted("stopped between two stages; run the same command again to go on from here")
+            if not (base / suite_key(suite) / measured.FILE).is_file():
+                evaluate_cell(entry.cell, suite, base / suite_key(suite), home, ngram=ngram)
+        log.info("cell %s done in %.1f s", cell_key(entry.cell), time.perf_counter() - began)
     return home / "cells"
 
 

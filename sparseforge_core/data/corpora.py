@@ -142,13 +142,18 @@ class TextFiles(Corpus):
         return cls(paths=tuple(str(path) for path in paths), sha256=hashes, field=field, separator=separator)
 
     def all_documents(self, home: Path) -> Iterator[str]:
+        for file in self.checked():
+            yield from textfiles.read_documents(file, field=self.field, separator=self.separator)
+
+    def checked(self) -> Iterator[Path]:
+        """Where each file is, once it is the one in the recipe. Raises DataError for another one."""
         for name, digest in zip(self.paths, self.sha256, strict=True):
             if _hash_of(_located(name)) != digest:
                 raise DataError(
                     f"corpus file {name} is not the one in the recipe: its hash differs. Restore it, or plan the "
                     "recipe anew with TextFiles.of"
                 )
-            yield from textfiles.read_documents(_located(name), field=self.field, separator=self.separator)
+            yield _located(name)
 
 
 def _located(path: str | Path) -> Path:

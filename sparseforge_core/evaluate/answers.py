@@ -80,7 +80,7 @@ def remembered(
 ) -> list[Any]:
     """The answer to each of `asked`, those that `folder` does not hold from `run`, which gives them as they come.
 
-    `run` gets the numbers of what is left and yields answers by number; each is kept at once.
+    `run` gets the numbers of what is left, at least one, and yields answers by number; each is kept at once.
     """
     path = folder / file_name(name, about)
     with files.only_one(path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -150,24 +149,6 @@ def test_how_a_run_ended(summary: Summary, code: int, sentence: str, capsys: pyt
     assert cli._say(summary, "make demo") == code
     said = capsys.readouterr()
     assert sentence in said.out + said.err
-
-
-@pytest.mark.slow
-def test_cells_carried_to_another_machine_come_home(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sparseforge_core.run import Execution, run_bundle
-
-    assert run("bundle", "tiny-smoke", "--out", tmp_path / "carried") == 0
-    assert "4 cells" in capsys.readouterr().out
-    run_bundle(tmp_path / "carried", tmp_path / "there", Execution(), lambda: False)
-    shutil.copytree(tmp_path / "there" / "cells", home / "cells")
-    assert run("ingest", "tiny-smoke") == 0
-    assert "7 stages recorded" in capsys.readouterr().out
-    assert run("ingest", "tiny-smoke") == 0
-    assert "0 stages recorded" in capsys.readouterr().out
-    assert run("run", "tiny-smoke") == 0
-    assert "0 cells executed now, 4 planned" in capsys.readouterr().out
 
 
 def test_a_machine_without_gpus_leaves_their_cells_alone(
