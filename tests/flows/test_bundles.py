@@ -229,6 +229,7 @@ def test_the_files_of_a_corpus_travel_if_they_are_the_ones_in_the_recipe(
     monkeypatch.setenv("SPARSEFORGE_DATA", "/nowhere")
     monkeypatch.delenv("SPARSEFORGE_DATA")
     run_there(tmp_path / "carried")
+    monkeypatch.delenv("SPARSEFORGE_DATA", raising=False)
     of_files(monkeypatch, tmp_path / "texts" / "own.txt")
     with pytest.raises(BundleError, match="which lies outside of the data folder"):
         write_bundle(choose(["tiny-smoke"]), tmp_path / "absolute")
