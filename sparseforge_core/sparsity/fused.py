@@ -8,7 +8,9 @@ quenched view) is one pass. All sites of a model share five kernel launches. Wha
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,9 +137,7 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     eps = way.criterion.relative_eps if isinstance(way.criterion, HessianOBD) and not given else 0.0
     packed, transposed = isinstance(first.soft, PackedMask), first.soft.transposed
     plan = _Plan(entries, m, transposed, way.rows)
-    table = plan.table.to(device, non_blocking=True)
-    owner, sampled = plan.owner.to(device, non_blocking=True), plan.sampled.to(device, non_blocking=True)
-    bounds, sampled_bounds = plan.bounds.to(device), plan.sampled_bounds.to(device)
+    table, owner, sampled = plan.table, plan.owner, plan.looked
 
     def total(partial: Tensor, ends: Tensor) -> Tensor:
         sums = torch.empty(len(entries), 3, dtype=torch.float64, device=device)
@@ -149,10 +149,9 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     looked = {"CRITERION": criterion, "SAMPLED": way.rows > 1, "BLOCK": TILE, "num_warps": 4}
     anchors = _anchors(first)
     kernels.sum_scores[(len(sampled),)](table, sampled, *anchors[:2], partial, first.scale, **looked)
-    counts = plan.counts.to(device)
-    means = _means(total(partial, sampled_bounds) / counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log)
+    means = _means(total(partial, plan.looked_bounds) / plan.counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log)
     kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, **looked)
-    spread = _spread(total(partial, sampled_bounds) / counts[:, None])
+    spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
     at, form = way.at, way.form
     kernels.update[(len(owner),)](
         table, owner, *anchors, means, spread, partial, first.scale,
@@ -164,7 +163,7 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
         HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
         ABOVE_HALF=way.quench_view == "threshold", PACKED=packed, BLOCK=TILE // m, num_warps=4,
     )  # fmt: skip
-    return (total(partial, bounds)[:, 0] / plan.sizes.to(device)).float()
+    return (total(partial, plan.bounds)[:, 0] / plan.sizes).float()
 
 
 def _means(mean: Tensor, relative_eps: float, *, obd: bool, log: bool) -> Tensor:
@@ -198,7 +197,7 @@ def _distances(tensors: list[Tensor], anchors: list[Tensor]) -> list[int]:
 
 
 class _Plan:
-    """Where everything is, and which tile belongs to whom: host tensors, to be sent to the device."""
+    """Where everything is, and which tile belongs to whom, on the device."""
 
     def __init__(self, entries: list[Entry], m: int, transposed: bool, every: int) -> None:
         rows, anchors = [], _anchors(entries[0])
@@ -217,11 +216,12 @@ class _Plan:
             first, sampled_first = first + tiles[-1], sampled_first + sampled_tiles[-1]
         device = entries[0].weight.device
         self.most = max(tiles)
-        self.table = _host(rows, torch.int64, device)
-        self.bounds, self.owner = _bounds(tiles), _owners(tiles)
-        self.sampled_bounds, self.sampled = _bounds(sampled_tiles), _owners(sampled_tiles)
-        self.sizes = torch.tensor([entry.weight.numel() for entry in entries])
-        self.counts = torch.tensor([row[7] * row[8] for row in rows], dtype=torch.float64)
+        self.table = _host(rows, torch.int64, device).to(device, non_blocking=True)
+        self.bounds, self.owner = _bounds(tuple(tiles), device), _owners(tuple(tiles), device)
+        looked = tuple(sampled_tiles)
+        self.looked_bounds, self.looked = _bounds(looked, device), _owners(looked, device)
+        sizes = [[entry.weight.numel(), row[7] * row[8]] for entry, row in zip(entries, rows, strict=True)]
+        self.sizes, self.counts = _host(sizes, torch.float64, device).to(device, non_blocking=True).unbind(1)
 
 
 def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -230,9 +230,49 @@ def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return made.pin_memory() if device.type == "cuda" else made
 
 
-def _bounds(tiles: list[int]) -> Tensor:
-    return torch.tensor([0, *tiles]).cumsum(0)
+@functools.lru_cache(maxsize=64)
+def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whose each tile is; kept, for a model asks for the same again and again."""
+    return torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles)).to(device)
 
 
-def _owners(tiles: list[int]) -> Tensor:
-    return torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
+@functools.lru_cache(maxsize=64)
+def _bounds(tiles: tuple[int, ...], device: torch.device) -> Tensor:
+    """The first tile of each site, and the number of tiles."""
+    return torch.tensor([0, *tiles]).cumsum(0).to(device)
+
+
+def average_square(average: Tensor, gradient: Tensor, decay: float) -> None:
+    """average <- decay average + (1 - decay) g g, in the gradient's precision whatever the average is kept as."""
+    if average.dtype == gradient.dtype:
+        average.mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay)
+    else:
+        wide = average.to(gradient.dtype)
+        average.copy_(wide.mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay))
+
+
+def averages_together(average: Tensor, gradient: Tensor, *, on: str = "cuda") -> bool:
+    """Whether `average_squares` covers this pair; `average_square` covers every other."""
+    plain = type(gradient) is Tensor and type(average) is Tensor and gradient.dtype == torch.float32
+    aligned = all(x.data_ptr() % ALIGNED == 0 and x.is_contiguous() and x.numel() % ROW == 0 for x in (average, gradient))
+    return available() and plain and aligned and gradient.device.type == on
+
+
+def average_squares(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
+    """`average_square` of all (average, gradient) pairs in one launch: each read and written once.
+
+    Averages are all of one type. What a pair must be is said by `averages_together`.
+    """
+    from sparseforge_core.sparsity import fused_kernels as kernels
+
+    averages, gradients = pairs[0]
+    tiles = [math.ceil(average.numel() / TILE) for average, _ in pairs]
+    first = [0, *itertools.accumulate(tiles)]
+    rows = [
+        [*_distances([average, gradient], [averages, gradients]), first[i], average.numel()]
+        for i, (average, gradient) in enumerate(pairs)
+    ]
+    device = averages.device
+    table = _host(rows, torch.int64, device).to(device, non_blocking=True)
+    owner = _owners(tuple(tiles), device)
+    kernels.average_squares[(len(owner),)](table, owner, averages, gradients, decay, BLOCK=TILE, num_warps=4)

@@ -326,3 +326,17 @@ def update(
 def _lerp(a, b, share):
     """a + share (b - a), as torch rounds it: from the nearer end, so that a share of 1 gives b exactly."""
     return tl.where(share < 0.5, a + share * (b - a), b - (b - a) * (1.0 - share))
+
+
+@triton.jit
+def average_squares(table, owner, averages, gradients, decay, BLOCK: tl.constexpr):
+    """average <- decay average + (1 - decay) g g for one tile; the table's rows: both distances, first tile, size."""
+    tile = tl.program_id(0)
+    row_of = table + tl.load(owner + tile).to(tl.int64) * 4
+    place = (tile - tl.load(row_of + 2)) * BLOCK + tl.arange(0, BLOCK)
+    there = place < tl.multiple_of(tl.load(row_of + 3), 16)
+    average = averages + tl.multiple_of(tl.load(row_of), 16) + place
+    gradient = tl.load(gradients + tl.multiple_of(tl.load(row_of + 1), 16) + place, mask=there, other=0.0)
+    kept = tl.load(average, mask=there, other=0.0).to(tl.float32)
+    kept = kept * decay + gradient * gradient * (1.0 - decay)
+    tl.store(average, kept.to(averages.dtype.element_ty), mask=there)
