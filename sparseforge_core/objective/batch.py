@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sparseforge_core.errors import RecipeError, UnsupportedModel
 from sparseforge_core.models.heads import Split, split
+from sparseforge_core.models.regions import compiled_blocks
+from sparseforge_core.objective import fused
 from sparseforge_core.objective.divergence import SparseTarget
 from sparseforge_core.objective.objectives import Losses, Objective
 from sparseforge_core.objective.teaching import Draws
@@ -73,7 +75,11 @@ def batch_losses(
     ours = _body(model)(input_ids=tokens, **asked)
     with torch.no_grad():
         theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
-    if isinstance(model, Split):
+    if isinstance(model, Split) and fused.refusal(model, teacher, objective) is None:
+        taught = None if theirs is None else _predicting(theirs.last_hidden_state)
+        states = _predicting(ours.last_hidden_state)
+        losses = fused.fused_losses(model, teacher, objective, states, taught, tokens[:, 1:].flatten())
+    elif isinstance(model, Split):
         hidden = None if theirs is None else theirs.last_hidden_state
         losses = _in_chunks(model, teacher, objective, ours.last_hidden_state, hidden, tokens, uniform)
     else:
@@ -150,5 +156,5 @@ def _uncached_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _compiled(part: Any | None) -> Any | None:
     if isinstance(part, Split):
-        return dataclasses.replace(part, body=torch.compile(part.body))
-    return None if part is None else torch.compile(part)
+        return dataclasses.replace(part, body=compiled_blocks(part.body), fused=True)
+    return None if part is None else compiled_blocks(part)
