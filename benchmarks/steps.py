@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import statistics
 import sys
 import tempfile
@@ -172,7 +173,13 @@ class Times:
 
 
 def timed(
-    shape: Shape, method: Method | None, device: torch.device, *, compiled: bool = True, windows: int = 3, warm: int = 12
+    shape: Shape,
+    method: Method | None,
+    device: torch.device,
+    *,
+    compiled: bool = True,
+    windows: int = 3,
+    warm: int = 12,
 ) -> Times:
     """Seconds a step of the product's loop, over windows of PERIOD steps after `warm` steps."""
     began = time.perf_counter()
@@ -192,7 +199,7 @@ def timed(
         try:
             train(made.run, on_step=on_step)
         except _EnoughError:
-            seconds = [(after - before) / PERIOD for before, after in zip(marks, marks[1:], strict=False)]
+            seconds = [(after - before) / PERIOD for before, after in itertools.pairwise(marks)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     del made
     release(device)

@@ -11,6 +11,7 @@ is left would not do for it. With --out, or where $OUT names a folder, the rows 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -27,16 +28,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.published_step import PublishedStep
-from benchmarks.steps import SHAPES, Shape, release, synchronize, timed
+from benchmarks.steps import SHAPES, Shape, config_of, release, synchronize, timed
 from sparseforge_core.methods import SparseForge
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.methods.sparseforge import SparseForgeTrack
+from sparseforge_core.models.heads import split
+from sparseforge_core.models.hub import from_config
 from sparseforge_core.models.sites import Site
+from sparseforge_core.objective import Distill, batch_losses
+from sparseforge_core.objective import fused as fused_head
 from sparseforge_core.observe.curvature import Batch, Fisher
-from sparseforge_core.sparsity import fused
 from sparseforge_core.sparsity.patterns import nm
 
 PEAK_FLOPS = 989e12
@@ -75,20 +79,51 @@ class Figure:
 Part = Callable[[argparse.Namespace, torch.device], Iterator[Figure]]
 
 
+def checks(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]:
+    """The fused losses against the chunks that `objective/batch.py` makes of them: what their gradients differ by."""
+    shape = Shape(1, 256, 512, 4, 4, 32_000, False, 2, 128)
+    with torch.device(device):
+        model, teacher = (from_config(config_of(shape)).eval() for _ in range(2))
+    parts, taught = split(model), split(teacher.requires_grad_(False))
+    tokens = torch.randint(0, shape.vocabulary, (shape.sequences, shape.length), device=device)
+    for temperature in (1.0, 2.0):
+        found = []
+        for fused_too in (False, True):
+            model.zero_grad()
+            way = dataclasses.replace(parts, fused=fused_too)
+            objective = Distill(temperature=temperature)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                losses = batch_losses(way, taught, objective, tokens)
+            losses.total.backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found.append((float(losses.total.detach()), gradients))
+            if fused_too:
+                why = fused_head.refusal(way, taught, objective)
+        (plain, expected), (got, gradients) = found
+        note = f"loss {got:.6f} and {plain:.6f}; fused: {why or 'yes'}"
+        yield Figure(
+            f"fused_losses_gradient_apart.{temperature}", float((gradients - expected).norm() / expected.norm()), note
+        )
+
+
 def mask_update(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]:
     """The mask update of a 7B-shaped layer over reading and writing its tensors once."""
     bandwidth = copy_bandwidth(device, options.copy)
     shapes = options.sites
-    for name, method in (("", DEFAULT), (".sampled", _with(DEFAULT, statistics_rows=16)), (".lean", LEAN)):
+    for name, method in (
+        ("", DEFAULT),
+        (".sampled", dataclasses.replace(DEFAULT, statistics_rows=16)),
+        (".lean", LEAN),
+    ):
         track = track_of(shapes, method, device)
-        seconds = [_seconds(lambda turn=turn: several(track, turn), device) / AT_ONCE for turn in range(7)]
+        seconds = [_seconds(lambda track=track, turn=turn: several(track, turn), device) / AT_ONCE for turn in range(7)]
         once = sum(touched(site, track) for site in track.sites) / bandwidth
         update = statistics.median(seconds[3:])
         note = f"{1e3 * update:.3f} ms, once {1e3 * once:.3f} ms at {bandwidth / 1e12:.2f} TB/s"
         yield Figure(f"mask_update_over_copy{name}", update / once, note)
         if device.type == "cuda":
             yield Figure(f"mask_update_agrees{name}", agreement(track), "share of hard masks as gate.py has them")
-        del track
+        track.sites.clear()
         release(device)
 
 
@@ -209,6 +244,7 @@ def kept_bytes(track: SparseForgeTrack) -> int:
 
 PARTS: dict[str, tuple[Part, float]] = {
     "extra_bytes": (extra_bytes, 1),
+    "checks": (checks, 5),
     "mask_update": (mask_update, 15),
     "135m": (small, 60),
     "7b_layer": (layer, 35),
@@ -216,12 +252,6 @@ PARTS: dict[str, tuple[Part, float]] = {
     "published": (published, 15),
 }
 """Name -> what is measured, and the seconds that it takes on one H100."""
-
-
-def _with(method: SparseForge, **changes: Any) -> SparseForge:
-    import dataclasses
-
-    return dataclasses.replace(method, **changes)
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -260,7 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="time for all of it; parts that would not fit wait")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs, not how fast")
-    parser.add_argument("--published-micro-batch", type=int, default=4, help="sequences that its second derivative sees")
+    parser.add_argument(
+        "--published-micro-batch", type=int, default=4, help="sequences that its second derivative sees"
+    )
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for train.json; $OUT if set")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)

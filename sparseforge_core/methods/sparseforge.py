@@ -24,8 +24,8 @@ from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fishe
 from sparseforge_core.observe.grams import Grams
 from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
-from sparseforge_core.sparsity.compensation import Compensation, compensate
 from sparseforge_core.sparsity.arriving import Arriving
+from sparseforge_core.sparsity.compensation import Compensation, compensate
 from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, Magnitude, not_finite, standardize
 from sparseforge_core.sparsity.fused import Entry, Way, refusal, update_masks
 from sparseforge_core.sparsity.gate import (
@@ -217,7 +217,9 @@ class SparseForgeTrack(MaskedTrack):
         for site in self.sites:
             if site.name in alone:
                 flips.append(self._update_site(site, way)[None])
-        self._set_views(step, [site for site in self.sites if site.name in alone or self.method.mask_storage == "int16"])
+        self._set_views(
+            step, [site for site in self.sites if site.name in alone or self.method.mask_storage == "int16"]
+        )
         self.flips = Arriving(torch.cat(flips))
         if first:
             self._start_branches("first-mask")

@@ -21,7 +21,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
-        """Non-negative scores of the weight's shape; `looked` is what of a statistic its mean is taken over, if not all."""
+        """Non-negative scores of the weight's shape; the mean of a statistic is that of `looked`, if given."""
 
 
 @spec("magnitude-score")

@@ -123,9 +123,9 @@ def _kind(entry: Entry) -> tuple[Any, ...]:
 
 
 def _update_batch(entries: list[Entry], way: Way) -> Tensor:
-    from sparseforge_core.sparsity import fused_kernels as kernels
-
     import triton
+
+    from sparseforge_core.sparsity import fused_kernels as kernels
 
     first, pattern = entries[0], entries[0].pattern
     assert isinstance(pattern, GroupPattern)
@@ -149,7 +149,9 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     looked = {"CRITERION": criterion, "SAMPLED": way.rows > 1, "BLOCK": TILE, "num_warps": 4}
     anchors = _anchors(first)
     kernels.sum_scores[(len(sampled),)](table, sampled, *anchors[:2], partial, first.scale, **looked)
-    means = _means(total(partial, plan.looked_bounds) / plan.counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log)
+    means = _means(
+        total(partial, plan.looked_bounds) / plan.counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log
+    )
     kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, **looked)
     spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
     at, form = way.at, way.form
@@ -254,7 +256,9 @@ def average_square(average: Tensor, gradient: Tensor, decay: float) -> None:
 def averages_together(average: Tensor, gradient: Tensor, *, on: str = "cuda") -> bool:
     """Whether `average_squares` covers this pair; `average_square` covers every other."""
     plain = type(gradient) is Tensor and type(average) is Tensor and gradient.dtype == torch.float32
-    aligned = all(x.data_ptr() % ALIGNED == 0 and x.is_contiguous() and x.numel() % ROW == 0 for x in (average, gradient))
+    aligned = all(
+        x.data_ptr() % ALIGNED == 0 and x.is_contiguous() and x.numel() % ROW == 0 for x in (average, gradient)
+    )
     return available() and plain and aligned and gradient.device.type == on
 
 

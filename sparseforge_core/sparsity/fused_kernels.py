@@ -137,8 +137,8 @@ def _split(x, BLOCK: tl.constexpr, M: tl.constexpr):
         return a, b, c, d, e, f, g, h
     else:
         a, c, e, g, i, k, m, o = _split(even, BLOCK, 8)
-        b, d, f, h, j, l, n, p = _split(odd, BLOCK, 8)
-        return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p
+        b, d, f, h, j, ll, n, p = _split(odd, BLOCK, 8)
+        return a, b, c, d, e, f, g, h, i, j, k, ll, m, n, o, p
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def update(
         # Where nothing can be ranked, what was there is written again: masked stores would go entry by entry.
         new = new + (tl.where(good, value, m[i]),)
 
-    hard, packed, view, bits = (), (), (), ()
+    packed, view, bits = (), (), ()
     flips = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in tl.static_range(M):
         if BY_SCORES:
