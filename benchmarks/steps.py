@@ -25,7 +25,7 @@ from sparseforge_core.models.families import family_of
 from sparseforge_core.models.hub import from_config
 from sparseforge_core.models.sites import Site, assign_patterns, find_sites
 from sparseforge_core.models.sources import Tiny, TrainedBPE
-from sparseforge_core.objective import Distill, forwards
+from sparseforge_core.objective import Distill, faster, forwards
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import NullTracker
@@ -138,13 +138,14 @@ def bench(shape: Shape, method: Method | None, device: torch.device, *, compiled
     sites = assign_patterns(find_sites(model, family_of("llama")), nm(2, 4)) if method else []
     around = Surroundings(model=model, sites=sites, slorb=None, steps=STEPS, calibration=lambda n, length: [])
     track = recipe.method.start(around)
-    forward, taught = forwards(model, teacher, compiled=compiled)
+    plain = forwards(model, teacher)
+    forward, taught = faster(*plain, compiled=compiled)
     run = Run(
         recipe=recipe,
         model=model,
         forward=forward,
         teacher=taught,
-        plain=forwards(model, teacher) if compiled else None,
+        plain=plain,
         track=track,
         optimizer=build_optimizer(model, sites, plan, track),
         stream=RandomTokens(shape),  # type: ignore[arg-type]

@@ -36,6 +36,11 @@ def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = 
     return replaced(model, path, nn.ModuleList(made))
 
 
+def has_compiled_blocks(model: Any) -> bool:
+    """Whether `compiled_blocks` made it: the library then cannot tell what its blocks put out (hidden states)."""
+    return any(hasattr(part, "_orig_mod") for part in model.modules())
+
+
 def blocks_path(model: nn.Module) -> str | None:
     """Where the longest list of blocks lies: at least two modules, those of the first one's class in the majority."""
     lists = {

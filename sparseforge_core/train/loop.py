@@ -55,7 +55,7 @@ class Run:
     tracker: Tracker
     device: torch.device
     plain: tuple[Any, Any | None] | None = None
-    """Student and teacher as they are before they are compiled; None: they are not."""
+    """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
     seed: int = 0
     """The cell's, for what the objective draws."""
     micro_batch: int | None = None
