@@ -55,7 +55,7 @@ class Watch:
         kept = self._state.clone()
         kept[3] = loss
         self._state = torch.where(good, kept, now)
-        self.optimizer.found_inf = (self._state[:1] > 0).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (self._state[0] > 0).float()  # type: ignore[attr-defined]
 
     def after_update(self, step: int) -> None:
         """After it: every few steps, look at what was on its way since the last look. Raises Diverged."""
