@@ -9,7 +9,7 @@ mask is frozen and only kept weights train. Every annealed constant is a pure fu
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -249,7 +249,7 @@ class SparseForgeTrack(MaskedTrack):
 
     def _entry(self, site: Site) -> Entry:
         """The site for the fused kernels: with its statistic as it is kept, or with scores."""
-        known = {"weight": site.weight.detach(), "soft": site.mask, "pattern": site.pattern}
+        known: dict[str, Any] = {"weight": site.weight.detach(), "soft": site.mask, "pattern": site.pattern}
         if isinstance(self.method.criterion, Magnitude):
             return Entry(**known)
         if isinstance(self.method.criterion, HessianOBD) and self.curvature is not None:

@@ -30,7 +30,7 @@ def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = 
     path = blocks_path(model)
     if path is None:
         return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)
-    made = [
+    made: list[Any] = [
         torch.compile(block, backend=backend, fullgraph=fullgraph, dynamic=False) for block in model.get_submodule(path)
     ]
     return replaced(model, path, nn.ModuleList(made))

@@ -202,7 +202,8 @@ class _Plan:
     """Where everything is, and which tile belongs to whom, on the device."""
 
     def __init__(self, entries: list[Entry], m: int, transposed: bool, every: int) -> None:
-        rows, anchors = [], _anchors(entries[0])
+        rows: list[list[int]] = []
+        anchors = _anchors(entries[0])
         first = sampled_first = 0
         tiles, sampled_tiles = [], []
         for entry in entries:
@@ -222,8 +223,8 @@ class _Plan:
         self.bounds, self.owner = _bounds(tuple(tiles), device), _owners(tuple(tiles), device)
         looked = tuple(sampled_tiles)
         self.looked_bounds, self.looked = _bounds(looked, device), _owners(looked, device)
-        sizes = [[entry.weight.numel(), row[7] * row[8]] for entry, row in zip(entries, rows, strict=True)]
-        self.sizes, self.counts = _host(sizes, torch.float64, device).to(device, non_blocking=True).unbind(1)
+        counts = [[entry.weight.numel(), row[7] * row[8]] for entry, row in zip(entries, rows, strict=True)]
+        self.sizes, self.counts = _host(counts, torch.float64, device).to(device, non_blocking=True).unbind(1)
 
 
 def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
