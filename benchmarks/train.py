@@ -130,7 +130,7 @@ def mask_update(options: argparse.Namespace, device: torch.device) -> Iterator[F
 def several(track: SparseForgeTrack, turn: int) -> None:
     """AT_ONCE updates in the middle of heating, none of which waits for what the one before reports."""
     for i in range(AT_ONCE):
-        track.flips = None
+        track.reported = None
         track._update_masks(5000 + 10 * (AT_ONCE * turn + i))
 
 

@@ -39,7 +39,7 @@ from sparseforge_core.sparsity.gate import (
     project,
     update_mask,
 )
-from sparseforge_core.sparsity.masking import Storage
+from sparseforge_core.sparsity.masking import Storage, set_softness
 from sparseforge_core.specs import spec
 
 
@@ -167,7 +167,10 @@ class SparseForgeTrack(MaskedTrack):
             self.norms = observe(around.model, around.sites, around.calibration(method.calibration_samples, 2048))
         super().__init__(around, storage=method.mask_storage)
         self.method, self.around = method, around
-        self.flips: Arriving | None = None
+        self.reported: Arriving | None = None
+        self._order: list[Site] = []
+        self.seen: dict[str, float] | None = None
+        """What is worth logging of the masks since the last update, where the kernels said it."""
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
         self.step = 0
@@ -211,16 +214,17 @@ class SparseForgeTrack(MaskedTrack):
         self._settle()
         first = self.phases.updates(step) == 1
         way = self._way(step)
-        alone = {site.name: None for site in self.sites if self._refusal(site)}
-        together = [site for site in self.sites if site.name not in alone]
-        flips = [update_masks([self._entry(site) for site in together], way)] if together else []
-        for site in self.sites:
-            if site.name in alone:
-                flips.append(self._update_site(site, way)[None])
-        self._set_views(
-            step, [site for site in self.sites if site.name in alone or self.method.mask_storage == "int16"]
-        )
-        self.flips = Arriving(torch.cat(flips))
+        together = [site for site in self.sites if self._refusal(site) is None]
+        names = {site.name for site in together}
+        alone = [site for site in self.sites if site.name not in names]
+        reports = [update_masks([self._entry(site) for site in together], way)] if together else []
+        for site in alone:
+            flipped = self._update_site(site, way)
+            # What only a look at all masks would say is left to `summary`, which takes one if it must.
+            reports.append(torch.stack([flipped, *[torch.full_like(flipped, math.inf)] * 2])[None])
+        self._set_views(step, self.sites if self.method.mask_storage == "int16" else alone)
+        self._order = [*together, *alone]
+        self.reported = Arriving(torch.cat(reports))
         if first:
             self._start_branches("first-mask")
 
@@ -281,13 +285,19 @@ class SparseForgeTrack(MaskedTrack):
 
     def _settle(self) -> None:
         """Look at what the last update reported. Raises CurvatureUnavailable, naming the first site it could not do."""
-        if self.flips is None:
+        if self.reported is None:
             return
-        shares = self.flips.read()
-        self.flips = None
-        if any(math.isnan(share) for share in shares):
-            raise not_finite("a site of the fused mask update")
-        self.flip_rate = sum(shares) / len(self.sites)
+        numbers = self.reported.read()
+        self.reported = None
+        flips, middle, gap = numbers[::3], numbers[1::3], numbers[2::3]
+        if any(math.isnan(share) for share in flips):
+            bad = [site.name for site, share in zip(self._order, flips, strict=True) if math.isnan(share)]
+            raise not_finite(f"site {bad[0]}")
+        self.flip_rate = sum(flips) / len(flips)
+        sizes = [site.weight.numel() for site in self._order]
+        means = [sum(s * x for s, x in zip(sizes, values, strict=True)) / sum(sizes) for values in (middle, gap)]
+        names = ("mask/mid_fraction", "mask/soft_hard_gap")
+        self.seen = dict(zip(names, means, strict=True)) if all(map(math.isfinite, means)) else None
 
     @torch.no_grad()
     def _compensate(self, how: Compensation) -> None:
@@ -308,6 +318,9 @@ class SparseForgeTrack(MaskedTrack):
     def _set_views(self, step: int, sites: list[Site]) -> None:
         """The forward sees m as soft as it is after `step`."""
         softness = self.phases.softness(step)
+        if self.method.mask_storage == "int16":
+            set_softness([site.mask for site in sites], softness)
+            return
         for site in sites:
             dense = site.weight.detach() if self.method.rescale_rows else None
             site.mask.set_view(softness, hard=self.method.quench_view, keep_norm_of=dense)
@@ -355,8 +368,10 @@ class SparseForgeTrack(MaskedTrack):
     def summary(self) -> dict[str, float]:
         self._settle()
         at = self.anneal_point(self.step)
+        known = self.seen is not None and not self.frozen
+        masks = {**self.seen, "mask/flip_rate": self.flip_rate} if known and self.seen else super().summary()
         return {
-            **super().summary(),
+            **masks,
             "anneal/temperature": at.temperature,
             "anneal/structure_mix": at.structure_mix,
             "anneal/softness": self.phases.softness(self.step),

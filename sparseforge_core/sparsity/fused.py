@@ -72,6 +72,7 @@ class Way:
     """The statistics of a layer are those of every n-th stored row."""
 
 
+@functools.cache
 def available() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
@@ -97,10 +98,12 @@ def refusal(weight: Tensor, soft: SoftMask, pattern: Pattern, form: GateForm, *,
 
 
 def update_masks(entries: Sequence[Entry], way: Way) -> Tensor:
-    """Move the masks, hard masks and views of all entries; returns the share of each hard mask that flipped.
+    """Move the masks, hard masks and views of all entries.
 
-    Nothing waits for the device. A site with a score that is not finite reports NaN, and the groups in question (all,
-    where the site's statistics are not finite) stay as they are. Raises ValueError for entries that `refusal` refuses.
+    Returns means over the entries of each, `[sites, 3]`: of what flipped in the hard mask, of what lies between 0.1 and
+    0.9 in m, and of |m - m_hat|. Nothing waits for the device. A site with a score that is not finite reports NaN for
+    its flips, and the groups in question (all, where the site's statistics are not finite) stay as they are. Raises
+    ValueError for entries that `refusal` refuses.
     """
     flips: list[Tensor | None] = [None] * len(entries)
     batches: dict[tuple[Any, ...], list[int]] = {}
@@ -165,7 +168,7 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
         HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
         ABOVE_HALF=way.quench_view == "threshold", PACKED=packed, BLOCK=TILE // m, num_warps=4,
     )  # fmt: skip
-    return (total(partial, plan.bounds)[:, 0] / plan.sizes).float()
+    return (total(partial, plan.bounds) / plan.sizes[:, None]).float()
 
 
 def _means(mean: Tensor, relative_eps: float, *, obd: bool, log: bool) -> Tensor:

@@ -226,7 +226,8 @@ def update(
 ):  # fmt: skip
     """Lines 8-12 of algorithm 1 and the quenched view, for one tile of `BLOCK` groups.
 
-    A group with a score that is not finite is left as it is, and its tile reports NaN.
+    Reported are sums over the tile: entries of the hard mask that flipped, of m between 0.1 and 0.9, and |m - m_hat|. A
+    group with a score that is not finite is left as it is, and its tile reports NaN flips.
     """
     tile = tl.program_id(0)
     site = tl.load(owner + tile).to(tl.int64)
@@ -294,6 +295,7 @@ def update(
 
     packed, view, bits = (), (), ()
     flips = tl.zeros((BLOCK,), dtype=tl.float32)
+    middle, gap = flips, flips
     for i in tl.static_range(M):
         if BY_SCORES:
             keeps = target[i]
@@ -301,6 +303,8 @@ def update(
             keeps = _rank(new, z, i, M, True) < KEEP
         keeps = (good & keeps) | ((good == 0) & old[i])
         flips += (keeps != old[i]).to(tl.float32)
+        middle += ((new[i] > 0.1) & (new[i] < 0.9)).to(tl.float32)
+        gap += tl.abs(new[i] - keeps.to(tl.float32))
         if PACKED:
             whole = (new[i] * 32767.0 + 0.5).to(tl.int32)
             packed = packed + (tl.where(keeps, -1 - whole, whole).to(tl.int16),)
@@ -318,8 +322,8 @@ def update(
         _store(_address(table, site, 4, views), start, out, there, view, BLOCK, M, TRANSPOSED)
     flips = tl.where(good, flips, tl.where(there, float("nan"), 0.0))
     tl.store(partial + tile * SUMS, tl.sum(flips))
-    tl.store(partial + tile * SUMS + 1, 0.0)
-    tl.store(partial + tile * SUMS + 2, 0.0)
+    tl.store(partial + tile * SUMS + 1, tl.sum(tl.where(there, middle, 0.0)))
+    tl.store(partial + tile * SUMS + 2, tl.sum(tl.where(there, gap, 0.0)))
 
 
 @triton.jit

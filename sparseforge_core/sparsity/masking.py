@@ -7,7 +7,7 @@ checkpointing recomputes it correctly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -232,6 +232,14 @@ class PackedMask(SoftMask):
     @torch.no_grad()
     def harden(self, scores: Tensor, pattern: Pattern) -> None:
         self.move(self.matrix(self.mask), top_mask(self.matrix(scores), pattern))
+
+
+@torch.no_grad()
+def set_softness(masks: Sequence[SoftMask], softness: float) -> None:
+    """`set_view` of many packed masks at once."""
+    shown = [soft.softness for soft in masks if isinstance(soft, PackedMask)]
+    torch._foreach_zero_(shown)
+    torch._foreach_add_(shown, softness)
 
 
 class StraightThroughPacked(torch.autograd.Function):

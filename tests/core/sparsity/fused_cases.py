@@ -26,6 +26,7 @@ from sparseforge_core.sparsity.fused import Entry, Way, update_masks
 from sparseforge_core.sparsity.gate import AnnealPoint, GateForm, hard_target, project, update_mask
 from sparseforge_core.sparsity.masking import PackedMask, SoftMask
 from sparseforge_core.sparsity.patterns import check_mask, nm
+from sparseforge_core.sparsity.report import mask_summary
 from tests.tiny import tiny_model, tokens
 
 AT = AnnealPoint(temperature=0.3, structure_mix=0.4, mid_push=0.2, mask_rate=0.1)
@@ -85,7 +86,8 @@ def plainly(site: Entry, way: Way) -> Tensor:
 def compare(entries: list[Entry], way: Way) -> None:
     """Both ways from one state: masks to rounding, hard masks equal except where m and z are as good as tied."""
     others = copy.deepcopy(entries)
-    flips = update_masks(entries, way)
+    reports = update_masks(entries, way)
+    flips = reports[:, 0]
     expected = torch.stack([plainly(other, way) for other in others])
     for site, other in zip(entries, others, strict=True):
         if isinstance(site.soft, PackedMask):
@@ -98,6 +100,10 @@ def compare(entries: list[Entry], way: Way) -> None:
         if way.project_on == "mask" or not way.fixed_target:
             check_mask(site.soft.matrix(site.soft.hard), site.pattern, "a site")
     assert (flips - expected).abs().max() <= 2e-3
+    said = mask_summary((site.soft.mask, site.soft.hard) for site in entries)
+    sizes = torch.tensor([site.weight.numel() for site in entries])
+    means = (reports[:, 1:] * sizes[:, None]).sum(0) / sizes.sum()
+    assert torch.allclose(means, torch.tensor([said["mask/mid_fraction"], said["mask/soft_hard_gap"]]), atol=1e-5)
 
 
 def every_way() -> None:
@@ -148,7 +154,7 @@ def not_finite() -> None:
     bad, good = entry((16, 16), 2, 4, **common), entry((16, 16), 2, 4, **common)
     bad.weight[3, 5] = math.nan
     before = copy.deepcopy(bad.soft)
-    flips = update_masks([bad, good], PLAIN)
+    flips = update_masks([bad, good], PLAIN)[:, 0]
     assert bool(flips.isnan()[0])
     assert not bool(flips.isnan()[1])
     assert torch.equal(bad.soft.mask, before.mask)
