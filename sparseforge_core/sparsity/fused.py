@@ -138,6 +138,7 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     if not given and not isinstance(way.criterion, (HessianOBD, Magnitude)):
         raise ValueError(f"{type(way.criterion).__name__}: the kernels need its scores")
     eps = way.criterion.relative_eps if isinstance(way.criterion, HessianOBD) and not given else 0.0
+    fast = device.type == "cuda"  # elsewhere the kernels are interpreted
     packed, transposed = isinstance(first.soft, PackedMask), first.soft.transposed
     plan = _Plan(entries, m, transposed, way.rows)
     table, owner, sampled = plan.table, plan.owner, plan.looked
@@ -155,7 +156,7 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     means = _means(
         total(partial, plan.looked_bounds) / plan.counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log
     )
-    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, **looked)
+    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, FAST=fast, **looked)
     spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
     at, form = way.at, way.form
     kernels.update[(len(owner),)](
@@ -164,9 +165,10 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
         float(way.margin), float(way.softness),
         KEEP=pattern.keep, M=m, TRANSPOSED=transposed, CRITERION=criterion, LOG=way.log,
         MIDPOINT=form.threshold == "midpoint", BLEND=form.order == "blend-then-push",
-        PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
+        ALL_TARGET=at.structure_mix == 1.0, PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
         HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
-        ABOVE_HALF=way.quench_view == "threshold", PACKED=packed, BLOCK=TILE // m, num_warps=4,
+        ABOVE_HALF=way.quench_view == "threshold", SOFT=way.softness == 1.0, PACKED=packed, FAST=fast,
+        BLOCK=TILE // m, num_warps=4,
     )  # fmt: skip
     return (total(partial, plan.bounds) / plan.sizes[:, None]).float()
 
