@@ -73,7 +73,7 @@ class Shape:
 
 
 SHAPES = {
-    "135m": Shape(30, 576, 1536, 9, 3, 49_152, True, 32, 1024),
+    "135m": Shape(30, 576, 1536, 9, 3, 49_152, True, 64, 1024),
     "1_1b": Shape(22, 2048, 5632, 32, 4, 32_000, False, 8, 2048),
     "7b_layer": Shape(3, 4096, 11_008, 32, 32, 32_000, False, 4, 4096),
 }
@@ -180,7 +180,7 @@ def timed(
     *,
     compiled: bool = True,
     windows: int = 3,
-    warm: int = 12,
+    warm: int = 11,
 ) -> Times:
     """Seconds a step of the product's loop, over windows of PERIOD steps after `warm` steps."""
     began = time.perf_counter()

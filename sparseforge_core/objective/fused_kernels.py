@@ -29,20 +29,21 @@ def losses_and_gradient(
         place = begin + lanes
         there = place < VOCABULARY
         s = tl.load(ours + place, mask=there, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, s)
-        mass = mass * _shrink(top, higher) + _shrink(s, higher)
-        top = higher
+        e = _apart(s, top)
+        mass = tl.where(s > top, mass * e + 1.0, mass + e)
+        top = tl.maximum(top, s)
         if TAUGHT:
             t = tl.load(theirs + place, mask=there, other=float("-inf")).to(tl.float32) * cooling
-            higher = tl.maximum(top_t, t)
-            shrink, weight = _shrink(top_t, higher), _shrink(t, higher)
-            gap = tl.where(weight > 0, t - s * cooling, 0.0)
-            mass_t, apart = mass_t * shrink + weight, apart * shrink + weight * gap
-            top_t = higher
+            e = _apart(t, top_t)
+            gap = tl.where(there, t - s * cooling, 0.0)
+            mass_t = tl.where(t > top_t, mass_t * e + 1.0, mass_t + e)
+            apart = tl.where(t > top_t, apart * e + gap, apart + e * gap)
+            top_t = tl.maximum(top_t, t)
             if not SAME:
-                higher = tl.maximum(top_s, s * cooling)
-                mass_s = mass_s * _shrink(top_s, higher) + _shrink(s * cooling, higher)
-                top_s = higher
+                cooled = s * cooling
+                e = _apart(cooled, top_s)
+                mass_s = tl.where(cooled > top_s, mass_s * e + 1.0, mass_s + e)
+                top_s = tl.maximum(top_s, cooled)
     peak = tl.max(top, 0)
     log_mass = peak + tl.log(tl.sum(mass * _shrink(top, peak), 0))
     label = tl.load(labels + row)
@@ -70,6 +71,12 @@ def losses_and_gradient(
                 p = tl.exp(s * cooling - log_s)
             slope += kl_factor * cooling * (p - tl.exp(t - log_t))
         tl.store(ours + place, slope.to(student.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _apart(x, top):
+    """exp(-|x - top|), by which the smaller of both counts; 0 where x is minus infinity even if `top` is too."""
+    return tl.where(x == float("-inf"), 0.0, tl.exp(-tl.abs(x - top)))
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from sparseforge_core.sparsity.patterns import GroupPattern, Pattern
 SIZES = (2, 4, 8, 16)
 """Group sizes that the kernels hold in registers."""
 
-TILE = 2048
+TILE = 1024
 """Entries that one program works on."""
 
 ALIGNED = 64
@@ -156,7 +156,9 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     means = _means(
         total(partial, plan.looked_bounds) / plan.counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log
     )
-    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, FAST=fast, **looked)
+    kernels.sum_logs[(len(sampled),)](
+        table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, FAST=fast, **looked
+    )
     spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
     at, form = way.at, way.form
     kernels.update[(len(owner),)](

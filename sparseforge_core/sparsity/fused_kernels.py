@@ -103,7 +103,10 @@ def _centred(s, means, site, LOG: tl.constexpr, FAST: tl.constexpr):
     if LOG:
         s = s + tl.load(means + site * SUMS + 1)
         if FAST:
-            s = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [s], tl.float32, True, 1) * 0.6931471805599453
+            s = (
+                tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [s], tl.float32, True, 1)
+                * 0.6931471805599453
+            )
         else:
             s = tl.log(s)
     return s - tl.load(means + site * SUMS + 2)

@@ -88,6 +88,7 @@ def train(
     first = run.checkpoints.resume(run.model, run.optimizer, run.track) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
     watch = Watch(run.optimizer, run.device)
+    trained = [p for p in run.model.parameters() if p.requires_grad]  # a step has no time to look for hundreds
     with Ahead(run.stream.batch, run.device, plan.steps) as ahead:
         for step in range(first, plan.steps + 1):
             # ------------------------------------------------ one training step
@@ -97,7 +98,7 @@ def train(
             with _diverged_first(watch):
                 run.track.observe(_as_observed(run, tokens, step))
                 run.track.before_update(step)
-                norm = clip(run.model, plan.clip)
+                norm = clip(trained, plan.clip)
                 watch.before_update(step, losses["loss/total"], norm)
                 run.optimizer.step()
                 run.optimizer.zero_grad(set_to_none=True)

@@ -61,6 +61,6 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("rate_scale", 1.0)
 
 
-def clip(model: nn.Module, limit: float) -> Tensor:
+def clip(trained: list[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients down to the global norm `limit`; returns the norm before, which nobody has looked at yet."""
-    return torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit)
+    return torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], limit)

@@ -54,6 +54,7 @@ class _BatchSquares(CurvatureAverage):
 
     def __init__(self, sites: list[Site], decay: float, kept_as: torch.dtype | None) -> None:
         self.kept_as = kept_as
+        self.weights = {site.name: site.weight for site in sites}  # found once: a step has no time to look for hundreds
         super().__init__(sites, decay)
 
     def zeros(self) -> dict[str, Tensor]:
@@ -61,11 +62,9 @@ class _BatchSquares(CurvatureAverage):
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
-        blind = [site.name for site in self.sites if site.weight.grad is None]
-        if blind:
-            raise no_gradient(blind, self.sites)
-        found = self.look(batch)
-        pairs = [(self.average[key], gradient) for key, gradient in found.items()]
+        pairs = [(self.average[name], weight.grad) for name, weight in self.weights.items() if weight.grad is not None]
+        if len(pairs) < len(self.sites):
+            raise no_gradient([name for name, weight in self.weights.items() if weight.grad is None], self.sites)
         if all(averages_together(average, gradient) for average, gradient in pairs):
             average_squares(pairs, self.decay)
         else:
@@ -78,7 +77,7 @@ class _BatchSquares(CurvatureAverage):
         return mean_over_ranks(self.average[site.name]), 1.0 / (1.0 - self.decay**self.count)
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
-        return {site.name: site.weight.grad for site in self.sites if site.weight.grad is not None}
+        return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
 
 
 @spec("micro-batch-fisher")
