@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import curvature, packed, published_step, steps, train
 from flows import cli
-from sparseforge_core.observe.curvature import ESTIMATORS
+from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
 
 SMALL = ["--width", "16", "--layers", "1", "--sequences", "2", "--length", "8", "--repeats", "1", "--device", "cpu"]
 
@@ -34,6 +35,17 @@ def test_train_counts_the_bytes_that_annealing_keeps(capsys: pytest.CaptureFixtu
     assert set(rows[0]) == {"measure", "value", "unit", "bar", "hardware", "command", "commit"}
     assert train.main(["--tiny", "--seconds", "0", "--parts", "135m"]) == 0
     assert "not measured" in capsys.readouterr().out
+
+
+def test_the_documented_bytes_are_those_of_the_tensors() -> None:
+    """The table of docs/training-speed.md, computed again."""
+    adam = dataclasses.replace(train.LEAN, curvature=AdamSecondMoment())
+    rows = {"the defaults": train.DEFAULT, "`improved`": train.LEAN, "`improved` with Adam's second moment": adam}
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training-speed.md").read_text()
+    for label, method in rows.items():
+        track = train.track_of([(64, 64)], method, torch.device("cpu"))
+        said = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+        assert float(said.split("|")[-2]) == train.kept_bytes(track) / 64**2, label
 
 
 def test_train_times_steps_of_the_product_and_of_the_published_code() -> None:
