@@ -153,12 +153,10 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     looked = {"CRITERION": criterion, "SAMPLED": way.rows > 1, "BLOCK": TILE, "num_warps": 4}
     anchors = _anchors(first)
     kernels.sum_scores[(len(sampled),)](table, sampled, *anchors[:2], partial, first.scale, **looked)
-    means = _means(
-        total(partial, plan.looked_bounds) / plan.counts[:, None], eps, obd=criterion == kernels.OBD, log=way.log
-    )
-    kernels.sum_logs[(len(sampled),)](
-        table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, FAST=fast, **looked
-    )
+    averages = total(partial, plan.looked_bounds) / plan.counts[:, None]
+    means = _means(averages, eps, obd=criterion == kernels.OBD, log=way.log)
+    looked |= {"LOG": way.log, "FAST": fast}
+    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, **looked)
     spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
     at, form = way.at, way.form
     kernels.update[(len(owner),)](
@@ -196,6 +194,8 @@ def _anchors(entry: Entry) -> list[Tensor]:
     """What the kernels read and write of a site: weight or scores, statistic, mask, hard mask, view."""
     source = entry.weight if entry.scores is None else entry.scores
     statistic = source if entry.statistic is None else entry.statistic
+    if any(x.data_ptr() % ALIGNED or not x.is_contiguous() for x in (source, statistic)):
+        raise ValueError(f"weight, scores and statistic must be contiguous and begin at multiples of {ALIGNED} bytes")
     return [source, statistic, *entry.soft.stored()]
 
 
