@@ -183,9 +183,9 @@ def agreement(track: SparseForgeTrack) -> float:
         tensor.copy_(value)
     with torch.no_grad():
         track._update_site(site, track._way(step))
-    apart = float((site.mask.mask - fused_mask).abs().max())
-    if apart > 1e-4:
-        raise AssertionError(f"the fused masks are {apart} from those of gate.py")
+    apart = float(((site.mask.mask - fused_mask).abs() > 1e-4).double().mean())
+    if apart > 1e-5:  # scores that are as good as tied may change places
+        raise AssertionError(f"of the fused masks {apart:.1e} of the entries are not those of gate.py")
     return float((site.mask.hard == fused_hard).double().mean())
 
 

@@ -27,7 +27,7 @@ from sparseforge_core.sparsity.patterns import GroupPattern, Pattern
 SIZES = (2, 4, 8, 16)
 """Group sizes that the kernels hold in registers."""
 
-TILE = 1024
+TILE = 2048
 """Entries that one program works on."""
 
 ALIGNED = 64
@@ -138,7 +138,6 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     if not given and not isinstance(way.criterion, (HessianOBD, Magnitude)):
         raise ValueError(f"{type(way.criterion).__name__}: the kernels need its scores")
     eps = way.criterion.relative_eps if isinstance(way.criterion, HessianOBD) and not given else 0.0
-    fast = device.type == "cuda"  # elsewhere the kernels are interpreted
     packed, transposed = isinstance(first.soft, PackedMask), first.soft.transposed
     plan = _Plan(entries, m, transposed, way.rows)
     table, owner, sampled = plan.table, plan.owner, plan.looked
@@ -155,8 +154,7 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
     kernels.sum_scores[(len(sampled),)](table, sampled, *anchors[:2], partial, first.scale, **looked)
     averages = total(partial, plan.looked_bounds) / plan.counts[:, None]
     means = _means(averages, eps, obd=criterion == kernels.OBD, log=way.log)
-    looked |= {"LOG": way.log, "FAST": fast}
-    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, **looked)
+    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, **looked)
     spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
     at, form = way.at, way.form
     kernels.update[(len(owner),)](
@@ -165,9 +163,9 @@ def _update_batch(entries: list[Entry], way: Way) -> Tensor:
         float(way.margin), float(way.softness),
         KEEP=pattern.keep, M=m, TRANSPOSED=transposed, CRITERION=criterion, LOG=way.log,
         MIDPOINT=form.threshold == "midpoint", BLEND=form.order == "blend-then-push",
-        ALL_TARGET=at.structure_mix == 1.0, PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
+        PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
         HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
-        ABOVE_HALF=way.quench_view == "threshold", SOFT=way.softness == 1.0, PACKED=packed, FAST=fast,
+        ABOVE_HALF=way.quench_view == "threshold", PACKED=packed,
         BLOCK=TILE // m, num_warps=4,
     )  # fmt: skip
     return (total(partial, plan.bounds) / plan.sizes[:, None]).float()

@@ -78,7 +78,7 @@ def sum_scores(
 @triton.jit
 def sum_logs(
     table, owner, weights, statistics, partial, means, scale,
-    CRITERION: tl.constexpr, LOG: tl.constexpr, FAST: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr,
+    CRITERION: tl.constexpr, LOG: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: sums of x and x^2, x being the score or its logarithm less that of the mean."""
     site, offsets, there = _looked_at(table, owner, SAMPLED, BLOCK)
@@ -86,7 +86,7 @@ def sum_logs(
     h = w
     if CRITERION == OBD:
         h = tl.load(_address(table, site, 1, statistics) + offsets, mask=there, other=0.0).to(tl.float32) * scale
-    x = _centred(_score(w, h, tl.load(means + site * SUMS), CRITERION), means, site, LOG, FAST)
+    x = _centred(_score(w, h, tl.load(means + site * SUMS), CRITERION), means, site, LOG)
     x = tl.where(there, x, 0.0)
     out = partial + tl.program_id(0) * SUMS
     tl.store(out, tl.sum(x))
@@ -95,20 +95,10 @@ def sum_logs(
 
 
 @triton.jit
-def _centred(s, means, site, LOG: tl.constexpr, FAST: tl.constexpr):
-    """log(s + floor) - pivot, or s - pivot: the pivot keeps the sums of squares from cancelling.
-
-    FAST takes the processor's own logarithm, right to 2^-22, and is not there for an interpreter.
-    """
+def _centred(s, means, site, LOG: tl.constexpr):
+    """log(s + floor) - pivot, or s - pivot: the pivot keeps the sums of squares from cancelling."""
     if LOG:
-        s = s + tl.load(means + site * SUMS + 1)
-        if FAST:
-            s = (
-                tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [s], tl.float32, True, 1)
-                * 0.6931471805599453
-            )
-        else:
-            s = tl.log(s)
+        s = tl.log(s + tl.load(means + site * SUMS + 1))
     return s - tl.load(means + site * SUMS + 2)
 
 
@@ -170,18 +160,18 @@ def _joined(x, BLOCK: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _groups(table, site, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Where a tile begins, where in it each group does `[BLOCK]`, the distance of entries, and which groups exist."""
+    """Where each group of a tile begins, `[BLOCK]`, the distance of its entries, and which groups exist."""
     row_of = table + site * FIELDS
     tile = tl.program_id(0) - tl.load(row_of + 5)
-    lanes = tl.arange(0, BLOCK)
     if TRANSPOSED:
         # Groups run down the stored rows: the j-th entries of neighbouring groups lie side by side.
         columns = tl.multiple_of(tl.load(row_of + 7), 16)
         across = tl.cdiv(columns, BLOCK)
-        column = tile % across * BLOCK
-        return tile // across * (columns * M) + column, lanes, columns, lanes < columns - column
+        column = tile % across * BLOCK + tl.arange(0, BLOCK)
+        return tile // across * (columns * M) + column, columns, column < columns
     else:
-        return tile * (BLOCK * M), lanes * M, 1, lanes < tl.load(row_of + 6) - tile * BLOCK
+        group = tile * BLOCK + tl.arange(0, BLOCK)
+        return group * M, 1, group < tl.load(row_of + 6)
 
 
 @triton.jit
@@ -208,55 +198,21 @@ def _store(base, start, out, there, x, BLOCK: tl.constexpr, M: tl.constexpr, TRA
 
 
 @triton.jit
-def _overtakes(x, M: tl.constexpr):
-    """For each pair i < j of a group's entries, whether the j-th comes first: it is larger. In the order of `_pair`."""
-    found = ()
-    for i in tl.static_range(M):
-        for j in tl.static_range(i + 1, M):
-            found = found + (x[j] > x[i],)
-    return found
-
-
-@triton.jit
-def _overtakes_tied(x, ties, M: tl.constexpr):
-    """The same where equal entries are told apart by the pairs `ties`."""
-    found = ()
-    for i in tl.static_range(M):
-        for j in tl.static_range(i + 1, M):
-            found = found + ((x[j] > x[i]) | ((x[j] == x[i]) & ties[i * (2 * M - i - 1) // 2 + j - i - 1]),)
-    return found
-
-
-@triton.jit
-def _place(pairs, i: tl.constexpr, M: tl.constexpr):
-    """How many entries of the group come before the i-th, from the M (M - 1) / 2 pairs."""
-    before = tl.where(pairs[0], 0, 0)
+def _rank(x, ties, i: tl.constexpr, M: tl.constexpr, TIES: tl.constexpr):
+    """How many entries of the group come before the i-th: larger, or equal with a larger tie, or equal and earlier."""
+    before = tl.zeros_like(x[0]).to(tl.int32)
     for j in tl.static_range(M):
-        if j < i:
-            before += tl.where(pairs[j * (2 * M - j - 1) // 2 + i - j - 1], 0, 1)
-        elif j > i:
-            before += tl.where(pairs[i * (2 * M - i - 1) // 2 + j - i - 1], 1, 0)
+        if j != i:
+            ahead = x[j] > x[i]
+            if TIES:
+                ahead = ahead | ((x[j] == x[i]) & (ties[j] > ties[i]))
+                if j < i:
+                    ahead = ahead | ((x[j] == x[i]) & (ties[j] == ties[i]))
+            else:
+                if j < i:
+                    ahead = x[j] >= x[i]
+            before += ahead.to(tl.int32)
     return before
-
-
-@triton.jit
-def _lerp(a, b, share):
-    return a + share * (b - a)
-
-
-@triton.jit
-def _sigmoid(x, FAST: tl.constexpr):
-    below = 1.0 + tl.exp(-x)
-    if FAST:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], tl.float32, True, 1)
-    else:
-        return 1.0 / below
-
-
-MAGIC: tl.constexpr = tl.constexpr(12582912.0)
-"""1.5 x 2^23: added to a small number it leaves its nearest integer in the last bits, without a conversion."""
-
-MAGIC_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -264,130 +220,116 @@ def update(
     table, owner, weights, statistics, masks, hards, views, means, spread, partial, scale,
     steepness, structure_mix, mid_push, mask_rate, margin, softness,
     KEEP: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, CRITERION: tl.constexpr, LOG: tl.constexpr,
-    MIDPOINT: tl.constexpr, BLEND: tl.constexpr, ALL_TARGET: tl.constexpr, PULL_GATE: tl.constexpr,
-    FIXED: tl.constexpr, HYSTERESIS: tl.constexpr, BY_SCORES: tl.constexpr, ABOVE_HALF: tl.constexpr,
-    SOFT: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    MIDPOINT: tl.constexpr, BLEND: tl.constexpr, PULL_GATE: tl.constexpr, FIXED: tl.constexpr,
+    HYSTERESIS: tl.constexpr, BY_SCORES: tl.constexpr, ABOVE_HALF: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lines 8-12 of algorithm 1 and the quenched view, for one tile of `BLOCK` groups.
 
-    ALL_TARGET and SOFT say that beta and x are 1, where rounding shall not show. Reported are sums over the tile:
-    entries of the hard mask that flipped, of m between 0.1 and 0.9, and |m - m_hat|. A group with a score that is not
-    finite is left as it is, and its tile reports NaN flips.
+    Reported are sums over the tile: entries of the hard mask that flipped, of m between 0.1 and 0.9, and |m - m_hat|. A
+    group with a score that is not finite is left as it is, and its tile reports NaN flips.
     """
     tile = tl.program_id(0)
     site = tl.load(owner + tile).to(tl.int64)
-    begin, start, out, there = _groups(table, site, BLOCK, M, TRANSPOSED)
-    w = _load(_address(table, site, 0, weights) + begin, start, out, there, BLOCK, M, TRANSPOSED)
+    start, out, there = _groups(table, site, BLOCK, M, TRANSPOSED)
+    w = _load(_address(table, site, 0, weights), start, out, there, BLOCK, M, TRANSPOSED)
     h = w
     if CRITERION == OBD:
-        h = _load(_address(table, site, 1, statistics) + begin, start, out, there, BLOCK, M, TRANSPOSED)
+        h = _load(_address(table, site, 1, statistics), start, out, there, BLOCK, M, TRANSPOSED)
     mean, narrowing = tl.load(spread + site * SUMS), tl.load(spread + site * SUMS + 1)
     eps = tl.load(means + site * SUMS)
 
-    stored = _load(_address(table, site, 2, masks) + begin, start, out, there, BLOCK, M, TRANSPOSED)
+    stored = _load(_address(table, site, 2, masks), start, out, there, BLOCK, M, TRANSPOSED)
     if not PACKED:
-        kept = _load(_address(table, site, 3, hards) + begin, start, out, there, BLOCK, M, TRANSPOSED)
+        kept = _load(_address(table, site, 3, hards), start, out, there, BLOCK, M, TRANSPOSED)
     z, m, old = (), (), ()
     good = there
     for i in tl.static_range(M):
         s = _score(w[i].to(tl.float32), h[i].to(tl.float32) * scale, eps, CRITERION)
-        zi = (_centred(s, means, site, LOG, FAST) - mean) * narrowing
+        zi = (_centred(s, means, site, LOG) - mean) * narrowing
         good = good & (tl.abs(zi) < float("inf"))
         z = z + (zi,)
         if PACKED:
             value = stored[i].to(tl.int32)
             old = old + (value < 0,)
-            steps = tl.where(value < 0, -1 - value, value) + MAGIC_BITS
-            m = m + ((steps.to(tl.float32, bitcast=True) - MAGIC) * (1.0 / 32767.0),)
+            m = m + (tl.where(value < 0, -1 - value, value).to(tl.float32) * (1.0 / 32767.0),)
         else:
             old = old + (kept[i] != 0,)
             m = m + (stored[i],)
 
-    pairs = _overtakes(z, M)
-    target = ()
     nth, following = tl.zeros_like(z[0]), tl.zeros_like(z[0])
+    target = ()
     for i in tl.static_range(M):
-        place = _place(pairs, i, M)
+        place = _rank(z, z, i, M, False)
+        nth += tl.where(place == KEEP - 1, z[i], 0.0)
+        following += tl.where(place == KEEP, z[i], 0.0)
         target = target + (place < KEEP,)
-        if M != 4:
-            nth += tl.where(place == KEEP - 1, z[i], 0.0)
-            following += tl.where(place == KEEP, z[i], 0.0)
-    if M == 4:  # four numbers are put in order faster than they are picked by their places
-        a, b = tl.maximum(z[0], z[1]), tl.minimum(z[0], z[1])
-        c, d = tl.maximum(z[2], z[3]), tl.minimum(z[2], z[3])
-        p, q = tl.minimum(a, c), tl.maximum(b, d)
-        ordered = (tl.maximum(a, c), tl.maximum(p, q), tl.minimum(p, q), tl.minimum(b, d))
-        nth, following = ordered[KEEP - 1], ordered[KEEP]
     if FIXED:
         target = old
     elif HYSTERESIS:
         held = ()
         for i in tl.static_range(M):
-            held = held + (z[i] + tl.where(old[i], margin, 0.0),)
-        held_pairs = _overtakes(held, M)
+            held = held + (z[i] + margin * old[i].to(tl.float32),)
         target = ()
         for i in tl.static_range(M):
-            target = target + (_place(held_pairs, i, M) < KEEP,)
+            target = target + (_rank(held, held, i, M, False) < KEEP,)
     tau = 0.5 * (nth + following) if MIDPOINT else nth
 
     gate = ()
     for i in tl.static_range(M):
-        g = _sigmoid((z[i] - tau) * steepness, FAST)
+        g = 1.0 / (1.0 + tl.exp(-(z[i] - tau) * steepness))
         if BLEND:
-            if ALL_TARGET:
-                g = tl.where(target[i], 1.0, 0.0)
-            else:
-                g = _lerp(g, tl.where(target[i], 1.0, 0.0), structure_mix)
+            g = _lerp(g, target[i].to(tl.float32), structure_mix)
         gate = gate + (g,)
-    if PULL_GATE:
-        gate_pairs = _overtakes(gate, M)
-    new, whole = (), ()
+    new = ()
     for i in tl.static_range(M):
-        pull = tl.where(target[i], 1.0, 0.0)
+        pull = target[i].to(tl.float32)
         if PULL_GATE:
-            pull = tl.where(_place(gate_pairs, i, M) < KEEP, 1.0, 0.0)
+            pull = (_rank(gate, gate, i, M, False) < KEEP).to(tl.float32)
         pushed = tl.minimum(tl.maximum(gate[i] - mid_push * (m[i] - pull), 0.0), 1.0)
-        # Where nothing can be ranked, what was there is written again: masked stores would go entry by entry.
-        value = tl.where(good, _lerp(m[i], pushed, mask_rate), m[i])
+        value = _lerp(m[i], pushed, mask_rate)
         if PACKED:  # to the nearest step: what is ranked, seen and stored is one number
-            nearest = value * 32767.0 + MAGIC
-            whole = whole + (nearest.to(tl.int32, bitcast=True) - MAGIC_BITS,)
-            value = (nearest - MAGIC) * (1.0 / 32767.0)
-        new = new + (value,)
+            value = (value * 32767.0 + 0.5).to(tl.int32).to(tl.float32) * (1.0 / 32767.0)
+        # Where nothing can be ranked, what was there is written again: masked stores would go entry by entry.
+        new = new + (tl.where(good, value, m[i]),)
 
     packed, view, bits = (), (), ()
-    flips = tl.zeros_like(z[0])
+    flips = tl.zeros((BLOCK,), dtype=tl.float32)
     middle, gap = flips, flips
-    mask_pairs = pairs
-    if not BY_SCORES:
-        mask_pairs = _overtakes_tied(new, pairs, M)
     for i in tl.static_range(M):
         if BY_SCORES:
             keeps = target[i]
         else:
-            keeps = _place(mask_pairs, i, M) < KEEP
+            keeps = _rank(new, z, i, M, True) < KEEP
         keeps = (good & keeps) | ((good == 0) & old[i])
-        kept_too = tl.where(keeps, 1.0, 0.0)
-        flips += tl.where(keeps != old[i], 1.0, 0.0)
-        middle += tl.where(tl.abs(new[i] - 0.5) < 0.4, 1.0, 0.0)
-        gap += tl.abs(new[i] - kept_too)
+        flips += (keeps != old[i]).to(tl.float32)
+        middle += ((new[i] > 0.1) & (new[i] < 0.9)).to(tl.float32)
+        gap += tl.abs(new[i] - keeps.to(tl.float32))
         if PACKED:
-            packed = packed + (tl.where(keeps, -1 - whole[i], whole[i]).to(tl.int16),)
+            whole = (new[i] * 32767.0 + 0.5).to(tl.int32)
+            packed = packed + (tl.where(keeps, -1 - whole, whole).to(tl.int16),)
         else:
-            bits = bits + (tl.where(keeps, 1, 0).to(tl.int8),)
+            bits = bits + (keeps.to(tl.int8),)
+            shown = keeps
             if ABOVE_HALF:
-                kept_too = tl.where(new[i] > 0.5, 1.0, 0.0)
-            view = view + (new[i] if SOFT else _lerp(kept_too, new[i], softness),)
+                shown = new[i] > 0.5
+            view = view + (_lerp(shown.to(tl.float32), new[i], softness),)
     if PACKED:
-        _store(_address(table, site, 2, masks) + begin, start, out, there, packed, BLOCK, M, TRANSPOSED)
+        _store(_address(table, site, 2, masks), start, out, there, packed, BLOCK, M, TRANSPOSED)
     else:
-        _store(_address(table, site, 2, masks) + begin, start, out, there, new, BLOCK, M, TRANSPOSED)
-        _store(_address(table, site, 3, hards) + begin, start, out, there, bits, BLOCK, M, TRANSPOSED)
-        _store(_address(table, site, 4, views) + begin, start, out, there, view, BLOCK, M, TRANSPOSED)
+        _store(_address(table, site, 2, masks), start, out, there, new, BLOCK, M, TRANSPOSED)
+        _store(_address(table, site, 3, hards), start, out, there, bits, BLOCK, M, TRANSPOSED)
+        _store(_address(table, site, 4, views), start, out, there, view, BLOCK, M, TRANSPOSED)
     flips = tl.where(good, flips, tl.where(there, float("nan"), 0.0))
     tl.store(partial + tile * SUMS, tl.sum(flips))
     tl.store(partial + tile * SUMS + 1, tl.sum(tl.where(there, middle, 0.0)))
     tl.store(partial + tile * SUMS + 2, tl.sum(tl.where(there, gap, 0.0)))
+
+
+@triton.jit
+def _lerp(a, b, share):
+    """a + share (b - a), as torch rounds it: from the nearer end, so that a share of 1 gives b exactly."""
+    return tl.where(share < 0.5, a + share * (b - a), b - (b - a) * (1.0 - share))
 
 
 @triton.jit

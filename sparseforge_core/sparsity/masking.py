@@ -256,7 +256,7 @@ class StraightThroughPacked(torch.autograd.Function):
 
 def packed(mask: Tensor, hard: Tensor) -> Tensor:
     """m in [0, 1] and the hard mask as 16-bit integers: the nearest step, its bits inverted where m_hat keeps."""
-    steps = (mask * STEPS_OF_M).round().to(torch.int16)
+    steps = (mask * STEPS_OF_M + 0.5).to(torch.int16)
     return torch.where(hard, -1 - steps, steps)
 
 
