@@ -6,17 +6,20 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -q
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast lint format lock clean clean-runs
+.PHONY: help setup setup-dev stack demo test test-fast soak lint audit format lock clean clean-runs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is passed on to demo, test and test-fast, for example: make test ARGS="-k gate"'
+	@echo '  ARGS="..." is passed on to demo, test, test-fast and soak, for example: make test ARGS="-k gate"'
 
 setup: ## make .venv from requirements.lock
 	@infra/setup.sh
 
 setup-dev:
 	@infra/setup.sh --dev
+
+stack: setup ## PostgreSQL, Prefect, MLflow and workers of docker-compose.yml as processes of this machine
+	@$(BIN)/python infra/stack.py $(ARGS)
 
 demo: setup ## train, evaluate and tabulate the demo grid; goes on where it stopped
 	@$(BIN)/sparseforge demo $(ARGS)
@@ -27,10 +30,16 @@ test: setup-dev ## every test
 test-fast: setup-dev ## the tests that take less than five seconds each
 	@$(PYTEST) -m "not slow" $(ARGS)
 
+soak: setup-dev ## the long fault test: a thousand kills, damaged files, dead servers; a quarter of an hour
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+
 lint: setup-dev ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: setup-dev ## are the locks exact and complete; then known advisories (needs a network)
+	@infra/audit.sh
 
 format: setup-dev ## let ruff put the sources in order
 	@$(BIN)/ruff check --fix .

@@ -30,6 +30,14 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+def get_ready() -> None:
+    """Import what draws, with its fonts: once here instead of once in each process that draws."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_pdf
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+
+
 @contextlib.contextmanager
 def new_figure(width: float, height: float) -> Iterator[Any]:
     """An empty figure in our style, in inches; it is laid out when the block ends."""

@@ -38,6 +38,8 @@ class Point:
     accuracy: Estimate | None
     source: str = ""
     """Where a quoted point comes from; empty for our own."""
+    diverged: int = 0
+    """Seeds that gave no number because they diverged."""
 
 
 def series(data: ExhibitData) -> dict[str, list[Point]]:
@@ -49,7 +51,8 @@ def series(data: ExhibitData) -> dict[str, list[Point]]:
     accuracy = next((f"accuracy ({suite['name']})" for suite in data.of_kind("zero-shot")), "")
     found: dict[str, list[Point]] = {}
     for row in data.rows:
-        point = Point(int(row.variant), row.estimate(metric), _percent(row.estimate(MEAN)))
+        diverged = max(row.diverged.get(metric, 0), row.diverged.get(MEAN, 0))
+        point = Point(int(row.variant), row.estimate(metric), _percent(row.estimate(MEAN)), diverged=diverged)
         found.setdefault(row.group, []).append(point)
     for name, numbers in data.published.groupby("row", sort=False):
         method, _, tokens = str(name).rpartition("/")
@@ -88,6 +91,7 @@ def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) 
             _curve(axes, [(t * shift, v) for t, v in known if t], color, marker, name, quoted)
             for _, value in (pair for pair in known if not pair[0]):
                 _across(axes, value, color, DASHES[flat % len(DASHES)], name, quoted)
+        _crosses(axes, [p.tokens * aside for p in points if p.tokens and p.diverged], color, name)
         flat += any(p.tokens == 0 for p in points)
     axes.set_title(title)
     axes.set_xlabel("Retraining tokens")
@@ -130,6 +134,13 @@ def _curve(axes: Any, points: list[tuple[float, Estimate]], color: str, marker: 
         label=f"{name} (published)" if quoted else name,
         zorder=3,
     )
+
+
+def _crosses(axes: Any, places: list[float], color: str, name: str) -> None:
+    """A cross at the upper edge for each budget at which seeds of a method diverged."""
+    if places:
+        top, label = axes.get_xaxis_transform(), f"{name}: diverged"
+        axes.plot(places, [0.97] * len(places), "x", color=color, transform=top, label=label, zorder=4)
 
 
 def _across(axes: Any, value: Estimate, color: str, dashes: tuple[float, ...], name: str, quoted: bool) -> None:
@@ -201,6 +212,8 @@ def figure_csv(data: ExhibitData) -> str:
                 if value is not None:
                     numbers = ["" if v is None else f"{v:.12g}" for v in (value.mean, value.std, value.half)]
                     writer.writerow([name, point.tokens, quantity, *numbers, value.n, point.source])
+            if point.diverged:
+                writer.writerow([name, point.tokens, "diverged", "", "", "", point.diverged, point.source])
     return out.getvalue()
 
 

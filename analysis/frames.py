@@ -45,6 +45,8 @@ class ExhibitRow:
     """Standard error within a seed's measurement, and the number of its values, by metric and seed."""
     diverged: dict[str, int] = field(default_factory=dict)
     """How many seeds have no number because the model diverged, by metric."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Why, by seed, where it is known."""
     missing: list[tuple[str, str, str]] = field(default_factory=list)
     """(cell, stage, status) of what is not done."""
     sources: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
@@ -57,9 +59,16 @@ class ExhibitRow:
     """The metrics whose items make another one's: the tasks of a mean."""
     bank: Bank = field(default_factory=lambda: Bank({}))
     """Where outcomes of single items are."""
+    _items: dict[str, Items | None] = field(default_factory=dict)
+    """What `items` has given, by metric: a table, its marks and its verdicts ask for the same."""
 
     def items(self, metric: str) -> Items | None:
         """Outcomes of the items behind a metric; None if a seed is not in or the store has no outcomes of it."""
+        if metric not in self._items:
+            self._items[metric] = self._stacked(metric)
+        return self._items[metric]
+
+    def _stacked(self, metric: str) -> Items | None:
         values = self.values.get(metric, {})
         if not values or set(values) != set(self.seeds):
             return None
@@ -165,9 +174,9 @@ def exhibit_data(
     planned = {metric.rpartition(":")[2] for row in rows.values() for metric in row.plans}
     own = measured[measured.exhibit == exhibit]
     for record in own[(own.stage == "train") | own.metric.isin(planned)].itertuples():
-        if record.stage != "train":
-            if not pd.isna(record.value):  # one that diverged puts no number into the column
-                _refuse_mixture(exhibit, record, versions)
+        # One that diverged was not measured, and puts no number into the column.
+        if record.stage != "train" and not pd.isna(record.value):
+            _refuse_mixture(exhibit, record, versions)
             _agree(contexts.setdefault(str(record.suite), {}), record.context or {})
         _add(rows[record.row], record)
     for gap in missing[missing.exhibit == exhibit].itertuples():
@@ -206,6 +215,8 @@ def _add(row: ExhibitRow, record: Any) -> None:
         return
     if pd.isna(record.value):
         row.diverged[metric] = row.diverged.get(metric, 0) + 1
+        if (why := (record.detail or {}).get("why")) and (record.stage == "train" or record.seed not in row.reasons):
+            row.reasons[int(record.seed)] = str(why)
         return
     row.values.setdefault(metric, {})[int(record.seed)] = float(record.value)
     row.sources.setdefault(metric, {})[int(record.seed)] = str(record.cell_key), str(record.stage)

@@ -75,7 +75,7 @@ def about(column: Column, line: Line, cell: Cell) -> str:
     found = cell.estimate
     head = f"{line.label}, {column.title}"
     if found is None:
-        return f"{head}: no result yet ({cell.planned} planned)"
+        return f"{head}: diverged" if cell.diverged else f"{head}: no result yet ({cell.planned} planned)"
     parts = [f"{head}: {found.mean * column.scale:.6g}"]
     if found.std is not None:
         parts.append(f"sd {found.std * column.scale:.4g}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Items:
         """Items of one seed, over all strata."""
         return sum(int(part.shape[1]) for part in self.strata)
 
-    @property
+    @cached_property
     def by_seed(self) -> Array:
         """The mean of each seed: `[seeds]`."""
         return np.mean([part.mean(axis=1) for part in self.strata], axis=0)

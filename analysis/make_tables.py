@@ -20,7 +20,8 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from analysis.drawing import FORMATS, save
+from analysis.aside import aside
+from analysis.drawing import FORMATS, get_ready, save
 from analysis.exhibits import EXHIBITS, FIGURES, SHOWN, TABLES
 from analysis.frames import ExhibitData, exhibit_data
 from analysis.hypertext import to_html
@@ -75,15 +76,18 @@ def make_tables(
     report = Report(results.grid(grid)["name"])
     ready: dict[Path, bytes] = {}
     material = collect(results, report.grid)
-    for exhibit in only or EXHIBITS:
-        if exhibit in FIGURES:
-            files = _figure_files(material, exhibit, out)
-        else:
-            files = _table_files(material, exhibit, out, report.tables)
-        if not files:
+    wanted = list(dict.fromkeys(only or EXHIBITS))
+    figures = [name for name in wanted if name in FIGURES]
+    if figures:
+        get_ready()
+    with aside(lambda name: _figure_files(material, name, out), figures) as drawn:
+        made = {name: _table_files(material, name, out, report.tables) for name in wanted if name in TABLES}
+        made |= {name: drawn(name) for name in figures}
+    for exhibit in wanted:
+        if not made[exhibit]:
             report.empty.append(exhibit)
             continue
-        ready |= files
+        ready |= made[exhibit]
         if exhibit in material.exhibits and material.exhibits[exhibit].missing:
             report.missing[exhibit] = material.exhibits[exhibit].missing
     if only and report.empty:

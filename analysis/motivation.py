@@ -19,6 +19,7 @@ from analysis.accuracy_tables import MEAN
 from analysis.drawing import BAD, COLORS, GOOD, MARKERS, new_figure, plain
 from analysis.frames import ExhibitData, ExhibitRow
 from analysis.significance import compare, interval, paired
+from sparseforge_core.store.curves import DIVERGED
 
 LINES = 7
 """Lines that a panel can hold and still be read; the CSV has all."""
@@ -38,6 +39,8 @@ Made = tuple[Any, str] | None
 class Band:
     """One row's curve: mean over seeds, and the lowest and highest seed, over the share of training done."""
 
+    row: str
+    """The row's label; `label` also says how many seeds diverged."""
     label: str
     seeds: int
     done: Any
@@ -48,23 +51,36 @@ class Band:
 
 def bands(curves: pd.DataFrame, exhibits: tuple[str, ...], names: tuple[str, ...]) -> list[Band]:
     """The curves of the first of `exhibits` that has any of the first of `names` that it has, by row."""
+    ends = curves[curves.name == DIVERGED]
+    planned = {key: int(curve.values[0]) for key, curve in zip(ends.cell_key, ends.curve, strict=True)}
     for exhibit in exhibits:
         for name in names:
             own = curves[(curves.exhibit == exhibit) & (curves.name == name)]
             if len(own):
-                return [_band(str(rows.label.iloc[0]), rows) for _, rows in own.groupby("row", sort=False)]
+                return [_band(str(rows.label.iloc[0]), rows, planned) for _, rows in own.groupby("row", sort=False)]
     return []
 
 
-def _band(label: str, rows: pd.DataFrame) -> Band:
+def _band(label: str, rows: pd.DataFrame, planned: Mapping[str, int]) -> Band:
+    """`planned` has the steps that cells which diverged should have made; a line ends where its first seed does."""
     done = np.linspace(0, 1, GRID)
     lines = []
-    for curve in rows.curve:
+    for key, curve in zip(rows.cell_key, rows.curve, strict=True):
         known = [(step, value) for step, value in zip(curve.steps, curve.values, strict=True) if value is not None]
         steps, values = zip(*known, strict=True) if known else ((0, 1), (np.nan, np.nan))
-        lines.append(np.interp(done * curve.steps[-1], steps, values, left=np.nan))
+        whole, right = (planned[key], np.nan) if key in planned else (curve.steps[-1], None)
+        lines.append(np.interp(done * whole, steps, values, left=np.nan, right=right))
     stacked = np.array(lines)
-    return Band(label, len(lines), done, stacked.mean(axis=0), stacked.min(axis=0), stacked.max(axis=0))
+    ended = sum(key in planned for key in rows.cell_key)
+    return Band(
+        label,
+        f"{label} ({ended} diverged)" if ended else label,
+        len(lines),
+        done,
+        stacked.mean(axis=0),
+        stacked.min(axis=0),
+        stacked.max(axis=0),
+    )
 
 
 def hard_vs_soft(exhibits: Mapping[str, ExhibitData], curves: pd.DataFrame) -> Made:
@@ -76,7 +92,7 @@ def hard_vs_soft(exhibits: Mapping[str, ExhibitData], curves: pd.DataFrame) -> M
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _lines(left, found, "Training loss")
         data = exhibits["table-2"]
-        _ends(right, data, [band.label for band in found[:LINES]])
+        _ends(right, data, [band.row for band in found[:LINES]])
     return figure, _bands_csv("training loss", found)
 
 
@@ -257,7 +273,7 @@ def _moments(row: Any, kind: str, curve: Any) -> None:
         counts = np.array(curve.values[index], dtype=float)
         edges = curve.edges
         shares = 100 * counts / max(counts.sum(), 1)
-        axes.bar(edges[:-1], shares, width=edges[1] - edges[0], align="edge", color=COLORS[0], linewidth=0)
+        axes.stairs(shares, edges, fill=True, color=COLORS[0], linewidth=0)  # one path where bars would be twenty
         axes.set_title(f"step {curve.steps[index]:,}", size=8)
         plain(axes, "y")
     row[0].set_ylabel(f"{kind}\n% of weights", size=8.5)

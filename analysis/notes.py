@@ -24,6 +24,7 @@ def standard_notes(table: Table, data: ExhibitData, *, over: str = SEEDS) -> lis
         *suite_notes(data),
         *_contamination_notes(data),
         *_mark_notes(table, over),
+        *_divergence_notes(data),
         *seeds,
         *_missing_notes(data),
     ]
@@ -92,6 +93,13 @@ def _mark_notes(table: Table, over: str) -> list[str]:
     if any(cell.partial for cell in cells):
         notes.append(f"{DAGGER}: fewer seeds than planned (n of planned in brackets).")
     return notes
+
+
+def _divergence_notes(data: ExhibitData) -> list[str]:
+    """Which rows and seeds diverged, and why."""
+    said = [f"{row.label} seed {seed} ({why})" for row in data.rows for seed, why in sorted(row.reasons.items())]
+    more = f"; and {len(said) - LISTED} more" if len(said) > LISTED else ""
+    return [f"Diverged, and kept so: {'; '.join(said[:LISTED])}{more}."] if said else []
 
 
 def seed_notes(data: ExhibitData) -> list[str]:

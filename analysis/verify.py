@@ -170,18 +170,19 @@ def places_of(tables: Iterable[Table]) -> set[Place]:
     return {place for table in tables for line in table.lines for cell in line.cells for place in cell.sources}
 
 
-def trace_lines(trace: Trace, results: Results, grid: str) -> list[str]:
-    """The way from a printed number to its items, for a terminal."""
+def trace_lines(trace: Trace, results: Results, grid: str, runs: Mapping[str, str] | None = None) -> list[str]:
+    """The way from a printed number to its items, for a terminal; `runs` are MLflow's, by cell, where known."""
     cell, origins = trace.cell, results.origins(grid)
     shown = "no result yet" if cell.estimate is None else f"{cell.estimate.mean:.10g} (n {cell.estimate.n})"
     lines = [f"{trace.table.exhibit}, {trace.line.label}, {trace.column}: {shown}"]
     for place in dict.fromkeys(cell.sources):
-        lines += [f"  {line}" for line in origin_text(place, origins.get(place)).splitlines()]
+        run = (runs or {}).get(place[0], "")
+        lines += [f"  {line}" for line in origin_text(place, origins.get(place), run).splitlines()]
     return lines
 
 
-def origin_text(place: Place, origin: Mapping[str, Any] | None) -> str:
-    """Where the results of one stage come from, in a few lines."""
+def origin_text(place: Place, origin: Mapping[str, Any] | None, run: str = "") -> str:
+    """Where the results of one stage come from, in a few lines; `run` names the cell's MLflow run where it is known."""
     head = f"cell {place[0]} (seed {place[0].rpartition('-s')[2]}), stage {place[1]}"
     if origin is None:
         return f"{head}: not done"
@@ -197,7 +198,7 @@ def origin_text(place: Place, origin: Mapping[str, Any] | None) -> str:
         f"{context.get('device') or origin['device']}, {', '.join(versions) or 'no versions recorded'}",
         *hashes,
         f"command {origin['command']} on {origin['host']}{flow}",
-        f"MLflow run: tags.cell_key = '{place[0]}'",
+        f"MLflow run: {f'{run}, ' if run else ''}tags.cell_key = '{place[0]}'",
         f"items {origin['items_sha256'] or '(none)'}",
         f"results log, entry {origin['entry']}: {origin['digest']}",
     ]

@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
-    "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "presets", "families",
-    "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "bench", "completion",
+    "demo", "plan", "run", "status", "explain", "tables", "report", "verify", "audit", "doctor", "methods", "presets",
+    "families", "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "bench", "completion",
 )  # fmt: skip
 
 
@@ -31,9 +31,12 @@ EXIT_CODES = {
     "": "0 done, 2 bad input",
     "demo": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
     "run": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
+    "explain": "0 shown, 2 bad input, or a key that is unknown or stands for several cells",
     "status": "0 nothing failed, 1 something failed, 2 bad input",
     "tables": "0 written, 2 bad input, or something partial with --strict",
     "verify": "0 everything matches, 1 something does not, 2 bad input",
+    "plan": "0 shown (a disk that is too small is a warning), 2 bad input",
+    "ingest": "0 recorded, also when there was nothing to record, 2 bad input, or files that do not verify",
     "audit": "0 everything adds up, 1 something does not, 2 bad input",
     "doctor": "0 all well, 1 something is missing",
     "bench": "0 done, 1 a part failed, 2 bad input",
@@ -91,14 +94,29 @@ def _add_running(commands: Any) -> None:
     for command in (demo, run):
         command.add_argument("--workers", type=int, help="worker processes (default: one a GPU, else one a core)")
         command.add_argument("--quiet", action="store_true", help="no progress")
+        command.add_argument("--json", action="store_true", help="end with one line of JSON, the only one on stdout")
+        command.add_argument(
+            "--notify",
+            metavar="COMMAND",
+            help="called when a cell fails and when the grid ends, with a JSON object on its standard input "
+            "(default $SPARSEFORGE_NOTIFY)",
+        )
+        command.add_argument(
+            "--retry-failed",
+            action="store_true",
+            help="take cells out of quarantine first: those that used up their tries",
+        )
     demo.set_defaults(grid="demo", pool=None)
     plan = commands.add_parser(
         "plan",
-        help="every cell of a grid: key, tokens, placement, device hours, state",
-        description="Show what a grid would run and what it costs, without running anything.",
-        epilog="example: sparseforge plan full",
+        help="every cell of a grid, and what is left of it costs: device hours, disk, time",
+        description="Show what a grid would run and what it costs, without running anything. Warns of a disk that is "
+        "too small. Times are those measured in the store, else the plan's.",
+        epilog="example: sparseforge plan full --workers 8",
     )
     plan.add_argument("grid")
+    plan.add_argument("--workers", type=int, help="of each pool, for time and disk (default: what `run` would start)")
+    plan.add_argument("--quiet", action="store_true", help="the totals alone")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(
         "--out", type=Path, help="also write each cell and suite as a file for `python -m sparseforge_core.run`"
@@ -108,29 +126,53 @@ def _add_running(commands: Any) -> None:
 def _add_carrying(commands: Any) -> None:
     bundle = commands.add_parser(
         "bundle",
-        help="write the cells of a grid for a machine without a store",
-        description="Write OUT/bundle.json. There: python -m sparseforge_core.run --home HOME bundle OUT. Then copy "
-        "HOME/cells into the home here and run `sparseforge ingest GRID`.",
-        epilog="example: sparseforge bundle smollm2-smoke --out carried",
+        help="write cells into a folder that runs without a store or a network",
+        description="Write a folder with cells, code and data. There: PYTHONPATH=OUT/code python -m "
+        "sparseforge_core.run bundle OUT. Then copy OUT/home back and run `sparseforge ingest OUT`.",
+        epilog="example: sparseforge bundle tiny-smoke --out carried",
     )
-    bundle.add_argument("grid")
-    bundle.add_argument("--out", type=Path, required=True, help="folder for bundle.json")
-    bundle.add_argument("--pool", help="only the cells placed there, and what they need")
+    bundle.add_argument("what", nargs="+", metavar="CELL|GRID", help="the beginning of a cell's key, or a grid")
+    bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    bundle.add_argument("--grid", help="where the keys are looked up (default: the first grid that has each)")
+    bundle.add_argument("--pool", help="of a grid only the cells placed there, and what they need")
+    bundle.add_argument(
+        "--there", action="store_true", help="models, texts and tasks that a bundle cannot carry are on that machine"
+    )
+    bundle.add_argument("--slurm", action="store_true", help="also write a job array and the script that submits it")
     ingest = commands.add_parser(
         "ingest",
-        help="record finished cells that were copied into the home",
-        description="Record every stage of a grid that is finished under HOME/cells and not in the store.",
-        epilog="example: sparseforge ingest smollm2-smoke",
+        help="record what a bundle made elsewhere",
+        description="Check every file of a bundle that came back, record each finished stage once, keep its model.",
+        epilog="example: sparseforge ingest carried",
     )
-    ingest.add_argument("grid")
+    ingest.add_argument("folder", type=Path, metavar="DIR", help="the bundle's folder, with its home/ in it")
+    for command in (bundle, ingest):
+        command.add_argument("--quiet", action="store_true", help="say nothing")
+        command.add_argument("--json", action="store_true", help="one line of JSON with the counts")
 
 
 def _add_reading(commands: Any) -> None:
     status = commands.add_parser(
-        "status", help="done, running, failed, pending of a grid", epilog="example: sparseforge status demo --json"
+        "status",
+        help="one screen about a grid: done, running with step and loss, failed with cause, hours used and left",
+        description="What is done, what runs and how far it is, what failed and why, device hours used and left, and "
+        "where everything is. Asking changes nothing.",
+        epilog="example: sparseforge status demo --watch",
     )
-    status.add_argument("grid")
-    status.add_argument("--json", action="store_true", help="machine-readable")
+    status.add_argument("grid", nargs="?", help="default: the grid planned last")
+    status.add_argument("--watch", action="store_true", help="show it again and again, until it is over or Ctrl-C")
+    status.add_argument(
+        "--every", type=float, metavar="SECONDS", help="with --watch (default 2; 10 without a terminal)"
+    )
+    status.add_argument("--json", action="store_true", help="machine-readable; with --watch one object a line")
+    explain = commands.add_parser(
+        "explain",
+        help="one cell: recipe, who wants it, why it ran or has not, attempts, log, files, how to reproduce",
+        description="Everything about one cell of any grid in the store.",
+        epilog="example: sparseforge explain 0123456789ab-s0",
+    )
+    explain.add_argument("cell", metavar="CELL", help="a cell's key, or the beginning of one")
+    explain.add_argument("--json", action="store_true", help="machine-readable")
     tables = commands.add_parser(
         "tables",
         help="write Tables 1-7 and the figures from the store; with --only also show them here",

@@ -1,74 +1,218 @@
-"""Carrying cells to a machine without a store, and their results home.
+"""Carrying cells to a machine without a store: `write_bundle` makes the folder that runs there.
 
-`write_bundle` makes the file that `python -m sparseforge_core.run bundle` runs there, in one warm process; what it
-leaves under HOME/cells, copied back into our home, `ingest` records like any other result.
+`python -m sparseforge_core.run bundle FOLDER` executes it with torch and transformers alone; `flows/ingesting.py`
+brings the results home.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable
-from dataclasses import replace
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from flows.cycle import TRAIN, record, recorded
-from flows.grids.planned import Plan
-from flows.home import Home
-from flows.provenance import provenance
-from sparseforge_core import files
-from sparseforge_core.errors import CellTaken
+from flows.grids import GRIDS, grid_named
+from flows.grids.planned import Plan, expand
+from flows.provenance import ROOT, provenance
+from flows.stages import TRAIN
+from sparseforge_core import bundles, files, specs
+from sparseforge_core.data.corpora import Corpus, HubText, TextFiles
+from sparseforge_core.errors import BundleError, RecipeError, unknown
+from sparseforge_core.evaluate.suites import Suite
+from sparseforge_core.identity import loads
+from sparseforge_core.models.sources import Hub, Local, Packaged, TokenizerDir
+from sparseforge_core.recipe import Cell
 from sparseforge_core.store.rows import PlannedCell
-from sparseforge_core.store.store import ResultStore
+
+SLURM = ROOT / "infra" / "slurm"
+"""The template of the job array."""
+
+LEAST = 4
+"""Characters of a cell's key that must be given."""
 
 
-def write_bundle(plan: Plan, folder: Path, *, pool: str | None = None) -> int:
-    """Write bundle.json with the cells of a plan, or of one pool of it, and the cells these need; returns how many."""
-    suites = {suite.key: json.loads(suite.spec_json) for suite in plan.suites}
-    cells = {cell.key: cell for cell in plan.cells}
-    wanted = _with_required(cells, (c.key for c in plan.cells if pool is None or c.pool == pool))
+@dataclass
+class Chosen:
+    """The cells of a bundle, and all that they need."""
+
+    cells: dict[str, PlannedCell] = field(default_factory=dict)
+    """By key, each after the cells whose model it reads."""
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The suites of each cell by their keys, as JSON."""
+    grids: dict[str, None] = field(default_factory=dict)
+
+    def add(self, plan: Plan, grid: str, keys: Iterable[str]) -> None:
+        """Add cells of a plan with what they require, and every suite that the plan wants of them."""
+        planned = {cell.key: cell for cell in plan.cells}
+        suites = {suite.key: json.loads(suite.spec_json) for suite in plan.suites}
+
+        def one(key: str) -> None:
+            for required in planned[key].requires:
+                one(required)
+            self.cells.setdefault(key, planned[key])
+            wanted = {name: suites[name] for name in plan.stages[key] if name != TRAIN}
+            self.suites.setdefault(key, {}).update(wanted)
+            self.grids[grid] = None
+
+        for key in keys:
+            one(key)
+
+    def levels(self) -> dict[str, int]:
+        """How many cells must be finished, one after the other, before each."""
+        found: dict[str, int] = {}
+        for key, cell in self.cells.items():
+            found[key] = max((found[required] + 1 for required in cell.requires), default=0)
+        return found
+
+
+def choose(names: Sequence[str], *, grid: str | None = None, pool: str | None = None) -> Chosen:
+    """The cells that are named: by a grid, or by the beginning of a key in `grid` (default: the first that has it).
+
+    Raises RecipeError for a name that is neither, or that begins several keys.
+    """
+    chosen, plans = Chosen(), dict[str, Plan]()
+
+    def plan_of(name: str) -> Plan:
+        if name not in plans:
+            plans[name] = expand(grid_named(name))
+        return plans[name]
+
+    for name in names:
+        if name in GRIDS:
+            keys = [c.key for c in plan_of(name).cells if pool is None or c.pool == pool]
+            chosen.add(plan_of(name), name, keys)
+            continue
+        for candidate in (grid,) if grid else GRIDS:
+            keys = [c.key for c in plan_of(candidate).cells if len(name) >= LEAST and c.key.startswith(name)]
+            if len(keys) > 1:
+                raise RecipeError(f"{name!r} begins {len(keys)} cells of grid {candidate}: {', '.join(keys[:4])}")
+            if keys:
+                chosen.add(plan_of(candidate), candidate, keys)
+                break
+        else:
+            where = f"grid {grid} has no cell" if grid else "no grid has a cell"
+            raise RecipeError(
+                f"{where} whose key begins with {name!r} (at least {LEAST} characters), and it is no grid: "
+                f"{unknown('grid', name, GRIDS)} `sparseforge plan GRID` lists keys"
+            )
+    return chosen
+
+
+def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bool = False) -> int:
+    """Write a bundle of these cells; returns how many. Files of earlier ones are replaced, a `home` in it stays.
+
+    `there` says that what a bundle cannot carry is on the other machine; without it that is a BundleError by name.
+    """
+    cells = {key: loads(cell.cell_json) for key, cell in chosen.cells.items()}
+    absent = _not_carried(cells.values(), [suite for suites in chosen.suites.values() for suite in suites.values()])
+    if absent and not there:
+        raise BundleError(
+            f"a bundle cannot carry {'; '.join(absent)}. If the other machine has all of it under the same names, say "
+            "so with --there"
+        )
+    levels = chosen.levels()
+    ordered = sorted(cells, key=lambda key: levels[key])
+    corpora = _corpora(cells.values())
+    _copy_code(folder)
+    _copy_data(folder, corpora)
     entries = [
         {
-            "cell": json.loads(cells[key].cell_json),
-            "suites": [suites[stage] for stage in plan.stages[key] if stage != TRAIN],
+            "cell": json.loads(chosen.cells[key].cell_json),
+            "suites": list(chosen.suites[key].values()),
+            "level": levels[key],
         }
-        for key in wanted
+        for key in ordered
     ]
-    files.write_json(folder / "bundle.json", {"cells": entries})
+    texts = [{"corpus": specs.encode(corpus), "identity": corpus.identity()} for corpus in corpora]
+    about = {"code": provenance().git_sha, "grids": list(chosen.grids), "there": absent}
+    bundles.write_description(folder, entries, texts, about)
+    if slurm:
+        _write_slurm(folder, [levels[key] for key in ordered])
     return len(entries)
 
 
-def _with_required(cells: dict[str, PlannedCell], keys: Iterable[str]) -> list[str]:
-    """The keys in an order in which each comes after the cells whose model it reads."""
-    ordered: dict[str, None] = {}
-
-    def add(key: str) -> None:
-        for required in cells[key].requires:
-            add(required)
-        ordered.setdefault(key)
-
-    for key in keys:
-        add(key)
-    return list(ordered)
+def _inside(value: Any) -> Iterator[Any]:
+    """A spec and every spec in it."""
+    if dataclasses.is_dataclass(value):
+        yield value
+        for part in dataclasses.fields(value):
+            yield from _inside(getattr(value, part.name))
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _inside(one)
 
 
-def ingest(store: ResultStore, home: Home, grid: str) -> int:
-    """Record every stage of a planned grid that is finished in the home and not in the store; returns how many.
+def _corpora(cells: Iterable[Cell]) -> list[Corpus]:
+    found = {specs_key(part): part for cell in cells for part in _inside(cell) if isinstance(part, Corpus)}
+    return [corpus for _, corpus in sorted(found.items())]
 
-    The attempts say the device and torch that measured, and this process as the one that recorded. Raises
-    CheckpointMismatch for files of another cell or altered items; what was recorded before stays.
-    """
-    count = 0
-    for state in store.work(grid):
-        path = home.cell(state.cell_key) / state.stage / "measurements.json"
-        if state.status in ("done", "running") or not path.is_file():
+
+def specs_key(part: Any) -> str:
+    """One text for one spec."""
+    return json.dumps(specs.encode(part), sort_keys=True)
+
+
+def _not_carried(cells: Iterable[Cell], suites: Iterable[dict[str, Any]]) -> list[str]:
+    """What stays here, by name: models and tokenizers that are files or packages, texts of the hub, stock tasks."""
+    found: dict[str, None] = {}
+    for cell in cells:
+        for part in _inside(cell):
+            match part:
+                case Hub():
+                    found[f"the model {part.id} of the hub"] = None
+                case Packaged():
+                    found[f"the packaged model {part.name}"] = None
+                case Local():
+                    found[f"the model in the folder {part.path}"] = None
+                case TokenizerDir():
+                    found[f"the tokenizer in the folder {part.path}"] = None
+                case HubText():
+                    found[f"the corpus {part.id} of the hub"] = None
+                case TextFiles():
+                    for path in part.paths:
+                        if Path(path).is_absolute() or ".." in Path(path).parts:
+                            found[f"the corpus file {path}, which lies outside of the data folder"] = None
+    for data in suites:
+        suite = specs.decode(data, Suite, "suite")
+        if tasks := getattr(suite, "tasks", ()):
+            found[f"lm-eval with the tasks of suite {suite.name} ({', '.join(tasks)})"] = None
+        if (text := getattr(suite, "text", "heldout")) != "heldout":
+            found[f"the text {text} of suite {suite.name}"] = None
+    return list(found)
+
+
+def _copy_code(folder: Path) -> None:
+    """The package that runs there, without what has been compiled."""
+    with files.new_folder(folder / bundles.CODE) as temporary:
+        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(ROOT / "sparseforge_core", temporary / "sparseforge_core", ignore=ignore)
+
+
+def _copy_data(folder: Path, corpora: Iterable[Corpus]) -> None:
+    """The local files of corpora, each of which must be the one in the recipe. Raises DataError otherwise."""
+    for corpus in corpora:
+        if not isinstance(corpus, TextFiles):
             continue
-        context = json.loads(path.read_text())["context"]
-        origin = replace(provenance(), device=str(context["device"]), torch=str(context["torch"]))
-        try:
-            attempt = store.claim(state.cell_key, state.stage, origin)
-        except CellTaken:  # somebody was faster
-            continue
-        with recorded(store, attempt):
-            record(store, attempt, path)
-        count += 1
-    return count
+        for path, source in zip(corpus.paths, corpus.checked(), strict=True):
+            if not Path(path).is_absolute() and ".." not in Path(path).parts:
+                target = folder / bundles.DATA / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+
+def _write_slurm(folder: Path, levels: list[int]) -> None:
+    """The array script, and the one that submits it level after level."""
+    shutil.copyfile(SLURM / "array.sh", folder / "array.sh")
+    lines = []
+    for level in range(max(levels, default=-1) + 1):
+        first, last = levels.index(level), len(levels) - 1 - levels[::-1].index(level)
+        after = ' --dependency="afterok:$job"' if level else ""
+        lines.append(f'job=$(sbatch --parsable --array={first}-{last}{after} "$@" array.sh)')
+        lines.append(f'echo "cells {first} to {last}: job $job"')
+    template = (SLURM / "submit.sh").read_text(encoding="utf-8")
+    files.write_text(folder / "submit.sh", template + "\n".join(lines) + "\n")
+    for name in ("array.sh", "submit.sh"):
+        (folder / name).chmod(0o755)

@@ -6,9 +6,11 @@ Exit codes: 0 done; 1 some cells failed or something is partial; 2 bad input; 13
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -53,44 +55,60 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _run(options: argparse.Namespace, home: Home) -> int:
+def _execute(options: argparse.Namespace, home: Home) -> tuple[int, Summary]:
+    """Run a grid and tell how it ended: the exit code, and the summary."""
+    from flows import running
     from flows.local import run_grid
 
-    if options.workers is not None and options.workers < 1:
-        raise SparseForgeError(f"--workers {options.workers}: needs at least 1")
+    warning = running.prepare(options, home)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     if options.prefect and options.pool:
         raise SparseForgeError("--pool and --prefect: with Prefect, the work pools choose; see docs/prefect.md")
-    if options.prefect and _pending(options.grid, home):
+    if options.prefect and running.pending(options.grid, home):
         from flows.home import prefect_environment
 
         prefect_environment(home)
         from flows.sparseforge import run_embedded
 
-        summary = run_embedded(home, options.grid, workers=options.workers, quiet=options.quiet)
+        summary = run_embedded(
+            home,
+            options.grid,
+            workers=options.workers,
+            quiet=options.quiet,
+            retry_failed=options.retry_failed,
+        )
     else:
-        summary = run_grid(home, options.grid, workers=options.workers, quiet=options.quiet, pool=options.pool)
-    return _say(summary, "make demo" if options.command == "demo" else f"sparseforge run {options.grid}")
+        summary = run_grid(
+            home,
+            options.grid,
+            workers=options.workers,
+            quiet=options.quiet,
+            pool=options.pool,
+            retry_failed=options.retry_failed,
+        )
+    code = _say(summary, "make demo" if options.command == "demo" else f"sparseforge run {options.grid}", options)
+    return code, summary
 
 
-def _pending(grid: str, home: Home) -> bool:
-    """Whether a grid has something to run: Prefect is not started for nothing."""
-    from flows.local import open_grid
-
-    store, states = open_grid(home, grid)
-    store.close()
-    return any(state.status != "done" for state in states)
-
-
-def _say(summary: Summary, again: str) -> int:
-    """Tell how a run ended, and what to do next; the exit code."""
-    print(f"{summary.grid}: {summary.executed} cells executed now, {summary.total} planned", flush=True)
+def _say(summary: Summary, again: str, options: argparse.Namespace | None = None) -> int:
+    """Tell how a run ended, and what to do next; the exit code. With --json all of it goes to standard error."""
+    out = sys.stderr if options is not None and options.json else sys.stdout
+    print(f"{summary.grid}: {summary.executed} cells executed now, {summary.total} planned", file=out, flush=True)
     for key, error in summary.failed.items():
         print(f"  failed {key}: {error}", file=sys.stderr)
+        if key in summary.reproduce:
+            print(f"    reproduce with: {summary.reproduce[key]}", file=sys.stderr)
+    for key, error in summary.diverged.items():
+        print(f"  kept as diverged {key}: {error}", file=sys.stderr)
     if summary.interrupted:
         print(f"stopped; nothing is lost. Go on with: {again}", file=sys.stderr)
         return INTERRUPTED
+    if summary.failed:
+        what = f"{len(summary.failed)} cells are in quarantine; `sparseforge explain CELL` says all about one"
+        print(f"  {what}. Once the cause is gone: sparseforge run {summary.grid} --retry-failed", file=sys.stderr)
     for pool, count in sorted(summary.unserved.items()):
-        what = f"{count} cells are placed on {pool}, which this machine cannot serve; left for workers of that pool"
+        what = f"{count} cells are placed on {pool}, which this run does not serve; left for workers of that pool"
         print(f"  {what}, or `sparseforge run {summary.grid} --pool {pool}`", file=sys.stderr)
     waiting = summary.blocked - sum(summary.unserved.values())
     if waiting > 0:
@@ -98,27 +116,69 @@ def _say(summary: Summary, again: str) -> int:
     return OK if summary.complete else FAILED
 
 
+def _say_links(options: argparse.Namespace, home: Home) -> None:
+    """Where MLflow shows the grid: addresses of its saved views, or how to start its pages."""
+    from flows.grids import grid_named
+    from flows.mirror import MirrorError, links
+    from flows.placements import model_name
+
+    if options.quiet or options.json:
+        return
+    if not home.mlflow_uri.startswith(("http://", "https://")):
+        artifacts = f" --default-artifact-root {home.root / 'mlartifacts'}" if "sqlite" in home.mlflow_uri else ""
+        print(f"MLflow  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {home.mlflow_uri}{artifacts}")
+        return
+    try:
+        models = [model_name(entry.recipe.model) for entry in grid_named(options.grid).entries]
+        for model, about, address in links(home, options.grid, models):
+            print(f"MLflow  {model}, {about}:\n        {address}")
+    except MirrorError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
+def _run(options: argparse.Namespace, home: Home) -> int:
+    from flows.running import last_line
+
+    code, summary = _execute(options, home)
+    _say_links(options, home)
+    if options.json:
+        print(last_line(summary, home))
+    return code
+
+
 def _demo(options: argparse.Namespace, home: Home) -> int:
-    code = _run(options, home)
+    from analysis.make_tables import make_tables
+    from flows.running import last_line
+    from sparseforge_core.store.results import Results
+
+    code, summary = _execute(options, home)
     if code == INTERRUPTED:
+        if options.json:
+            print(last_line(summary, home))
         return code
-    options.out, options.only, options.strict, options.json = None, None, False, False
-    _tables(options, home)
-    table = home.grid("demo") / "tables" / "table-2.md"
-    print("\n" + table.read_text())
-    print(f"Tables  {home.grid('demo') / 'tables'}\nFigure  {home.grid('demo') / 'figures' / 'accuracy-vs-tokens.png'}")
-    artifacts = f" --default-artifact-root {home.root / 'mlartifacts'}" if home.mlflow_uri.startswith("sqlite") else ""
-    print(f"MLflow  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {home.mlflow_uri}{artifacts}")
+    folder = home.grid("demo")
+    files = make_tables(Results(home.store_url), "demo", folder).files
+    if not (options.quiet or options.json):
+        print("\n" + (folder / "tables" / "table-2.md").read_text())
+        print(f"Tables  {folder / 'tables'}\nFigure  {folder / 'figures' / 'accuracy-vs-tokens.png'}")
+    _say_links(options, home)
+    if options.json:
+        print(last_line(summary, home, files=len(files), folder=str(folder)))
     return code
 
 
 def _plan(options: argparse.Namespace, home: Home) -> int:
+    from flows.devices import default_workers
     from flows.grids import grid_named
     from flows.grids.planned import expand
-    from flows.listing import plan_rows, print_plan
+    from flows.listing import plan_lines, plan_rows, stages_done
+    from flows.planning import bill, history_of
+    from flows.running import require_workers
 
-    plan = expand(grid_named(options.grid))
-    rows = plan_rows(plan, home)
+    require_workers(options.workers)
+    plan, done = expand(grid_named(options.grid)), stages_done(home)
+    workers, history = options.workers or default_workers(), history_of(home, options.grid)
+    found = bill(plan, options.grid, home, workers=workers, done=done, history=history, rows=plan_rows(plan, done))
     if options.out:
         from sparseforge_core.files import write_text
 
@@ -127,40 +187,72 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
         for suite in plan.suites:
             write_text(options.out / "suites" / f"{suite.key}.json", suite.spec_json)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(found.as_json(), indent=1))
     else:
-        print_plan(options.grid, rows)
+        print("\n".join([*(() if options.quiet else plan_lines(found.rows)), *found.lines()]))
+    if found.disk.warning:
+        print(f"warning: {found.disk.warning}", file=sys.stderr)
     return OK
 
 
 def _bundle(options: argparse.Namespace, _home: Home) -> int:
-    from flows.bundle import write_bundle
-    from flows.grids import grid_named
-    from flows.grids.planned import expand
+    from flows.bundle import choose, write_bundle
 
-    count = write_bundle(expand(grid_named(options.grid)), options.out, pool=options.pool)
-    print(f"{options.out / 'bundle.json'}: {count} cells")
+    chosen = choose(options.what, grid=options.grid, pool=options.pool)
+    count = write_bundle(chosen, options.out, there=options.there, slurm=options.slurm)
+    file = options.out / "bundle.json"
+    if options.json:
+        print(json.dumps({"grids": list(chosen.grids), "file": str(file), "cells": count}))
+    elif not options.quiet:
+        print(f"{file}: {count} cells")
+        if options.slurm:
+            print(f"{options.out / 'submit.sh'}: submits them level after level; options for every job follow it")
     return OK
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
-    from flows.bundle import ingest
-    from flows.local import open_grid
+    from flows.ingesting import ingest
+    from sparseforge_core.store.store import ResultStore
 
-    store, _ = open_grid(home, options.grid)
-    print(f"{options.grid}: {ingest(store, home, options.grid)} stages recorded")
+    store = ResultStore(home.store_url)
+    found = ingest(store, home, options.folder)
+    store.close()
+    if options.json:
+        print(json.dumps({"folder": str(options.folder), **dataclasses.asdict(found)}))
+    elif not options.quiet:
+        print(
+            f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
+            f"{found.unfinished} not finished yet"
+        )
     return OK
 
 
 def _status(options: argparse.Namespace, home: Home) -> int:
-    from flows.listing import print_status, status_of
+    from flows.status import screen, status_of
+    from flows.watch import watch
 
-    status = status_of(options.grid, home)
-    if options.json:
-        print(json.dumps(status, indent=1))
-    else:
-        print_status(status)
+    if options.watch:
+        if options.every is not None and not 0 < options.every <= 86_400:
+            raise SparseForgeError(f"--every {options.every:g}: seconds between two looks, more than 0")
+        seen = watch(lambda: status_of(home, options.grid), sys.stdout, every=options.every, as_json=options.json)
+        return FAILED if seen is not None and seen["failed"] else OK
+    status = status_of(home, options.grid)
+    print(json.dumps(status, indent=1) if options.json else "\n".join(screen(status, width=_columns())))
     return FAILED if status["failed"] else OK
+
+
+def _columns() -> int:
+    """Width of the terminal; a file takes whole lines."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+def _explain(options: argparse.Namespace, home: Home) -> int:
+    from flows.explaining import explain
+    from flows.explanation import explanation_lines
+
+    found = explain(options.cell, home)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(explanation_lines(found)))
+    return OK
 
 
 def _tables(options: argparse.Namespace, home: Home) -> int:
@@ -193,6 +285,7 @@ def _report(options: argparse.Namespace, home: Home) -> int:
 def _verify(options: argparse.Namespace, home: Home) -> int:
     from analysis.make_tables import collect
     from analysis.verify import find, trace_lines, verification_lines, verify
+    from flows.mirror import runs_of
     from sparseforge_core.store.results import Results
 
     results, trace = Results(home.store_url), None
@@ -204,10 +297,11 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
         name = results.grid(options.grid)["name"]
         trace = find(collect(results, name).exhibits, *options.place)
     found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
+    runs = {} if trace is None else runs_of(home, (cell for cell, _ in trace.cell.sources))
     if options.json:
-        print(json.dumps(found.as_json(), indent=1))
+        print(json.dumps({**found.as_json(), "mlflow_runs": runs}, indent=1))
     else:
-        lines = [] if trace is None else trace_lines(trace, results, name)
+        lines = [] if trace is None else trace_lines(trace, results, name, runs)
         print("\n".join([*lines, *verification_lines(found)]))
     return FAILED if found.problems else OK
 
@@ -292,6 +386,7 @@ HANDLERS = {
     "bundle": _bundle,
     "ingest": _ingest,
     "status": _status,
+    "explain": _explain,
     "tables": _tables,
     "report": _report,
     "verify": _verify,

@@ -10,14 +10,24 @@ import datetime
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.failures import patiently
 from flows.home import Home
-from sparseforge_core import files
-from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError, SparseForgeError
+from flows.stages import TRAIN, finished, run_stage
+from sparseforge_core import files, measured
+from sparseforge_core.errors import (
+    CellTaken,
+    CheckpointMismatch,
+    Diverged,
+    Interrupted,
+    SparseForgeError,
+    StoreError,
+    described,
+)
 from sparseforge_core.store.curves import curves_of
 from sparseforge_core.store.outcomes import outcomes_of
 from sparseforge_core.store.rows import Attempt, Measurement, Provenance, StageState
@@ -26,11 +36,11 @@ from sparseforge_core.tracking.tracker import read_journal
 
 log = logging.getLogger(__name__)
 
-TRAIN = "train"
-MAX_ATTEMPTS = 3
 HEARTBEAT_SECONDS = 15.0
 LEASE = datetime.timedelta(minutes=5)
 """A running attempt that was not heard of for so long is lost, on whatever machine it was."""
+FOLDER_SECONDS = 60.0
+"""How long to wait for a process that lost its claim to leave the stage's folder."""
 
 Key = tuple[str, str]
 """A stage: cell key and stage name."""
@@ -71,35 +81,34 @@ def ready(
     busy: frozenset[str] = frozenset(),
     skip: frozenset[Key] = frozenset(),
     alone: frozenset[str] = frozenset(),
-    earlier: Mapping[Key, int] | None = None,
 ) -> list[ReadyCell]:
-    """Cells that may run now, best first: trained requirements, nothing of them running, attempts left.
+    """Cells that may run now, best first: trained requirements, nothing of them running, not in quarantine.
 
     Cells that others wait for come first, then the costly ones, so that the last minutes are not one long cell.
 
     Args:
         busy: cells that run already.
         skip: stages that were given up or belong to somebody else.
-        alone: suites that measure time; they run one by one, when nothing else is left to run.
-        earlier: attempts that do not count, such as those of earlier runs.
+        alone: suites that measure time; they run one by one, when nothing else is left to run, and so does what ran
+            out of memory before.
     """
-    spent = earlier or {}
-    limit = {(s.cell_key, s.stage) for s in states if s.attempts - spent.get((s.cell_key, s.stage), 0) >= MAX_ATTEMPTS}
-    shared = _ready(states, busy, skip | limit, alone)
+    left = skip | {(s.cell_key, s.stage) for s in states if s.quarantined}
+    shared = _ready(states, busy, left, {(s.cell_key, s.stage) for s in states if s.stage in alone or s.alone})
     if shared or busy:
         return shared
-    return _ready(states, busy, skip | limit, frozenset())[:1]
+    return _ready(states, busy, left, set())[:1]
 
 
 def _ready(
-    states: Sequence[StageState], busy: frozenset[str], skip: frozenset[Key] | set[Key], later: frozenset[str]
+    states: Sequence[StageState], busy: frozenset[str], skip: frozenset[Key] | set[Key], later: set[Key]
 ) -> list[ReadyCell]:
     trained = {s.cell_key for s in states if s.stage == TRAIN and s.status == "done"}
     taken = busy | {s.cell_key for s in states if s.status == "running"}
     unfinished: dict[str, list[StageState]] = {}
     waiting: dict[str, int] = {}
     for state in states:
-        if state.status != "done" and (state.cell_key, state.stage) not in skip and state.stage not in later:
+        place = state.cell_key, state.stage
+        if state.status != "done" and place not in skip and place not in later:
             unfinished.setdefault(state.cell_key, []).append(state)
     for stages in unfinished.values():
         for required in stages[0].requires:
@@ -112,11 +121,6 @@ def _ready(
             names = tuple(s.stage for s in stages)
             cells.append(ReadyCell(key, names, stages[0].cost_hours, waiting.get(key, 0)))
     return sorted(cells, key=lambda cell: (-cell.wanted, -cell.cost_hours, cell.key))
-
-
-def attempts_so_far(states: Sequence[StageState]) -> dict[Key, int]:
-    """How often each stage was tried: what a new run passes to `ready` as `earlier`, so that it tries anew."""
-    return {(s.cell_key, s.stage): s.attempts for s in states if s.attempts}
 
 
 def timed_stages(store: ResultStore, states: Sequence[StageState]) -> frozenset[str]:
@@ -138,7 +142,8 @@ def execute_stage(
     """Claim a stage, run it in this process, record what it measured. One that is done already is passed over.
 
     What an earlier process finished on disk and could not record any more is verified and recorded, not run again.
-    Raises CellTaken if another process holds the stage, else what the stage raised, after recording that.
+    Raises CellTaken if another process holds the stage, FolderHeld if one that lost it is still writing, OutOfMemory
+    if memory ran out, else what the stage raised; each after recording that.
     """
     try:
         attempt = store.claim(key, stage, provenance)
@@ -146,84 +151,36 @@ def execute_stage(
         if any(a.stage == stage and a.status == "done" for a in store.attempts(key)):
             return
         raise
-    with recorded(store, attempt), _beating(store, attempt) as lost:
+    with (
+        recorded(store, attempt),
+        _beating(store, attempt) as lost,
+        files.held(home.cell(key) / stage, seconds=FOLDER_SECONDS),
+    ):
 
         def stop() -> bool:
             return lost.is_set() or (should_stop is not None and should_stop())
 
-        path = _finished(store, home, key, stage) or _run_stage(store, home, key, stage, on_step, stop)
+        path = finished(store, home, key, stage) or run_stage(store, home, key, stage, on_step, stop)
         record(store, attempt, path)
 
 
 def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
     """Commit a measurements file, with its items' outcomes and the journal beside it.
 
-    Raises CheckpointMismatch if it is of another stage or its items were altered.
+    Raises CheckpointMismatch if it is of another stage, or if it or what it was made of was altered.
     """
-    body = _read(path)
+    body = measured.read(path)
     found = (body.get("cell"), body.get("stage"))
     if found != (attempt.cell_key, attempt.stage):
         wanted = f"cell {attempt.cell_key}, stage {attempt.stage}"
         raise CheckpointMismatch(f"{path} is of cell {found[0]}, stage {found[1]}; wanted {wanted}")
-    items, digest = path.with_name("items.jsonl"), body["items_sha256"]
-    if digest is not None and (not items.is_file() or files.sha256(items) != digest):
-        raise CheckpointMismatch(f"{items} is missing or was altered; delete {path.parent} to measure again")
+    items, digest = path.with_name(measured.ITEMS), body["items_sha256"]
     measurements = [Measurement(**row) for row in body["measurements"]]
     outcomes = outcomes_of(json.loads(line) for line in items.read_text().splitlines()) if digest is not None else ()
-    curves = curves_of(read_journal(path.with_name("journal.jsonl"))[0])
-    store.finish(attempt, measurements, body["context"], digest, outcomes=outcomes, curves=curves)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        body: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointMismatch(f"{path} cannot be read ({error}); delete {path.parent} to make it anew") from error
-    return body
-
-
-def _finished(store: ResultStore, home: Home, key: str, stage: str) -> Path | None:
-    """The measurements of a suite that are complete on disk; training knows by itself what it has finished."""
-    path = home.cell(key) / stage / "measurements.json"
-    if stage == TRAIN or not path.is_file():
-        return None
-    if _read(path).get("suite") != json.loads(store.suite_spec(stage)):
-        log.warning("%s says another suite than the store; measuring again", path)
-        return None
-    return path
-
-
-def _run_stage(
-    store: ResultStore,
-    home: Home,
-    key: str,
-    stage: str,
-    on_step: Callable[[Any], None] | None,
-    should_stop: Callable[[], bool],
-) -> Path:
-    from flows.placements import placement_for
-    from sparseforge_core import run, specs
-    from sparseforge_core.evaluate.suites import Suite
-    from sparseforge_core.identity import loads
-
-    cell = loads(store.cell_body(key))
-    placement = placement_for(cell.recipe)
-    if placement.gpus > 1:
-        raise RecipeError(
-            f"cell {key} is placed on {placement.pool}: it needs {placement.gpus} GPUs at once, and training over "
-            "several is not built yet. Take a smaller model, or leave this cell planned"
-        )
-    directory = home.cell(key) / stage
-    if stage == TRAIN:
-        execution = run.Execution(micro_batch=placement.micro_batch)
-        try:
-            return run.train_cell(
-                cell, directory, home.root, on_step=on_step, should_stop=should_stop, execution=execution
-            )
-        except CheckpointMismatch as error:
-            raise CheckpointMismatch(f"{error}; or delete {directory} to train this cell anew") from error
-    suite = specs.decode(json.loads(store.suite_spec(stage)), Suite, "suite")
-    return run.evaluate_cell(cell, suite, directory, home.root)
+    curves = curves_of(read_journal(path.with_name(measured.JOURNAL))[0])
+    why = body.get("diverged")
+    error = "" if why is None else described(Diverged(why))
+    store.finish(attempt, measurements, body["context"], digest, outcomes=outcomes, curves=curves, error=error)
 
 
 @contextlib.contextmanager
@@ -235,7 +192,11 @@ def recorded(store: ResultStore, attempt: Attempt) -> Iterator[None]:
         store.fail(attempt, str(error) or "stopped", status="interrupted")
         raise
     except BaseException as error:
-        store.fail(attempt, f"{type(error).__name__}: {error}")
+        text = described(error)
+        try:
+            patiently(lambda: store.fail(attempt, text))
+        except StoreError as away:  # what went wrong first is what everybody must hear of
+            log.warning("the end of attempt %d was not recorded: %s", attempt.id, away)
         raise
 
 

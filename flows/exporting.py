@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flows.home import Home
 from flows.provenance import provenance
+from sparseforge_core import files
 from sparseforge_core.errors import ExportError, RecipeError
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
 
@@ -23,7 +24,7 @@ def export_to(options: argparse.Namespace, home: Home) -> str:
     pattern = None if options.pattern is None else pattern_named(options.pattern)
     source = open_any(options.source, home.root, pattern)
     name = source.about.get("cell") or Path(options.source).resolve().name
-    out = options.out or home.root / "exports" / f"{name}-{options.format}"
+    out = options.out or files.inside(home.root / "exports", f"{name}-{options.format}", "cell")
     code = provenance()
     commit = f"{code.git_sha}-dirty" if code.dirty else code.git_sha
     manifest = export(source, out, form=options.format, dtype=options.dtype, commit=commit)

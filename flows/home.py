@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,12 @@ class Home:
         mlflow = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
         return cls(folder, store, mlflow)
 
+    @property
+    def mlflow_ui(self) -> str:
+        """Where a browser finds MLflow: $SPARSEFORGE_MLFLOW_UI, else the tracking server; empty for a local file."""
+        served = self.mlflow_uri if self.mlflow_uri.startswith(("http://", "https://")) else ""
+        return (os.environ.get("SPARSEFORGE_MLFLOW_UI") or served).rstrip("/")
+
     def cell(self, key: str) -> Path:
         """The folder of a cell."""
         return self.root / "cells" / key
@@ -56,3 +63,8 @@ def be_quiet() -> None:
     """Set the environment that keeps libraries quiet and offline-friendly; what the user has set stays."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def shown_url(url: str) -> str:
+    """A database's or server's address without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

@@ -7,22 +7,28 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from flows.cycle import LEASE, MAX_ATTEMPTS, Key, ReadyCell, attempts_so_far, plan_grid, ready, timed_stages
-from flows.devices import default_workers, gpus
+from flows.cycle import LEASE, Key, ReadyCell, plan_grid, ready, timed_stages
+from flows.devices import default_workers, served_here
+from flows.failures import patiently, release_quarantined, reproducer
 from flows.home import Home
 from flows.messages import Outcome
 from flows.mirror import Mirror, lacking
+from flows.notify import Notifier
 from flows.pool import WorkerPool
 from flows.progress import Progress
-from flows.provenance import process_alive
+from flows.provenance import process_alive, provenance
+from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
 RunCell = Callable[[str, tuple[str, ...]], Outcome]
 
 POLL_SECONDS = 1.0
+FRESH_SECONDS, FRESH_READS = 1.0, 20.0
+"""How old the states of a grid may be, in seconds and in readings of them."""
 
 
 @dataclass
@@ -33,7 +39,11 @@ class Summary:
     total: int = 0
     executed_cells: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
-    """Cause by cell key."""
+    """Error by cell key, of cells in quarantine and of those given up now."""
+    reproduce: dict[str, str] = field(default_factory=dict)
+    """By cell key, one line that runs what failed by itself."""
+    diverged: dict[str, str] = field(default_factory=dict)
+    """Why, by cell key; these are done."""
     unserved: dict[str, int] = field(default_factory=dict)
     """Cells left alone because they are placed on devices that this machine lacks, by pool."""
     blocked: int = 0
@@ -49,6 +59,15 @@ class Summary:
     def complete(self) -> bool:
         """Whether everything planned is done."""
         return not (self.failed or self.blocked or self.interrupted)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: counts first, then what went wrong by cell key."""
+        counts = {"planned": self.total, "executed": self.executed, "not_done": self.blocked + len(self.failed)}
+        ends = {"interrupted": self.interrupted, "complete": self.complete}
+        return {
+            "grid": self.grid, **counts, **ends, "unserved": self.unserved, "failed": self.failed,
+            "diverged": self.diverged, "reproduce": self.reproduce,
+        }  # fmt: skip
 
 
 def open_grid(home: Home, name: str) -> tuple[ResultStore, list[StageState]]:
@@ -68,6 +87,7 @@ def run_grid(
     wrap: Callable[[RunCell], RunCell] | None = None,
     pool: str | None = None,
     flow_run_id: str = "",
+    retry_failed: bool = False,
 ) -> Summary:
     """Run what is not done of a grid, on warm workers of this machine, until nothing more can be.
 
@@ -82,50 +102,94 @@ def run_grid(
         wrap: puts something around the execution of each cell (Prefect: a task run).
         pool: only the cells placed there, whatever this machine has.
         flow_run_id: recorded with each attempt.
+        retry_failed: take the grid's cells out of quarantine first.
     """
     store, states = open_grid(home, name)
+    if retry_failed and release_quarantined(store, name, provenance(flow_run_id=flow_run_id)):
+        states = store.work(name)
     summary = Summary(name, total=len({s.cell_key for s in states}))
-    behind = lacking(home, states)
-    if behind or any(s.status != "done" for s in states):
-        with Mirror(home, name, states) as mirror:
-            mirror.put(behind)
-            if any(s.status != "done" for s in states):
-                processes = WorkerPool(home, workers or default_workers(), flow_run_id=flow_run_id)
-                run: RunCell = processes.execute
-                drive = _Drive(store, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
-                drive.run_on(processes)
-            if summary.interrupted:
-                mirror.drop()
+    behind, began = lacking(home, states), time.monotonic()
+    to_run = any(s.status != "done" for s in states)
+    with Notifier() as notifier:
+        if behind or to_run:
+            with Mirror(home, name, states) as mirror:
+                mirror.put(behind)
+                if to_run:
+                    processes = WorkerPool(home, workers or _workers_of(pool), flow_run_id=flow_run_id)
+                    run: RunCell = processes.execute
+                    drive = _Drive(store, home, summary, mirror, wrap(run) if wrap else run, pool, quiet=quiet)
+                    drive.notifier = notifier
+                    drive.run_on(processes)
+                if summary.interrupted:
+                    mirror.drop()
+        ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
+        summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
+        if to_run:
+            notifier.ended(summary.as_json(), seconds=time.monotonic() - began, pool=pool)
     store.close()
     return summary
 
 
-def served_here(pool: str) -> bool:
-    """Whether this machine has the devices of a pool: `gpu-8` means eight GPUs, anything else a CPU."""
-    count = pool.removeprefix("gpu-")
-    return count == pool or len(gpus()) >= int(count)
+def _workers_of(pool: str | None) -> int:
+    """One worker a device, and one in all where a cell takes several devices."""
+    return 1 if pool is not None and pool.removeprefix("gpu-") not in (pool, "1") else default_workers()
 
 
 class _Drive:
     """One run of a grid: what runs, what was given up, and when to look again."""
 
     def __init__(
-        self, store: ResultStore, summary: Summary, mirror: Mirror, run: RunCell, pool: str | None, *, quiet: bool
+        self,
+        store: ResultStore,
+        home: Home,
+        summary: Summary,
+        mirror: Mirror,
+        run: RunCell,
+        pool: str | None,
+        *,
+        quiet: bool,
     ) -> None:
-        self.store, self.summary, self.mirror, self.run, self.pool = store, summary, mirror, run, pool
+        self.store, self.home, self.summary, self.mirror, self.run, self.pool = store, home, summary, mirror, run, pool
+        self._known: list[StageState] | None = None
+        self._read_at, self._reading = 0.0, 0.0
         states = self.states()
-        self.earlier = attempts_so_far(states)
         self.alone = timed_stages(store, states)
         self.labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
-        self.skip = self._not_ours(states)
+        self.left = frozenset(self._not_ours(states))
+        self.skip: set[Key] = set(self.left)
+        self.later: dict[Key, float] = {}
+        """When a stage may be tried again that met a store or a disk that was away."""
         self.tries: collections.Counter[Key] = collections.Counter()
         self.running: dict[Future[Outcome], ReadyCell] = {}
+        self.notifier: Notifier | None = None
         costs = {s.cell_key: s.cost_hours for s in states if s.status != "done"}
         self.progress = Progress(summary.grid, summary.total, done=summary.total - len(costs), quiet=quiet)
         self.progress.costs = costs
 
     def states(self) -> list[StageState]:
-        return self.store.work(self.summary.grid)
+        """As the store has them, read again when something else may have changed than what we saw end well.
+
+        A large grid takes longer to read than a small cell to run, and reading is never more than a small part of the
+        time. What is too old by then costs a claim that the store refuses.
+        """
+        now = time.monotonic()
+        if self._known is None or now - self._read_at > max(FRESH_SECONDS, FRESH_READS * self._reading):
+            self._known = patiently(lambda: self.store.work(self.summary.grid))
+            self._read_at = time.monotonic()
+            self._reading = self._read_at - now
+        return self._known
+
+    def _look_again(self) -> None:
+        self._known = None
+
+    def _saw_done(self, cell: ReadyCell) -> bool:
+        """Enter the stages of a cell that has ended well; whether nothing of it is left."""
+        known = self.states()
+        mine = [place for place, state in enumerate(known) if state.cell_key == cell.key]
+        for place in mine:
+            if known[place].stage in cell.stages:
+                known[place] = replace(known[place], status="done", error="")
+        return all(known[place].status == "done" for place in mine)
 
     def run_on(self, pool: WorkerPool) -> None:
         """Submit what is ready, wait for something to end, repeat until nothing runs and nothing can start."""
@@ -133,7 +197,7 @@ class _Drive:
         try:
             with ThreadPoolExecutor(pool.size, thread_name_prefix="cell") as threads:
                 try:
-                    while self._submit(threads, pool.size) or self._held_elsewhere():
+                    while self._submit(threads, pool.size) or self._some_come_later() or self._held_elsewhere():
                         self._wait()
                 finally:
                     pool.stop()  # threads wait for their workers; without this, leaving the block would hang
@@ -141,30 +205,46 @@ class _Drive:
             self.summary.interrupted = True
         finally:
             self.progress.close()
-        open_cells = {s.cell_key for s in self.states() if s.status != "done"}
+        self._look_again()
+        states = self.states()
+        self._report_quarantine(states)
+        open_cells = {s.cell_key for s in states if s.status != "done"}
         self.summary.blocked = len(open_cells - set(self.summary.failed))
 
     def _submit(self, threads: ThreadPoolExecutor, workers: int) -> bool:
         """Fill the free workers; False if nothing runs afterwards."""
         if self.summary.interrupted:
             return bool(self.running)
-        busy = frozenset(cell.key for cell in self.running.values())
-        found = ready(self.states(), busy=busy, skip=frozenset(self.skip), alone=self.alone, earlier=self.earlier)
+        found = self._ready()
+        if not found and not self.running:  # before this is believed, it must be fresh
+            self._look_again()
+            found = self._ready()
         for cell in found[: workers - len(self.running)]:
             self.progress.started(cell.key, self.labels[cell.key])
             self.running[threads.submit(self.run, cell.key, cell.stages)] = cell
         return bool(self.running)
 
+    def _ready(self) -> list[ReadyCell]:
+        busy = frozenset(cell.key for cell in self.running.values())
+        now = time.monotonic()
+        self.later = {key: moment for key, moment in self.later.items() if moment > now}
+        return ready(self.states(), busy=busy, skip=frozenset(self.skip | self.later.keys()), alone=self.alone)
+
+    def _some_come_later(self) -> bool:
+        """Whether something is to be tried again after a while."""
+        return bool(self.later.keys() - self.skip) and not self.summary.interrupted
+
     def _held_elsewhere(self) -> bool:
         """Whether other processes hold stages that cells of ours may wait for; forget those that died."""
         if self.pool is not None or self.summary.interrupted:
             return False
-        self.store.release_dead(socket.gethostname(), process_alive)
-        self.store.expire(LEASE)
+        patiently(lambda: self.store.release_dead(socket.gethostname(), process_alive))
+        patiently(lambda: self.store.expire(LEASE))
+        self._look_again()
         held = [s for s in self.states() if s.status == "running"]
         if held:
             self.progress.note(f"waiting for {len(held)} stages that other processes run")
-        return bool(held) or bool(ready(self.states(), skip=frozenset(self.skip), earlier=self.earlier))
+        return bool(held) or bool(ready(self.states(), skip=frozenset(self.skip)))
 
     def _wait(self) -> None:
         """Until a cell has ended, or, where none of ours runs, a moment."""
@@ -187,18 +267,41 @@ class _Drive:
         elif outcome.status in ("failed", "lost"):
             self._missed(cell, outcome)
         note = "" if outcome.status in ("done", "taken") else f"{outcome.stage} {outcome.status}: {outcome.error}"
-        whole = outcome.status == "done" and all(s.status == "done" for s in self.states() if s.cell_key == cell.key)
+        whole = outcome.status == "done" and self._saw_done(cell)
+        if outcome.status != "done":
+            self._look_again()
         self.progress.ended(cell.key, done=whole, note=note)
 
     def _missed(self, cell: ReadyCell, outcome: Outcome) -> None:
-        """Count a stage that failed or lost its worker, and give it up when it never will or was tried enough."""
+        """Have a stage that failed or lost its worker tried again as the policy of its class says, or give it up."""
+        key, cause = (cell.key, outcome.stage), outcome.cause or "unknown"
+        self._look_again()
         if outcome.status == "lost":
-            self.store.release_dead(socket.gethostname(), process_alive)
-        key = (cell.key, outcome.stage)
+            host = socket.gethostname()
+            if not patiently(lambda: self.store.release_dead(host, process_alive, cell=cell.key, why=outcome.error)):
+                cause = "unknown"  # it died before it had anything to do with the cell
         self.tries[key] += 1
-        if outcome.permanent or self.tries[key] >= MAX_ATTEMPTS:
+        policy = POLICIES[cause]
+        if policy.wait:
+            self.later[key] = time.monotonic() + policy.wait * 2 ** (self.tries[key] - 1)
+        # What never came as far as an attempt in the store is counted here alone.
+        state = next(s for s in self.states() if (s.cell_key, s.stage) == key)
+        if state.quarantined or (policy.tries is not None and self.tries[key] >= policy.tries):
             self.skip.add(key)
-            self.summary.failed.setdefault(cell.key, outcome.error)
+            self._give_up(state, outcome.error)
+            if self.notifier is not None:
+                about = {"cell": cell.key, "label": self.labels[cell.key], "stage": outcome.stage}
+                told = {"cause": cause, "error": outcome.error, "reproduce": self.summary.reproduce[cell.key]}
+                self.notifier.cell_failed(self.summary.grid, **about, **told)
+
+    def _report_quarantine(self, states: list[StageState]) -> None:
+        for state in states:
+            if state.quarantined and (state.cell_key, state.stage) not in self.left:
+                self._give_up(state, state.error)
+
+    def _give_up(self, state: StageState, error: str) -> None:
+        self.summary.failed.setdefault(state.cell_key, error)
+        self.summary.reproduce.setdefault(state.cell_key, reproducer(self.home, state))
 
     def _not_ours(self, states: list[StageState]) -> set[Key]:
         """Stages of cells that are placed elsewhere; those that this machine cannot serve are counted."""

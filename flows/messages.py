@@ -1,9 +1,11 @@
-"""What a worker process tells its parent. Both sides import it, so it imports nothing."""
+"""What a worker process tells its parent. Both sides import it, so it imports nothing that takes time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from sparseforge_core.store.causes import Cause
 
 
 @dataclass(frozen=True)
@@ -12,8 +14,8 @@ class Outcome:
 
     status: Literal["done", "failed", "interrupted", "lost", "taken"]
     error: str = ""
-    permanent: bool = False
-    """Whether trying again would fail in the same way (a recipe or data error)."""
+    cause: Cause | None = None
+    """The class of what went wrong, which decides what happens next (`store/causes.py`)."""
     stage: str = ""
     """The stage that did not get done."""
 

@@ -8,9 +8,18 @@ import threading
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from flows.home import Home
+from flows.home import Home, shown_url
 from sparseforge_core.store.rows import StageState
-from sparseforge_core.tracking.mlflow_tracker import MirrorError, is_mirrored, mirror_cell
+from sparseforge_core.tracking.mlflow_tracker import (
+    MirrorError,
+    is_mirrored,
+    mirror_cell,
+    run_of,
+    save_views,
+    saved_views,
+    score_names,
+)
+from sparseforge_core.tracking.views import views_of
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +44,8 @@ class Mirror:
         self._away = False
         self._closing = threading.Event()
         self._dropped: set[str] = set()
+        self._scores: dict[str, dict[str, None]] = {}
+        """Names of the scores of the models that were copied now, in the order in which they came."""
 
     def put(self, cells: Iterable[str]) -> None:
         """Have these cells copied soon."""
@@ -74,3 +85,42 @@ class Mirror:
             else:
                 self._away = False
                 self._dropped.discard(key)
+                names = self._scores.setdefault(self.about[key].model, {})
+                names.update(dict.fromkeys(score_names(self.home.cell(key))))
+        self._save_views()
+
+    def _save_views(self) -> None:
+        """Put the saved views beside what was copied: the links that `links` gives open them."""
+        if not self._scores or self._away:
+            return
+        try:
+            wanted = {model: list(names) for model, names in self._scores.items()}
+            save_views(self.home.mlflow_uri, self.home.root, self.grid, wanted)
+        except MirrorError as error:
+            log.warning("%s; the saved views are as they were", error)
+
+
+def links(home: Home, grid: str, models: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(model, what a view shows, its address) where MLflow is a server; nothing where it is a file.
+
+    Raises MirrorError if the server cannot be reached.
+    """
+    server = home.mlflow_uri
+    if not server.startswith(("http://", "https://")):
+        return []
+    found = saved_views(server, home.root, models)
+    return [
+        (model, view.about, view.address(server, number, grid))
+        for model, (number, kept) in found.items()
+        for view in views_of(grid, ())
+        if view.tag(grid)[0] in kept
+    ]
+
+
+def runs_of(home: Home, cells: Iterable[str]) -> dict[str, str]:
+    """The MLflow runs of some cells, as far as this home has mirrored them: each with the MLflow that holds it."""
+    found = {key: run_of(home.cell(key)) for key in dict.fromkeys(cells)}
+    return {key: f"{run['run']} in {shown_url(run['uri'])}" for key, run in found.items() if run is not None}
+
+
+__all__ = ["Mirror", "MirrorError", "lacking", "links", "runs_of"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flows.devices import MICRO_BATCH
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.models.sources import Hub, Local, ModelSource, Packaged, Tiny
 from sparseforge_core.recipe import Recipe, Trained
@@ -121,8 +122,8 @@ def placement_for(recipe: Recipe) -> Placement:
     if card_of(recipe.model).parameters < 2e8 and flops(recipe) < CPU_FLOPS * 3600.0 * CPU_HOURS:
         return Placement(pool="cpu", gpus=0)
     if memory_gib(recipe) < 0.7 * GPU_GIB:
-        return Placement(pool="gpu-1", gpus=1, micro_batch=4)
-    return Placement(pool="gpu-8", gpus=8, micro_batch=1)
+        return Placement(pool="gpu-1", gpus=1, micro_batch=MICRO_BATCH["gpu-1"])
+    return Placement(pool="gpu-8", gpus=8, micro_batch=MICRO_BATCH["gpu-8"])
 
 
 def cost_hours(recipe: Recipe) -> float:

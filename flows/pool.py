@@ -1,7 +1,8 @@
 """Warm worker processes: torch is imported once in each, then cell after cell is executed in it.
 
 A worker dies with its parent, saves a checkpoint when asked to stop, and writes to a log file of its own. A cell
-whose worker dies is reported to the caller; the worker is replaced.
+whose worker dies is reported to the caller; the worker is replaced. So is one in which memory ran out, and the cell's
+next try has a fresh process beside idle ones that have given their memory back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ __all__ = ["Outcome", "StepReport", "WorkerPool"]
 
 STOP_SECONDS = 60.0
 """How long a worker may take to save its checkpoint before it is killed."""
+RETIRE_SECONDS = 10.0
+"""How long an idle worker may take to end."""
+VMSTAT = Path("/proc/vmstat")
 
 
 Report = Callable[[StepReport], None]
@@ -39,6 +43,8 @@ class WorkerPool:
         self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()  # the last one used is the warmest
         self._all = [_Worker(home, index, workers, flow_run_id) for index in range(workers)]
         self.stopping = False
+        self._isolated: set[str] = set()
+        """Cells that ran out of memory."""
         for worker in reversed(self._all):
             self._free.put(worker)
 
@@ -46,12 +52,29 @@ class WorkerPool:
         """Run the stages of a cell and wait for the end; the first that does not get done ends it."""
         worker = self._free.get()
         try:
+            if key in self._isolated:
+                worker.retire()
+                self._retire_idle()
             outcome = worker.execute(key, stages, self.on_step or (lambda _report: None))
+            if outcome.cause == "out of memory":
+                self._isolated.add(key)
+            if outcome.cause == "out of memory" or "CUDA error" in outcome.error:
+                worker.retire()  # what it holds, or a context that is lost, must not meet the next cell
         finally:
             self._free.put(worker)
         if outcome.status == "lost" and self.stopping:
             return Outcome("interrupted", "its worker was stopped", stage=outcome.stage)
         return outcome
+
+    def _retire_idle(self) -> None:
+        """End the processes that have nothing to do, for the memory that they hold."""
+        idle: list[_Worker] = []
+        with suppress(queue.Empty):
+            while True:
+                idle.append(self._free.get_nowait())
+        for worker in reversed(idle):
+            worker.retire()
+            self._free.put(worker)
 
     @property
     def size(self) -> int:
@@ -94,7 +117,7 @@ class _Worker:
             if self.process is None or not self.process.is_alive():
                 self._start()
         assert self.connection is not None
-        stage = stages[0]
+        stage, killed_before = stages[0], kernel_kills()
         try:
             self.connection.send((key, tuple(stages)))
             while True:
@@ -105,13 +128,26 @@ class _Worker:
                 report(message)
         except (EOFError, OSError):
             self.process.join()
-            return Outcome("lost", f"{self._end()}; its log is {self._log()}", stage=stage)
+            why = "; the kernel killed a process for want of memory meanwhile" if kernel_kills() > killed_before else ""
+            error = f"{self._end()}{why}; its log is {self._log()}"
+            return Outcome("lost", error, cause="lost worker", stage=stage)
 
     def ask_to_stop(self) -> None:
         with self.lock:
             self.stopped = True
             if self.process is not None and self.process.is_alive():
                 self.process.terminate()
+
+    def retire(self) -> None:
+        """End the process, which has nothing to do; the next cell starts another."""
+        with self.lock:
+            process, self.process = self.process, None
+        if process is not None and process.is_alive():
+            process.terminate()
+            process.join(RETIRE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
     def wait(self, seconds: float) -> None:
         if self.process is not None:
@@ -140,6 +176,14 @@ class _Worker:
         with _signals_held_back():
             self.process.start()
         other.close()
+
+
+def kernel_kills() -> int:
+    """Processes that this machine's kernel has killed because memory ran out, as far as it tells."""
+    if not VMSTAT.is_file():
+        return 0
+    counts = dict(line.split() for line in VMSTAT.read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
 
 
 @contextmanager

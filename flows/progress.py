@@ -7,12 +7,11 @@ import threading
 import time
 from typing import TextIO
 
+from flows.estimates import TRAINING, clock
 from flows.messages import StepReport
 
 LINE_SECONDS = 5.0
 WIDTH = 180
-TRAINING = 0.8
-"""Share of a cell's time that training takes, for the estimate of what is left."""
 
 
 class Progress:
@@ -89,7 +88,7 @@ class Progress:
         begun = sum(self.costs.get(cell, 0.0) * _part(report) for cell, (_, report) in self.running.items())
         share = (self.cost_done + begun) / (sum(self.costs.values()) or 1.0)
         if share > 0.02:
-            parts.append(f"about {_clock((now - self.began) * (1 - share) / share)} left")
+            parts.append(f"about {clock((now - self.began) * (1 - share) / share)} left")
         return "  ".join([*parts, *(f"[{label}{_where(report)}]" for label, report in self.running.values())])
 
     def _line(self, text: str) -> None:
@@ -116,8 +115,3 @@ def _part(report: StepReport | None) -> float:
     if not report.steps:
         return 0.0 if report.stage == "train" else TRAINING
     return TRAINING * report.step / report.steps
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

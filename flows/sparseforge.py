@@ -1,4 +1,4 @@
-"""The Prefect flows: thin shells around the cycle. The only door to prefect.
+"""The Prefect flows: thin shells around the cycle.
 
 `sparseforge` runs a grid: *here*, on warm workers of its own process, or on *pools*, by asking the workers of each
 Prefect work pool to drain the store. `sparseforge-cell` is what such a worker runs. Both show each stage of a cell as
@@ -16,19 +16,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows.cycle import LEASE, attempts_so_far, ready
+from flows.artifacts import LiveGrid
+from flows.cycle import LEASE, ready
+from flows.devices import gpus, reserved
+from flows.grids.shrunken import shrunk_name
 from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
 from flows.messages import Outcome
+from flows.notify import Notifier
 from flows.server import prefect_api
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.rows import StageState
@@ -51,27 +55,40 @@ class GridIncomplete(SparseForgeError):
 
 @flow(name="sparseforge", flow_run_name="{grid}")
 def sparseforge(
-    grid: str = "full", workers: int | None = None, dispatch: Literal["here", "pools"] = "pools"
+    grid: str = "full",
+    workers: int | None = None,
+    dispatch: Literal["here", "pools"] = "pools",
+    shrink: int | None = None,
 ) -> Report | State:
     """Run what is not done of a grid; the flow run fails, with the causes, if something could not be done.
 
     `dispatch="here"` runs the cells on this machine; "pools" asks the workers of the pools where the cells are placed.
-    `workers` is the number of processes of a run here, and of each CPU drain.
+    `workers` is the number of processes of a run here, and of each CPU drain. `shrink` runs the grid in miniature, with
+    so many rows an exhibit: to try the stack.
     """
     home = Home.of()
+    grid = grid if shrink is None else shrunk_name(grid, shrink)
     if dispatch == "here":
         return _reported(lambda: _run_here(home, grid, workers, quiet=True))
-    return _reported(lambda: _run_on_pools(home, grid, workers))
+    return _reported(lambda: _told(lambda: _run_on_pools(home, grid, workers)))
 
 
 @flow(name="sparseforge-cell", flow_run_name="{grid} on {pool}")
 def sparseforge_cell(grid: str, pool: str, workers: int | None = None) -> Report | State:
-    """Drain the ready cells of one pool from the store: one at a time on GPUs, `workers` at a time on the CPU."""
-    processes = workers if pool == "cpu" else 1
-    return _reported(lambda: _run_here(Home.of(), grid, processes, quiet=True, pool=pool), partial=True)
+    """Drain the ready cells of one pool from the store: one at a time on GPUs, `workers` at a time on the CPU.
+
+    The GPUs that this worker sees are held until the end, so that no other drain of this machine computes on them.
+    """
+    home, devices = Home.of(), [] if pool == "cpu" else gpus()
+    say = get_run_logger()
+    with reserved(home.root / "devices", devices, lambda name: say.info("waiting for GPU %s, which works", name)):
+        processes = workers if pool == "cpu" else 1
+        return _reported(lambda: _run_here(home, grid, processes, quiet=True, pool=pool), partial=True)
 
 
-def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bool = False) -> Summary:
+def run_embedded(
+    home: Home, grid: str, *, workers: int | None = None, quiet: bool = False, retry_failed: bool = False
+) -> Summary:
     """Run a grid in this process as a flow run, under a Prefect server that needs no starting by hand.
 
     Raises ServerError if Prefect cannot be had. Failing cells are in the summary, as they are in the store.
@@ -79,7 +96,7 @@ def run_embedded(home: Home, grid: str, *, workers: int | None = None, quiet: bo
     found: list[Summary] = []
 
     def body() -> Report | State:
-        found.append(_run_here(home, grid, workers, quiet=quiet))
+        found.append(_run_here(home, grid, workers, quiet=quiet, retry_failed=retry_failed))
         return _report(found[0])
 
     logging.getLogger("prefect").setLevel(logging.CRITICAL)  # what failed is in the summary; once is enough
@@ -103,13 +120,17 @@ def run_stage(run: RunCell, key: str, stage: str, label: str) -> State:
     return Failed(message=said) if outcome.status in ("failed", "lost") else Cancelled(message=said)
 
 
-def _run_here(home: Home, grid: str, workers: int | None, *, quiet: bool, pool: str | None = None) -> Summary:
+def _run_here(
+    home: Home, grid: str, workers: int | None, *, quiet: bool, pool: str | None = None, retry_failed: bool = False
+) -> Summary:
     flow_context = contextvars.copy_context()
+    live = LiveGrid(home, grid) if pool is None else None  # a drain's cells are in the table of the grid's run
 
     def wrap(run: RunCell) -> RunCell:
-        store = ResultStore(home.store_url)
-        labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in store.work(grid)}
-        store.close()
+        states = _states(home, grid)
+        labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
+        if live is not None:
+            live.show(lambda: states, now=True)
 
         def as_task_runs(key: str, stages: tuple[str, ...]) -> Outcome:
             outcomes = [Outcome("failed", "Prefect did not start the task")]
@@ -123,12 +144,28 @@ def _run_here(home: Home, grid: str, workers: int | None, *, quiet: bool, pool: 
                 flow_context.copy().run(run_stage, remembered, key, stage, labels[key], return_state=True)
                 if outcomes[-1].status != "done":
                     break
+            if live is not None:
+                live.show(lambda: _states(home, grid))
             return outcomes[-1]
 
         return as_task_runs
 
     run_id = str(flow_run.id or "")
-    return run_grid(home, grid, workers=workers, quiet=quiet, wrap=wrap, pool=pool, flow_run_id=run_id)
+    summary = run_grid(
+        home, grid, workers=workers, quiet=quiet, wrap=wrap, pool=pool, flow_run_id=run_id, retry_failed=retry_failed
+    )
+    if live is not None and not summary.interrupted:
+        live.show(lambda: _states(home, grid), now=True)
+    return summary
+
+
+def _states(home: Home, grid: str) -> list[StageState]:
+    """The state of a grid through a store of our own, in whatever thread this is."""
+    store = ResultStore(home.store_url)
+    try:
+        return store.work(grid)
+    finally:
+        store.close()
 
 
 @dataclass
@@ -143,17 +180,17 @@ class _Pool:
 def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
     """Keep one drain in flight for each polling worker of each pool that has ready cells, until nothing is left."""
     store, states = open_grid(home, grid)
-    earlier = attempts_so_far(states)
     pools: dict[str, _Pool] = {}
-    shown = -1
+    live = LiveGrid(home, grid)
+    before = -1
     while True:
+        live.show(lambda states=states: states)  # type: ignore[misc]
         done = sum(s.status == "done" for s in states)
-        if done != shown:
-            _show(grid, states)
+        if done != before:
             for pool in pools.values():
                 pool.failures = 0
-            shown = done
-        waiting = {cell.key for cell in ready(states, earlier=earlier)}
+            before = done
+        waiting = {cell.key for cell in ready(states)}
         wanted = sorted({s.pool for s in states if s.cell_key in waiting})
         for name, pool in pools.items():
             _settle_drains(name, pool)
@@ -162,10 +199,20 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
             missing = _polling_workers(name) - len(pool.active)
             pool.active += [_start_drain(grid, name, workers) for _ in range(missing)]
         if not wanted and not any(pool.active for pool in pools.values()):
+            live.show(lambda states=states: states, now=True)  # type: ignore[misc]
             return _summary(grid, states)
         time.sleep(POLL_SECONDS)
         store.expire(LEASE)
         states = store.work(grid)
+
+
+def _told(run: Callable[[], Summary]) -> Summary:
+    """Run, then tell the user's command that the grid has ended; cells that failed were told by their drains."""
+    began = time.monotonic()
+    with Notifier() as notifier:
+        summary = run()
+        notifier.ended(summary.as_json(), seconds=time.monotonic() - began)
+    return summary
 
 
 def _settle_drains(name: str, pool: _Pool) -> None:
@@ -205,19 +252,6 @@ def _polling_workers(pool: str) -> int:
     if not online:
         raise GridIncomplete(f"no worker polls the work pool {pool!r}; start one with: infra/worker.sh {pool}")
     return online
-
-
-def _show(grid: str, states: Sequence[StageState]) -> None:
-    """The grid as a table artifact of the flow run."""
-    cells: dict[str, dict[str, Any]] = {}
-    for s in states:
-        row = cells.setdefault(
-            s.cell_key,
-            {"cell": s.cell_key, "model": s.model, "variant": s.variant, "seed": s.seed, "done": 0, "stages": 0},
-        )
-        row["stages"] += 1
-        row["done"] += s.status == "done"
-    create_table_artifact(table=list(cells.values()), key=f"grid-{grid}", description=f"Cells of the grid {grid}")
 
 
 def _reported(run: Callable[[], Summary], *, partial: bool = False) -> Report | State:

@@ -16,9 +16,12 @@ from typing import Any
 from flows.devices import cores, gpus
 from flows.home import Home, be_quiet
 from flows.messages import Outcome, StepReport
+from sparseforge_core.store.causes import cause_of
 
 PR_SET_PDEATHSIG = 1
 REPORT_SECONDS = 0.5
+BEGINS = "begins: cell %s, stage %s"
+"""In a worker's log, before the lines of each stage."""
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,7 @@ def _run_cell(
     execute: Callable[[str, str, _Reporter], None],
 ) -> Outcome:
     for stage in stages:
+        log.info(BEGINS, key, stage)  # by which the lines of a cell are found again in this file
         reporter = _Reporter(connection, key, stage, stop)
         outcome = _outcome(stage, stop, lambda s=stage, r=reporter: execute(key, s, r))  # type: ignore[misc]
         if outcome.status != "done":
@@ -104,24 +108,23 @@ def _run_cell(
 
 
 def _outcome(stage: str, stop: _Stop, run: Callable[[], None]) -> Outcome:
-    from sparseforge_core.errors import CellTaken, Interrupted, SparseForgeError, StoreError
+    from sparseforge_core.errors import CellTaken, Interrupted, SparseForgeError, described
 
     try:
         stop.breakable = True
         if stop.asked:
-            return Outcome("interrupted", "stopped before it began", stage=stage)
+            return Outcome("interrupted", "stopped before it began", cause="interrupted", stage=stage)
         run()
     except (Interrupted, KeyboardInterrupt) as error:
-        return Outcome("interrupted", str(error) or "stopped", stage=stage)
+        return Outcome("interrupted", str(error) or "stopped", cause="interrupted", stage=stage)
     except CellTaken as error:
         return Outcome("taken", str(error), stage=stage)
-    except SparseForgeError as error:
-        permanent = not isinstance(error, StoreError)
-        return Outcome("failed", f"{type(error).__name__}: {error}", permanent=permanent, stage=stage)
     except Exception as error:
         # The attempt is recorded and the text goes to the parent: one bad cell must not end the worker.
-        log.exception("stage %s failed", stage)
-        return Outcome("failed", f"{type(error).__name__}: {error}", stage=stage)
+        if not isinstance(error, SparseForgeError):
+            log.exception("stage %s failed", stage)
+        text = described(error)
+        return Outcome("failed", text, cause=cause_of("failed", text), stage=stage)
     finally:
         stop.breakable = False
     return Outcome("done")
@@ -136,9 +139,9 @@ def _redirect(log_file: str) -> None:
 
 
 def share_machine(index: int, of: int) -> None:
-    """Share the cores, and give each worker one GPU where there are some; must come before torch is imported."""
+    """Share the cores and the GPUs, of which each of several workers gets one; must come before torch is imported."""
     be_quiet()
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // of))
     devices = gpus()
-    if devices:
+    if devices and of > 1:  # a worker by itself sees all: a cell may need them at once
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and a manifest of hashes, complete or ignored, and refused by any other cell.
+"""Checkpoints: safetensors and a sealed manifest of their hashes, complete or ignored, refused by any other cell.
 
 `Checkpoints` holds the state to go on from (weights, masks, moments, the track's statistics, random state);
 `save_final` writes the finished model as an ordinary Hugging Face folder, its side branches apart.
@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ KEPT = 2
 """Good checkpoints kept, so that one that turns out bad still leaves another."""
 
 MANIFEST = "manifest.json"
+
+UNSEALED = ({"cell", "step", "files"}, {"cell", "pattern", "files"})
+"""What a manifest holds that was written before manifests were sealed, exactly."""
 
 BRANCHES = "slorb.safetensors"
 B_KEY, P_KEY = ".slorb_B", ".slorb_P"
@@ -52,7 +55,7 @@ class Checkpoints:
             save_file({k: v.contiguous() for k, v in state.items()}, temporary / "track.safetensors")
             _write_manifest(temporary, {"cell": self.cell, "step": step})
         for old in self.steps()[:-KEPT]:
-            shutil.rmtree(self._path(old))
+            files.remove_folder(self._path(old))
         return path
 
     def steps(self) -> list[int]:
@@ -85,14 +88,16 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete all: the cell is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        files.remove_folder(self.folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> None:
         path = self._path(step)
-        verify(path, self.cell)
+        said = verify(path, self.cell).get("step")
+        if said != step:
+            raise CheckpointMismatch(f"{path} says that it is of step {said!r}; the folder was renamed or altered")
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         state = load_file(path / "track.safetensors")
@@ -112,14 +117,21 @@ def verify(folder: Path, cell: str | None = None) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         hashes: dict[str, str] = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointMismatch(f"{folder} has no readable {MANIFEST}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointMismatch(
+            f"{folder} has no readable {MANIFEST}: {error}; delete {folder} to make it anew"
+        ) from error
+    if not files.seal_fits(manifest) and set(manifest) not in UNSEALED:
+        raise CheckpointMismatch(f"{folder / MANIFEST} was altered; delete {folder} to make it anew")
     if cell is not None and manifest.get("cell") != cell:
-        raise CheckpointMismatch(f"{folder} belongs to another cell: it says {manifest.get('cell')!r}, wanted {cell!r}")
+        raise CheckpointMismatch(
+            f"{folder} belongs to another cell: it says {manifest.get('cell')!r}, wanted {cell!r}; move it away"
+        )
     for name, digest in hashes.items():
         file = folder / name
         if not file.is_file() or files.sha256(file) != digest:
-            raise CheckpointMismatch(f"{file} is missing, truncated or altered; delete {folder} to make it anew")
+            which = _altered_tensors(file, manifest.get("tensors", {}).get(name, {}))
+            raise CheckpointMismatch(f"{file} is missing, truncated or altered{which}; delete {folder} to make it anew")
     return manifest
 
 
@@ -153,7 +165,32 @@ def _branch_state(branches: dict[str, Branch]) -> dict[str, Tensor]:
 
 def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
     hashes = {file.name: files.sha256(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-    files.write_json(folder / MANIFEST, {**about, "files": hashes})
+    tensors = {name: tensor_hashes(folder / name) for name in hashes if name.endswith(".safetensors")}
+    files.write_json(folder / MANIFEST, files.seal({**about, "files": hashes, "tensors": tensors}))
+
+
+def tensor_hashes(file: Path) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes in a safetensors file, read a tensor at a time."""
+    hashes = {}
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        for name, about in header.items():
+            if name != "__metadata__":
+                begin, end = about["data_offsets"]
+                opened.seek(8 + length + begin)
+                hashes[name] = hashlib.sha256(opened.read(end - begin)).hexdigest()
+    return hashes
+
+
+def _altered_tensors(file: Path, wanted: dict[str, str]) -> str:
+    """Which tensors of a damaged file are not what the manifest says, where the file can still be read that far."""
+    try:
+        found = tensor_hashes(file)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError):
+        return ""
+    names = [name for name, digest in sorted(wanted.items()) if found.get(name) != digest]
+    return f" (tensor {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})" if names else ""
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+NETWORK = {"ConnectionError", "TimeoutError", "Timeout", "TransportError", "MaxRetryError"}
+"""Classes, or bases of them, by which Python's, requests', httpx's, urllib3's errors of a network go."""
+DISK = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE, errno.EROFS}
 
 
 class SparseForgeError(Exception):
@@ -30,6 +35,26 @@ class Diverged(SparseForgeError):
     """A loss or gradient stopped being finite; nothing of that step was kept."""
 
 
+class NotFinite(CurvatureUnavailable, Diverged):
+    """A statistic, curvature or score is NaN or infinite: what it was computed from has diverged."""
+
+
+class OutOfMemory(SparseForgeError):
+    """The host or the device had no memory left; less at once may still fit."""
+
+
+class DoesNotFit(OutOfMemory):
+    """Nothing smaller is left to try: the cell does not fit into this machine."""
+
+
+class FolderHeld(SparseForgeError):
+    """Another process is still writing in the folder of a stage."""
+
+
+class Unavailable(SparseForgeError):
+    """A network or a disk does not answer for now."""
+
+
 class RecipeDrift(SparseForgeError):
     """The store or a file holds another recipe under the same key."""
 
@@ -40,6 +65,10 @@ class CheckpointMismatch(SparseForgeError):
 
 class ExportError(SparseForgeError):
     """An export that cannot be made as asked, or one of an unknown format, truncated or altered."""
+
+
+class BundleError(SparseForgeError):
+    """A bundle, or what came of one, that is foreign, altered, incomplete or of another format version."""
 
 
 class CellTaken(SparseForgeError):
@@ -60,6 +89,31 @@ class IncompleteExhibit(SparseForgeError):
 
 class Interrupted(SparseForgeError):
     """The process was asked to stop; the work so far is in a checkpoint."""
+
+
+def described(error: BaseException) -> str:
+    """An error as one text, `<class>: <message>`: what the store keeps, and tells its cause from (`store/causes.py`).
+
+    A subclass from another room goes by the nearest class of this file; one that was raised because a network or a disk
+    was away goes by `Unavailable`, whatever was being read.
+    """
+    ours = (cls for cls in type(error).__mro__ if cls.__module__ == __name__ and cls is not SparseForgeError)
+    kind = next(ours, type(error))
+    if issubclass(kind, SparseForgeError) and error.__cause__ is not None and _is_away(error.__cause__):
+        kind = Unavailable
+    return f"{kind.__name__}: {error}"
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that a network or a disk does not answer for now."""
+    while error is not None:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if "OfflineModeIsEnabled" in names:  # the user's wish, which no waiting changes
+            return False
+        if names & NETWORK or (isinstance(error, OSError) and error.errno in DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -1,4 +1,8 @@
-"""Writing files so that a reader finds all of one or none: temporary name, fsync, rename, fsync of the folder."""
+"""Writing files so that a reader finds all of one or none: temporary name, fsync, rename, fsync of the folder.
+
+Folders are taken away the same way: renamed first, so that a process killed while it deletes leaves nothing that looks
+whole. A sealed JSON file carries the hash of its own content.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,59 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparseforge_core.errors import DataError, FolderHeld
+
+SEAL = "sha256"
+"""The name under which a sealed body holds its own hash."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, or leave it as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # a full disk needs the room, and what is half written is of no use
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 def write_json(path: Path, body: Any) -> None:
     """Replace `path` by canonical, readable JSON."""
     write_text(path, json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def inside(folder: Path, name: str, field: str) -> Path:
+    """`folder / name` for a name that came from a file. Raises DataError, by its field, if it is no plain name."""
+    if not name or name in (".", "..") or Path(name).name != name or "\0" in name:
+        raise DataError(f"{field}: {name!r} is no plain name; a path would lead out of {folder}")
+    return folder / name
+
+
+def seal(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with the hash of its content in it, under SEAL."""
+    return {**body, SEAL: _digest(body)}
+
+
+def seal_fits(body: dict[str, Any]) -> bool:
+    """Whether a body that was read is to the letter what was sealed."""
+    return body.get(SEAL) == _digest({name: value for name, value in body.items() if name != SEAL})
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -46,28 +82,82 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def held(path: Path, *, seconds: float, pause: float = 0.2) -> Iterator[None]:
+    """Be the only process that writes `path` while the block runs; the lock goes with the process that holds it.
+
+    A process that is stopped, or cut off from everything else, keeps the lock: who comes later cannot write beside it.
+    Raises FolderHeld, saying who has it, where it is not free within so many seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.held").open("a+", encoding="utf-8") as lock:
+        deadline = time.monotonic() + seconds
+        while not _take(lock.fileno()):
+            if time.monotonic() >= deadline:
+                lock.seek(0)
+                raise FolderHeld(
+                    f"{path} is still being written by {lock.read().strip() or 'another process'}, which lost its "
+                    "claim but has not ended: let it go on (kill -CONT) or end it (kill -KILL)"
+                )
+            time.sleep(pause)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def _take(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        _sync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(path)
+        for inner in temporary.rglob("*"):
+            _sync(inner)
+        _sync(temporary)
+        remove_folder(path)
         temporary.rename(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync_folder(path: Path) -> None:
+def remove_folder(path: Path) -> None:
+    """Delete a folder, if it is there: gone under its name at once, whenever this process may be killed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path, *, below: bool = True) -> None:
+    """Delete what killed writers left in a folder, and in those below it, that has one writer at a time."""
+    for leftover in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

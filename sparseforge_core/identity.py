@@ -10,6 +10,9 @@ from sparseforge_core import specs
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.recipe import Cell, Recipe, Trained
 
+_HERE = "\0recipe"
+"""Where a recipe's text goes; no text of ours holds a NUL."""
+
 
 def canonical(value: Any) -> str:
     """The text that is hashed: compact JSON, keys sorted, fields equal to their default left out."""
@@ -35,8 +38,20 @@ def required_cells(cell: Cell) -> tuple[Cell, ...]:
 
 def dumps(cell: Cell) -> str:
     """A cell as a file: every field written out, with its key, so that a hand edit is noticed."""
-    body = {"key": cell_key(cell), "cell": specs.encode(cell, omit_defaults=False)}
-    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return dumps_written(cell, key_of(cell.recipe), written(cell.recipe))
+
+
+def written(recipe: Recipe) -> str:
+    """The recipe's part of a cell file, the same for every seed."""
+    return json.dumps(recipe_spec(recipe), indent=1, sort_keys=True, allow_nan=False)
+
+
+def dumps_written(cell: Cell, recipe_key: str, recipe: str) -> str:
+    """`dumps` of a cell whose recipe's key and part are known: a grid asks for the same recipe at many seeds."""
+    body: dict[str, Any] = {"kind": Cell.kind, Cell.revision_key: Cell.spec_revision, "recipe": _HERE}  # type: ignore[attr-defined]
+    body |= {"seed": cell.seed}
+    text = json.dumps({"key": f"{recipe_key}-s{cell.seed}", "cell": body}, indent=1, sort_keys=True, allow_nan=False)
+    return text.replace(json.dumps(_HERE), recipe.replace("\n", "\n  "), 1) + "\n"
 
 
 def loads(text: str) -> Cell:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseforge_core.checkpoint import MANIFEST, load_branches, verify
 from sparseforge_core.data.cache import content_key
-from sparseforge_core.errors import CheckpointMismatch
+from sparseforge_core.errors import CheckpointMismatch, Diverged
 from sparseforge_core.identity import canonical, cell_key
 from sparseforge_core.models import hub
 from sparseforge_core.models.families import Family
@@ -32,6 +32,16 @@ def cell_folder(home: Path, cell: Cell) -> Path:
 def final_folder(home: Path, cell: Cell) -> Path:
     """Where a cell's finished model lives."""
     return cell_folder(home, cell) / "train" / "final"
+
+
+def divergence(directory: Path) -> str | None:
+    """Why the stage that ended in `directory` has no finite result; None if it has one, or has not ended."""
+    try:
+        body = json.loads((directory / "measurements.json").read_text())
+    except (OSError, ValueError):  # not there, or torn: whoever records it says so
+        return None
+    why = body.get("diverged") if isinstance(body, dict) else None
+    return None if why is None else str(why)
 
 
 def open_source(source: ModelSource, home: Path) -> PreTrainedModel:
@@ -86,7 +96,7 @@ def open_finished(cell: Cell, home: Path) -> PreTrainedModel:
     """The model that a cell made, every file's hash checked, its side branch (if any) added to the weights.
 
     Adding B P to the weight computes eq. (1) exactly; the stored weights stay sparse. Raises CheckpointMismatch
-    if the cell has not finished or its files were altered.
+    if the cell has not finished or its files were altered, Diverged if it made no model because it diverged.
     """
     model, branches = open_apart(cell, home)
     for site in find_sites(model, open_family(cell.recipe.model, model)) if branches else []:
@@ -106,6 +116,8 @@ def open_apart(cell: Cell, home: Path) -> tuple[PreTrainedModel, dict[str, tuple
         return open_source(cell.recipe.model, home), {}
     folder = final_folder(home, cell)
     if not folder.is_dir():
+        if why := divergence(folder.parent):
+            raise Diverged(f"cell {cell_key(cell)} made no model, it diverged: {why}")
         raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; run its train stage first")
     verify(folder, cell_key(cell))
     model = hub.from_pretrained(

@@ -24,15 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseforge_core import files, specs
+from sparseforge_core import bundles, files, measured, specs
 from sparseforge_core.checkpoint import MANIFEST, Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
-from sparseforge_core.errors import DataError, Interrupted, SparseForgeError
+from sparseforge_core.errors import BundleError, DataError, Diverged, Interrupted, SparseForgeError
 from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
+from sparseforge_core.evaluate.result import measurement
 from sparseforge_core.evaluate.subject import Subject
-from sparseforge_core.evaluate.suites import Suite, suite_key
+from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
 from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
@@ -41,6 +42,7 @@ from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import faster, forwards
 from sparseforge_core.opening import (
     cell_folder,
+    divergence,
     open_family,
     open_finished,
     open_source,
@@ -54,8 +56,6 @@ from sparseforge_core.train.loop import Outcome, Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
 
 COMPILED_FROM = 200
 """Steps from which on a run on a GPU earns back the time that compiling its blocks takes."""
@@ -80,6 +80,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_memory() -> int:
+    """Bytes of memory of the first GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def train_cell(
     cell: Cell,
     directory: Path,
@@ -91,7 +98,8 @@ def train_cell(
 ) -> Path:
     """Run a cell's train stage in `directory` and return its measurements file; a finished one is not run again.
 
-    Raises Interrupted after saving a checkpoint when asked to stop; the same call then goes on from there.
+    One that diverges has a result all the same: measurements without a value, and why. Raises Interrupted after saving
+    a checkpoint when asked to stop; the same call then goes on from there.
     """
     done = finished_training(cell, directory)
     if done:
@@ -99,7 +107,53 @@ def train_cell(
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
+    files.remove_temporaries(directory)
+    files.remove_temporaries(cell_folder(home, cell), below=False)
+    seen = _Seen(on_step)
+    try:
+        return _train_to_the_end(cell, directory, home, seen, should_stop, execution or Execution(), began)
+    except Diverged as error:
+        why = f"{error}; step {seen.last.step} was the last good one" if seen.last else str(error)
+        log.warning("cell %s diverged: %s", cell_key(cell), why)
+        rows = [*seen.facts, _row("final_loss", None, {"status": "diverged", "why": why})]
+        context = {**_context(default_device()), "wall_seconds": time.perf_counter() - began}
+        return _write_measurements(directory, cell, "train", None, rows, context, diverged=why)
+
+
+class _Seen:
+    """What is known of a training so far, for one that ends badly."""
+
+    def __init__(self, on_step: Callable[[Progress], None] | None) -> None:
+        self.on_step = on_step
+        self.last: Progress | None = None
+        """The last step that was made."""
+        self.facts: list[dict[str, Any]] = []
+        """Measurements that hold however it ends."""
+
+    def __call__(self, progress: Progress) -> None:
+        self.last = progress
+        if self.on_step is not None:
+            self.on_step(progress)
+
+    def close(self, journal: Journal, error: Diverged, steps: int) -> None:
+        """End the journal of a run that diverged with the last step's loss, whether it was its turn or not."""
+        if self.last is not None:
+            journal.scalars(self.last.step, {"loss/total": self.last.loss})
+        after = self.last.step if self.last is not None else 0
+        journal.event("diverged", {"why": str(error), "after": after, "of": steps})
+
+
+def _train_to_the_end(
+    cell: Cell,
+    directory: Path,
+    home: Path,
+    seen: _Seen,
+    should_stop: Callable[[], bool] | None,
+    execution: Execution,
+    began: float,
+) -> Path:
     prepared = _Prepared(cell, home, default_device())
+    seen.facts = _facts(cell.recipe, prepared.coverage)
     checkpoints = Checkpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())
     outcome = Outcome(final_loss=math.nan, seconds=0.0)
@@ -108,9 +162,12 @@ def train_cell(
         steps = checkpoints.steps()
         journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
         try:
-            run = prepared.run(track, checkpoints, journal, execution or Execution())
-            outcome = train(run, on_step=on_step, should_stop=should_stop)
+            run = prepared.run(track, checkpoints, journal, execution)
+            outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
+        except Diverged as error:
+            seen.close(journal, error, cell.recipe.train.steps)
+            raise
         finally:
             journal.close()
     branches = track.finish()
@@ -121,13 +178,20 @@ def train_cell(
     rows = _train_measurements(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**_context(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
-    return _write_measurements(directory, cell, "train", None, rows, context, None)
+    return _write_measurements(directory, cell, "train", None, rows, context)
 
 
 def finished_training(cell: Cell, directory: Path) -> Path | None:
-    """The measurements file of a train stage that is complete on disk and verifies, or None."""
-    path = directory / "measurements.json"
+    """The measurements file of a train stage that is complete on disk and verifies, or None.
+
+    One whose model is gone, for instance because an error said to delete it, is not complete.
+    """
+    path = directory / measured.FILE
     if not path.is_file():
+        return None
+    if divergence(directory) is not None:  # it left no model, by rights
+        return path
+    if not (directory / "final").is_dir():
         return None
     verify(directory / "final", cell_key(cell))
     return path
@@ -138,13 +202,20 @@ def evaluate_cell(
 ) -> Path:
     """Measure a finished cell under a suite and return the measurements file in `directory`.
 
+    A cell that diverged made no model: its measurements have no value, and say why.
+
     `ngram` is the length, in words, of what the contamination scan looks for; None leaves the scan out.
     """
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     device = default_device()
     recipe = cell.recipe
-    model = open_finished(cell, home).to(device)  # type: ignore[arg-type]
+    try:
+        model = open_finished(cell, home).to(device)  # type: ignore[arg-type]
+    except Diverged as error:
+        rows = [measurement(metric, None, None, 0, {"why": str(error)}) for metric in metrics_of(suite)]
+        context = {**_context(device), "wall_seconds": time.perf_counter() - began}
+        return _write_measurements(directory, cell, suite_key(suite), suite, rows, context, diverged=str(error))
     sites: list[Site] = []
     if recipe.pattern is not None:
         sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
@@ -162,13 +233,15 @@ def evaluate_cell(
         sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
     result = evaluate_model(subject, suite, ngram=ngram)
-    digest = None
-    if result.items:
-        lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
-        files.write_text(directory / "items.jsonl", lines)
-        digest = files.sha256(directory / "items.jsonl")
+    for folder in (directory, subject.items_dir):
+        files.remove_temporaries(folder)
+    lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)
+    if lines:
+        files.write_text(directory / measured.ITEMS, lines)
+    else:
+        (directory / measured.ITEMS).unlink(missing_ok=True)
     context = {**_context(device), **result.context, "wall_seconds": time.perf_counter() - began}
-    return _write_measurements(directory, cell, suite_key(suite), suite, list(result.measurements), context, digest)
+    return _write_measurements(directory, cell, suite_key(suite), suite, list(result.measurements), context)
 
 
 class _Prepared:
@@ -291,9 +364,6 @@ def _train_measurements(
     findings: dict[str, float],
 ) -> list[dict[str, Any]]:
     values: dict[str, float] = {
-        "coverage": cover.share if recipe.pattern else 0.0,
-        "masked_parameters": cover.masked if recipe.pattern else 0,
-        "total_parameters": cover.total,
         "extra_parameters": sum(branch.cost.parameters for branch in branches.values()),
         "extra_bytes": sum(branch.cost.parameters for branch in branches.values()) * STORED_BYTES,
         "extra_flops_per_token": sum(branch.cost.flops for branch in branches.values()),
@@ -308,11 +378,21 @@ def _train_measurements(
     if math.isfinite(gap):
         values["soft_hard_gap"] = gap
     values |= findings
-    details = {"coverage": {"family": cover.family, "included": cover.included, "excluded": cover.excluded}}
+    return _facts(recipe, cover) + [_row(name, float(value)) for name, value in values.items()]
+
+
+def _facts(recipe: Recipe, cover: Coverage) -> list[dict[str, Any]]:
+    """What is masked, which no training changes."""
+    about = {"family": cover.family, "included": cover.included, "excluded": cover.excluded}
     return [
-        {"metric": name, "value": float(value), "stderr": None, "n": 1, "detail": details.get(name, {})}
-        for name, value in values.items()
+        _row("coverage", cover.share if recipe.pattern else 0.0, about),
+        _row("masked_parameters", float(cover.masked if recipe.pattern else 0)),
+        _row("total_parameters", float(cover.total)),
     ]
+
+
+def _row(metric: str, value: float | None, detail: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "stderr": None, "n": 1, "detail": detail or {}}
 
 
 def _context(device: torch.device) -> dict[str, Any]:
@@ -336,26 +416,27 @@ def _write_measurements(
     suite: Suite | None,
     rows: list[dict[str, Any]],
     context: dict[str, Any],
-    items_sha256: str | None,
+    *,
+    diverged: str | None = None,
 ) -> Path:
     body = {
-        "format": FORMAT,
         "cell": cell_key(cell),
         "stage": stage,
         "suite": None if suite is None else specs.encode(suite, omit_defaults=False),
         "context": context,
-        "items_sha256": items_sha256,
         "measurements": rows,
     }
-    path = directory / "measurements.json"
-    files.write_json(path, body)
-    return path
+    if diverged is not None:
+        body["diverged"] = diverged
+    return measured.write(directory, body)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of one cell; exit code 0 done, 2 refused, 130 stopped with a checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m sparseforge_core.run", description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path(os.environ.get("SPARSEFORGE_HOME", "runs")))
+    home = os.environ.get("SPARSEFORGE_HOME")
+    parser.add_argument("--home", type=Path, help="default $SPARSEFORGE_HOME, else runs; of a bundle its own home/")
+    parser.set_defaults(home=Path(home) if home else None)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train one cell, or go on where it stopped")
     evaluation = commands.add_parser("evaluate", help="measure a finished cell under a suite")
@@ -363,6 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("cell", type=Path, help="cell file written by `sparseforge plan GRID --out DIR`")
     bundle = commands.add_parser("bundle", help="run many cells in one warm process, for machines without a store")
     bundle.add_argument("folder", type=Path, help="folder with bundle.json, written by `sparseforge bundle`")
+    bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
     for command in (training, bundle):
         command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
         choice = argparse.BooleanOptionalAction
@@ -389,34 +471,46 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
+    runs = options.home or Path("runs")
     if options.command == "evaluate":
         suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
         cell = loads(options.cell.read_text())
-        return evaluate_cell(cell, suite, options.directory, options.home, ngram=options.ngram or None)
+        return evaluate_cell(cell, suite, options.directory, runs, ngram=options.ngram or None)
     execution = Execution(options.micro_batch, options.compile)
     if options.command == "bundle":
-        return run_bundle(options.folder, options.home, execution, should_stop)
+        home = options.home or options.folder / bundles.HOME
+        return run_bundle(options.folder, home, execution, should_stop, index=options.index)
     cell = loads(options.cell.read_text())
-    return train_cell(cell, options.directory, options.home, should_stop=should_stop, execution=execution)
+    return train_cell(cell, options.directory, runs, should_stop=should_stop, execution=execution)
 
 
-def run_bundle(folder: Path, home: Path, execution: Execution, should_stop: Callable[[], bool]) -> Path:
-    """Run the cells of `bundle.json` in order, each stage once; what is finished is passed over.
+def run_bundle(
+    folder: Path,
+    home: Path,
+    execution: Execution,
+    should_stop: Callable[[], bool],
+    *,
+    index: int | None = None,
+    ngram: int | None = NGRAM,
+) -> Path:
+    """Run the cells of a bundle in order, or the one at `index`, each stage once; what is finished is passed over.
 
-    The file holds `{"cells": [{"cell": <cell file>, "suites": [<suite JSON>]}]}`. Returns HOME/cells, whose folders
-    `sparseforge ingest` records.
+    Returns HOME/cells, which `sparseforge ingest` brings home. Raises BundleError for a bundle that is not whole.
     """
-    body = json.loads((folder / "bundle.json").read_text())
-    for entry in body["cells"]:
-        cell = loads(json.dumps(entry["cell"]))
-        base = cell_folder(home, cell)
+    bundle = bundles.read_bundle(folder)
+    bundles.prepare(bundle)
+    if index is not None and not 0 <= index < len(bundle.entries):
+        raise BundleError(f"--index {index}: the bundle has cells 0 to {len(bundle.entries) - 1}")
+    for entry in bundle.entries if index is None else bundle.entries[index : index + 1]:
+        base = cell_folder(home, entry.cell)
         began = time.perf_counter()
-        train_cell(cell, base / "train", home, should_stop=should_stop, execution=execution)
-        for data in entry["suites"]:
-            suite = specs.decode(data, Suite, "suite")
-            if not (base / suite_key(suite) / "measurements.json").is_file():
-                evaluate_cell(cell, suite, base / suite_key(suite), home)
-        log.info("cell %s done in %.1f s", cell_key(cell), time.perf_counter() - began)
+        train_cell(entry.cell, base / "train", home, should_stop=should_stop, execution=execution)
+        for suite in entry.suites:
+            if should_stop():
+                raise Interrupted("stopped between two stages; run the same command again to go on from here")
+            if not (base / suite_key(suite) / measured.FILE).is_file():
+                evaluate_cell(entry.cell, suite, base / suite_key(suite), home, ngram=ngram)
+        log.info("cell %s done in %.1f s", cell_key(entry.cell), time.perf_counter() - began)
     return home / "cells"
 
 

@@ -24,6 +24,10 @@ SPECS: dict[str, type[Any]] = {}
 """Every registered spec class by its kind."""
 
 
+LARGEST = 2**63 - 1
+"""The largest whole number that the databases hold."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def spec(kind: str, *, revision: int = 1) -> Callable[[type[T]], type[T]]:
     """Register the class under `kind`. Bump `revision` when its arithmetic changes: that makes a new recipe."""
@@ -125,6 +129,8 @@ def _decode(data: Any, expected: Any, path: str) -> Any:
 
 def _scalar(data: Any, expected: type[Any], path: str) -> Any:
     fits = type(data) is expected or (expected is float and type(data) is int)
+    if expected is int and fits and not -LARGEST <= data <= LARGEST:
+        raise RecipeError(f"{path}: expected an int of at most {LARGEST}, found one of {len(str(abs(data)))} digits")
     try:
         if fits and (expected is not float or math.isfinite(data)):
             return expected(data)

@@ -56,6 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
     CORE + "presets": core("recipe methods sparsity objective observe schedules models.sources data.corpora"),
     CORE + "identity": core("recipe"),
+    CORE + "measured": core("files"),
+    CORE + "bundles": core("data files recipe identity evaluate.suites"),
     CORE + "checkpoint": core("recipe identity models sparsity files methods.base"),
     CORE + "opening": BELOW_TRAIN,
     CORE + "train": BELOW_TRAIN | core("tracking.tracker"),
@@ -64,16 +66,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "store": set(),
     CORE + "runtime": core("sparsity models.folders files checkpoint"),
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
-    CORE + "run": BELOW_TRAIN | core("train evaluate tracking.tracker"),
+    CORE + "run": BELOW_TRAIN | core("train evaluate measured bundles tracking.tracker"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
-    "flows.placements": SPECS,
+    "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
-    "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
+    "flows.cycle": SPECS | core("store run files measured tracking.tracker") | {"flows"},
+    "flows.stages": SPECS | core("store run files measured") | {"flows"},
+    "flows.remaking": SPECS | core("store run files") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
+    "flows.bundle": SPECS | core("store files bundles") | {"flows"},
+    "flows.ingesting": SPECS | core("store files measured bundles checkpoint") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
-    "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},
+    "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
-    "analysis": core("store.results store.rows store.outcomes"),
+    "analysis": core("store.results store.rows store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 
@@ -81,7 +87,7 @@ FUSED = ("sparsity/fused", "sparsity/fused_kernels", "objective/fused_kernels")
 """Files of GPU kernels, which are imported where `fused.refusal` has found that they apply."""
 
 DOORS: dict[str, tuple[str, ...]] = {
-    "prefect": ("flows/sparseforge.py",),
+    "prefect": ("flows/sparseforge.py", "flows/artifacts.py"),
     "mlflow": ("sparseforge_core/tracking/mlflow_tracker.py",),
     "sqlalchemy": ("sparseforge_core/store/",),
     "alembic": ("sparseforge_core/store/",),

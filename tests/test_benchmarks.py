@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curvature, packed, published_step, steps, train
+from benchmarks import curvature, grid, packed, published_step, steps, train
 from flows import cli
 from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
 
@@ -60,6 +60,13 @@ def test_train_times_steps_of_the_product_and_of_the_published_code() -> None:
     assert not torch.equal(before, step.masked[0].weight)
     assert len(step.masked) == 7 * shape.layers
     assert shape.masked == sum(layer.weight.numel() for layer in step.masked)
+
+
+def test_grid_plans_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert grid.main(["--cells", "40", "--run", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["planning"]) >= {"all of 40 cells", "expand", "record", "cost, disk and time"}
+    assert "running" not in found
 
 
 @pytest.mark.slow

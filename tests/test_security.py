@@ -1,12 +1,24 @@
-"""What our sources never do: unpickle, run remote code, open a shell, or write values into SQL text."""
+"""What our sources never do: unpickle, run remote code, open a shell, or write values into SQL text.
+
+And what no text of a file does: name a path outside of the folder that it belongs to.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from sparseforge_core import files, specs
+from sparseforge_core.data.corpora import HubText, TextFiles
+from sparseforge_core.errors import DataError, RecipeError, SparseForgeError
+from sparseforge_core.evaluate.suites import HELDOUT, Suite, suite_key
+from sparseforge_core.identity import loads
+from sparseforge_core.models.sources import Hub
+from sparseforge_core.tracking.histograms import write_histograms
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("sparseforge_core", "flows", "analysis", "infra")
@@ -100,3 +112,63 @@ def test_each_forbidden_thing_is_seen(line: str) -> None:
 )
 def test_what_is_allowed_passes(line: str) -> None:
     assert not list(breaches(line))
+
+
+OUTSIDE = ["../x", "/etc/x", "a/b", "..", ".", "", "a/../../b", "x\0y"]
+"""Names that lead somewhere else, or nowhere."""
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_from_a_file_stays_in_its_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^files\[0\]: "):
+        files.inside(tmp_path, name, "files[0]")
+    assert files.inside(tmp_path, "a-s0", "cell") == tmp_path / "a-s0"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_suite_of_a_bundle_names_no_path(name: str) -> None:
+    suite = specs.decode({**specs.encode(HELDOUT), "name": name}, Suite, "suite")
+    with pytest.raises(RecipeError, match="name: "):
+        suite_key(suite)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "./x", "a/../b", "", "a/b/c", "C:\\\\x"])
+def test_what_the_hub_is_asked_for_is_no_folder_of_this_machine(name: str) -> None:
+    with pytest.raises(RecipeError, match="id: "):
+        Hub(id=name, revision="main")
+    with pytest.raises(RecipeError, match="id: "):
+        HubText(id=name, revision="main")
+
+
+def test_a_corpus_stays_in_the_folder_of_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, other = tmp_path / "data", tmp_path / "other.txt"
+    data.mkdir()
+    other.write_text("a word")
+    (data / "link.txt").symlink_to(other)
+    corpus = TextFiles.of(other)
+    with pytest.raises(RecipeError, match=r"paths: '\.\./other.txt' leads out"):
+        replace(corpus, paths=("../other.txt",))
+    with pytest.raises(RecipeError, match="paths: "):
+        replace(corpus, paths=("a/../../other.txt",))
+    monkeypatch.setenv("SPARSEFORGE_DATA", str(data))
+    for path in (str(other), "link.txt"):
+        with pytest.raises(DataError, match=r"paths: .* leads out of"):
+            list(replace(corpus, paths=(path,)).all_documents(tmp_path))
+
+
+def test_a_journal_from_elsewhere_writes_no_pictures_outside(tmp_path: Path) -> None:
+    histogram = {"name": "mask/..", "edges": [0.0, 1.0], "counts": [1]}
+    with pytest.raises(DataError, match=r"histogram.name: '\.\.'"):
+        write_histograms(tmp_path / "pictures", [{"step": 1, "histogram": histogram}])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["../../x-s0", "/etc/x-s0", "..-s0"])
+def test_a_cell_file_cannot_choose_its_folder(key: str) -> None:
+    """The key is a hash of the contents, whatever the file says; that is what folders are named by."""
+    from flows.grids import grid_named
+    from flows.grids.planned import expand
+
+    text = expand(grid_named("tiny-smoke")).cells[0]
+    with pytest.raises(SparseForgeError, match="key: "):
+        loads(text.cell_json.replace(f'"{text.key}"', f'"{key}"'))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparseforge_core import specs
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.specs import SPECS, decode, encode, is_spec, spec
+from sparseforge_core.specs import LARGEST, SPECS, decode, encode, is_spec, spec
 
 
 class Part:
@@ -55,7 +55,8 @@ class Tree(Part):
 
 names = st.text(max_size=20)
 finite = st.floats(allow_nan=False, allow_infinity=False)
-leaves = st.builds(Leaf, name=names, size=st.integers(min_value=0), share=finite, on=st.booleans())
+whole = st.integers(-LARGEST, LARGEST)
+leaves = st.builds(Leaf, name=names, size=st.integers(0, LARGEST), share=finite, on=st.booleans())
 others = st.builds(Other, mode=st.sampled_from(["fast", "slow"]))
 trees = st.recursive(
     leaves | others,
@@ -63,9 +64,9 @@ trees = st.recursive(
         Tree,
         first=parts,
         rest=st.lists(leaves, max_size=3).map(tuple),
-        pair=st.tuples(st.integers(), finite),
-        limit=st.none() | st.integers(),
-        label=names | st.integers(),
+        pair=st.tuples(whole, finite),
+        limit=st.none() | whole,
+        label=names | whole,
     ),
     max_leaves=4,
 )

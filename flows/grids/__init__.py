@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from flows.grids.planned import Grid
@@ -56,13 +57,21 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     **{name: _paper(name) for name in PAPER},
     "reproductions": _reproductions,
     **{name: _study(name) for name in ("smollm2-trials", "smollm2-ideas")},
-    **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke")},
+    **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }
 """Builders by grid name; recipes are made only when a grid is asked for."""
 
 
+SHRUNK = re.compile(r"(?P<grid>[^/]+)-shrunk-(?P<rows>\d{1,4})")
+"""The name of a grid's miniature (`flows/grids/shrunken.py`)."""
+
+
 def grid_named(name: str) -> Grid:
-    """A grid by name. Raises RecipeError, naming the nearest."""
+    """A grid by name, `NAME-shrunk-ROWS` being its miniature. Raises RecipeError, naming the nearest."""
+    if miniature := SHRUNK.fullmatch(name):
+        from flows.grids.shrunken import shrunk
+
+        return shrunk(grid_named(miniature["grid"]), int(miniature["rows"]))
     if name not in GRIDS:
         raise RecipeError(unknown("grid", name, GRIDS))
     return GRIDS[name]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Plan:
     suites: tuple[PlannedSuite, ...]
     slots: tuple[PlannedSlot, ...]
     stages: dict[str, tuple[str, ...]]
+    recipes: dict[str, Recipe]
+    """By key, as the cells were made from them."""
 
 
 @dataclass
@@ -71,6 +74,9 @@ class _Rows:
     suites: dict[str, PlannedSuite] = field(default_factory=dict)
     slots: dict[tuple[str, str], PlannedSlot] = field(default_factory=dict)
     stages: dict[str, dict[str, None]] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    shown: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Rows by exhibit, so far."""
 
 
 def expand(grid: Grid) -> Plan:
@@ -80,6 +86,7 @@ def expand(grid: Grid) -> Plan:
         rows.slots[exhibit, CAPTION] = PlannedSlot(
             grid=grid.name, exhibit=exhibit, row=CAPTION, label="", position=-1, note=caption
         )
+        rows.shown[exhibit] += 1
     for entry in grid.entries:
         suite_keys = [_add_suite(rows, suite) for suite in entry.suites]
         for seed in entry.seeds:
@@ -88,12 +95,14 @@ def expand(grid: Grid) -> Plan:
         for slot in entry.slots:
             _add_slot(rows, grid.name, entry, slot)
     stages = {key: tuple(names) for key, names in rows.stages.items()}
-    return Plan(tuple(rows.cells.values()), tuple(rows.suites.values()), tuple(rows.slots.values()), stages)
+    return Plan(
+        tuple(rows.cells.values()), tuple(rows.suites.values()), tuple(rows.slots.values()), stages, rows.recipes
+    )
 
 
 def _add_cell(rows: _Rows, cell: Cell, variant: str) -> str:
     recipe = cell.recipe
-    recipe_key, spec_json = _resolved(recipe)
+    recipe_key, spec_json, written = _resolved(recipe)
     key = f"{recipe_key}-s{cell.seed}"
     if key in rows.cells and variant in ("pretraining", rows.cells[key].variant):
         return key
@@ -109,19 +118,20 @@ def _add_cell(rows: _Rows, cell: Cell, variant: str) -> str:
         variant=variant,
         tokens=recipe.train.tokens,
         spec_json=spec_json,
-        cell_json=identity.dumps(cell),
+        cell_json=identity.dumps_written(cell, recipe_key, written),
         requires=tuple(requires),
         pool=placement_for(recipe).pool,
         cost_hours=cost_hours(recipe),
     )
     rows.stages.setdefault(key, {"train": None})
+    rows.recipes[recipe_key] = recipe
     return key
 
 
 @functools.lru_cache(maxsize=20_000)
-def _resolved(recipe: Recipe) -> tuple[str, str]:
-    """Key and resolved JSON of a recipe: hashing every cell of a large grid anew would take most of its planning."""
-    return identity.key_of(recipe), _json(identity.recipe_spec(recipe))
+def _resolved(recipe: Recipe) -> tuple[str, str, str]:
+    """Key, resolved JSON and part of a cell file of a recipe: anew for every seed they would be most of planning."""
+    return identity.key_of(recipe), _json(identity.recipe_spec(recipe)), identity.written(recipe)
 
 
 _key_of_suite = functools.lru_cache(maxsize=1_000)(suite_key)
@@ -150,12 +160,13 @@ def _add_slot(rows: _Rows, grid: str, entry: Planned, slot: Slot) -> None:
         exhibit=slot.exhibit,
         row=slot.row,
         label=slot.label,
-        position=sum(exhibit == slot.exhibit for exhibit, _ in rows.slots),
+        position=rows.shown[slot.exhibit],
         recipe_key=_resolved(entry.recipe)[0],
         seeds=entry.seeds,
         suite_keys=tuple(_key_of_suite(suite) for suite in shown),
         note=slot.note,
     )
+    rows.shown[slot.exhibit] += 1
 
 
 def _family(recipe: Recipe) -> str:

@@ -54,8 +54,7 @@ def smollm2_smoke() -> Grid:
     return Grid(name="smollm2-smoke", title="SmolLM2-135M smoke", entries=entries, captions={"table-2": caption})
 
 
-def tiny_smoke() -> Grid:
-    """One tiny LLaMA on synthetic sentences: the whole path in seconds."""
+def _tiny(pretraining_steps: int) -> tuple[Planned, ...]:
     corpus = Synthetic(documents_count=400)
     tiny = Tiny(
         architecture="llama",
@@ -69,7 +68,7 @@ def tiny_smoke() -> Grid:
         model=tiny,
         method=DenseControl(),
         corpus=corpus,
-        train=TrainPlan(steps=30, sequences=4, length=32, lr=WarmupLinear(peak=1e-2)),
+        train=TrainPlan(steps=pretraining_steps, sequences=4, length=32, lr=WarmupLinear(peak=1e-2)),
     )
     text = PerplexitySuite(name="heldout", text="heldout", window=32, limit=8)
     plan = TrainPlan(steps=20, sequences=4, length=32, lr=WarmupLinear(peak=5e-3))
@@ -78,9 +77,19 @@ def tiny_smoke() -> Grid:
         ("Wanda", Wanda(samples=4, length=32)),
         ("SparseForge", SparseForge()),
     )
-    entries = _entries(Trained(recipe=pretraining), corpus, (text,), rows, plan)
+    return _entries(Trained(recipe=pretraining), corpus, (text,), rows, plan)
+
+
+def tiny_smoke() -> Grid:
+    """One tiny LLaMA on synthetic sentences: the whole path in seconds."""
     caption = "A tiny model on synthetic sentences; it shows that the path works and nothing else."
-    return Grid(name="tiny-smoke", title="Tiny smoke", entries=entries, captions={"table-2": caption})
+    return Grid(name="tiny-smoke", title="Tiny smoke", entries=_tiny(30), captions={"table-2": caption})
 
 
-GRIDS = {"smollm2-smoke": smollm2_smoke, "tiny-smoke": tiny_smoke}
+def long_smoke() -> Grid:
+    """The same with a first training that takes an hour: to try stopping, cancelling and watching on."""
+    caption = "A tiny model on synthetic sentences, trained for long; something to stop."
+    return Grid(name="long-smoke", title="Long smoke", entries=_tiny(100_000), captions={"table-2": caption})
+
+
+GRIDS = {"smollm2-smoke": smollm2_smoke, "tiny-smoke": tiny_smoke, "long-smoke": long_smoke}

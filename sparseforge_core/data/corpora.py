@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,12 @@ def held_out(document: str) -> bool:
     return int.from_bytes(digest[:4], "big") % HELDOUT_SHARE == 0
 
 
+def check_hub_id(name: str) -> None:
+    """Raise RecipeError for an id that a hub client would take for a folder of this machine."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
+        raise RecipeError(f"id: {name!r} is no name on the hub: give NAME or OWNER/NAME; Local(...) names a folder")
+
+
 @spec("hub-text")
 class HubText(Corpus):
     """A data set of the Hugging Face hub, streamed in its own order."""
@@ -84,6 +91,9 @@ class HubText(Corpus):
     field: str = "text"
     documents_limit: int | None = None
     """Use only the first so many documents; None takes all, however many terabytes that is."""
+
+    def __post_init__(self) -> None:
+        check_hub_id(self.id)
 
     def all_documents(self, home: Path) -> Iterator[str]:
         import datasets
@@ -121,6 +131,9 @@ class TextFiles(Corpus):
                 f"paths, sha256: needs one hash for each of {len(self.paths)} files (at least one), found "
                 f"{len(self.sha256)}; TextFiles.of(paths) computes them"
             )
+        for path in self.paths:
+            if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
+                raise RecipeError(f"paths: {path!r} leads out of the folder of corpora, ${DATA_ENV}")
 
     @classmethod
     def of(cls, *paths: str | Path, field: str = "text", separator: str | None = textfiles.END_OF_TEXT) -> TextFiles:
@@ -129,17 +142,27 @@ class TextFiles(Corpus):
         return cls(paths=tuple(str(path) for path in paths), sha256=hashes, field=field, separator=separator)
 
     def all_documents(self, home: Path) -> Iterator[str]:
+        for file in self.checked():
+            yield from textfiles.read_documents(file, field=self.field, separator=self.separator)
+
+    def checked(self) -> Iterator[Path]:
+        """Where each file is, once it is the one in the recipe. Raises DataError for another one."""
         for name, digest in zip(self.paths, self.sha256, strict=True):
             if _hash_of(_located(name)) != digest:
                 raise DataError(
                     f"corpus file {name} is not the one in the recipe: its hash differs. Restore it, or plan the "
                     "recipe anew with TextFiles.of"
                 )
-            yield from textfiles.read_documents(_located(name), field=self.field, separator=self.separator)
+            yield _located(name)
 
 
 def _located(path: str | Path) -> Path:
-    return Path(os.environ.get(DATA_ENV, "")) / path
+    """Where a corpus file is. Raises DataError for one outside of $SPARSEFORGE_DATA, where that is set."""
+    folder = os.environ.get(DATA_ENV)
+    found = Path(folder or "") / path
+    if folder and not found.resolve().is_relative_to(Path(folder).resolve()):
+        raise DataError(f"paths: {str(path)!r} leads out of ${DATA_ENV}={folder}; put the corpus there, or unset it")
+    return found
 
 
 def _hash_of(path: Path) -> str:

@@ -80,14 +80,14 @@ def remembered(
 ) -> list[Any]:
     """The answer to each of `asked`, those that `folder` does not hold from `run`, which gives them as they come.
 
-    `run` gets the numbers of what is left and yields answers by number; each is kept at once.
+    `run` gets the numbers of what is left, at least one, and yields answers by number; each is kept at once.
     """
     path = folder / file_name(name, about)
     with files.only_one(path):
         answers = Answers(path, about)
         try:
             left = [item for item, text in enumerate(asked) if answers.get(item, text) is None]
-            for found in run(left):
+            for found in run(left) if left else ():  # all may be there: killed between the last and the numbers
                 for item, answer in found.items():
                     answers.put(item, asked[item], answer)
             return [answers.known[item][1] for item in range(len(asked))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Literal
 
 from sparseforge_core import specs
@@ -251,7 +252,30 @@ def limited(suite: HarnessSuite, items: int) -> HarnessSuite:
     return dataclasses.replace(suite, limit=items)
 
 
+def metrics_of(suite: Suite) -> tuple[str, ...]:
+    """The measurements that a suite gives of every model; what depends on a task's own metrics is left out."""
+    if isinstance(suite, (HarnessSuite, FlipSuite, CalibrationSuite)):
+        name = {HarnessSuite: "acc", FlipSuite: "flips", CalibrationSuite: "ece"}[type(suite)]
+        return (*(f"{task}/{name}" for task in suite.tasks), f"mean/{name}")
+    if isinstance(suite, ThroughputSuite):
+        return tuple(f"decode_tokens_per_second/{prompt}x{output}" for prompt, output in suite.prompt_output)
+    if isinstance(suite, PerplexitySuite):
+        return ("perplexity", "nll")
+    if isinstance(suite, DivergenceSuite):
+        return ("kl_to_dense", "top1_agreement")
+    if isinstance(suite, LastWordSuite):
+        return ("last_word/acc", "last_word/perplexity")
+    if isinstance(suite, BatchAgreementSuite):
+        return ("largest_difference", "answers_changed")
+    raise RecipeError(f"no metric is known of a {type(suite).__name__}")
+
+
 def suite_key(suite: Suite) -> str:
-    """`<name>-<6 hex of its contents>`: two suites that measure differently never share a key."""
+    """`<name>-<6 hex of its contents>`: two suites that measure differently never share a key.
+
+    It names a folder. Raises RecipeError for a name that is more than letters, digits, dots, dashes and underscores.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", suite.name, re.ASCII):
+        raise RecipeError(f"name: {suite.name!r} is no name of a suite: use letters, digits, '.', '-' and '_'")
     text = json.dumps(specs.encode(suite), sort_keys=True)
     return f"{suite.name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

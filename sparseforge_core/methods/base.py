@@ -152,10 +152,12 @@ class MaskedTrack(MaskTrack):
 
     def state(self) -> dict[str, Tensor]:
         on = all(site.mask.branch_on for site in self.sites)
-        return {"frozen": torch.tensor(self.frozen), "branch_on": torch.tensor(on)}
+        flips = torch.tensor(self.flip_rate, dtype=torch.float64)
+        return {"frozen": torch.tensor(self.frozen), "branch_on": torch.tensor(on), "flip_rate": flips}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.frozen = bool(state["frozen"])
+        self.flip_rate = float(state.get("flip_rate", 0.0))  # checkpoints of before it was shown to the bit lack it
         for site in self.sites:
             site.mask.frozen = self.frozen
             site.mask.branch_on = bool(state["branch_on"])

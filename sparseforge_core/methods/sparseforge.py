@@ -284,7 +284,7 @@ class SparseForgeTrack(MaskedTrack):
         return None if every == 1 else x.flatten(0, -2)[::every]
 
     def _settle(self) -> None:
-        """Look at what the last update reported. Raises CurvatureUnavailable, naming the first site it could not do."""
+        """Look at what the last update reported. Raises NotFinite, naming the first site it could not do."""
         if self.reported is None:
             return
         numbers = self.reported.read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from sparseforge_core.data.corpora import Corpus
+from sparseforge_core.data.corpora import Corpus, check_hub_id
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.specs import spec
 
@@ -55,6 +55,7 @@ class Hub(ModelSource):
     """Which rules say what is masked."""
 
     def __post_init__(self) -> None:
+        check_hub_id(self.id)
         if self.remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             raise RecipeError(
                 f"remote_code=True with revision={self.revision!r}: code of the hub runs only from a pinned commit; "

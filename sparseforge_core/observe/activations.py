@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseforge_core.errors import CurvatureUnavailable, UnsupportedModel
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite, UnsupportedModel
 from sparseforge_core.models.layouts import expert_inputs
 from sparseforge_core.models.sites import Site
 
@@ -118,7 +118,7 @@ def _check(sites: list[Site], sums: dict[str, Tensor]) -> None:
     for site in sites:
         total = sums[site.name]
         if not bool(torch.isfinite(total).all()):
-            raise CurvatureUnavailable(f"site {site.name}: calibration inputs are not finite")
+            raise NotFinite(f"site {site.name}: calibration inputs are not finite")
         seen = (total != 0).flatten(-2).any(-1)
         if not bool(seen.any()):
             raise CurvatureUnavailable(f"site {site.name}: its module saw no calibration input")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.blocks import Block
 
@@ -52,7 +52,7 @@ class Grams:
             total = self.of(site)
             energy = total.diagonal(dim1=-2, dim2=-1).sum(-1)
             if not bool(torch.isfinite(total).all()):
-                raise CurvatureUnavailable(f"site {site.name}: calibration inputs are not finite")
+                raise NotFinite(f"site {site.name}: calibration inputs are not finite")
             blind = torch.nonzero(energy.reshape(-1) == 0).flatten().tolist()
             if blind:
                 which = f"expert {blind[0]} of {energy.numel()}" if energy.numel() > 1 else "its module"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparseforge_core.errors import CurvatureUnavailable, RecipeError
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite, RecipeError
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.blocks import Block, stream_blocks
 
@@ -57,7 +57,7 @@ def _inverse_diagonal(gram: Tensor, tokens: Tensor, damping: float, name: str) -
     mean = gram.double() / tokens.double().clamp_min(1.0)[..., None, None]
     scale = mean.diagonal(dim1=-2, dim2=-1).mean(-1)
     if not bool(torch.isfinite(scale).all()):
-        raise CurvatureUnavailable(f"site {name}: calibration inputs are not finite")
+        raise NotFinite(f"site {name}: calibration inputs are not finite")
     if not bool((scale > 0).all()):
         where = f", experts {torch.nonzero(scale == 0).flatten().tolist()}" if scale.ndim else ""
         raise CurvatureUnavailable(f"site {name}{where}: no calibration token reached it; use more calibration text")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseforge_core.errors import CurvatureUnavailable, RecipeError
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite, RecipeError
 from sparseforge_core.specs import spec
 
 TOLERANCE = 1e-6
@@ -49,12 +49,14 @@ def compensate(target: Tensor, hard: Tensor, gram: Tensor, *, damping: float = 0
         damping: share of the mean of gram's diagonal that is added to it; inputs never seen then keep their weights.
         limit: iterations at most.
 
-    Raises CurvatureUnavailable if gram is not finite or all zero.
+    Raises NotFinite if gram is not finite, CurvatureUnavailable if it is all zero.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    if not bool(torch.isfinite(gram).all()) or not bool((mean > 0).all()):
-        raise CurvatureUnavailable("the second moments of a layer's inputs are not finite, or all zero")
+    finite = bool(torch.isfinite(gram).all())
+    if not finite or not bool((mean > 0).all()):
+        trouble = CurvatureUnavailable if finite else NotFinite
+        raise trouble("the second moments of a layer's inputs are not finite, or all zero")
     support, extra = hard.to(gram.dtype), damping * mean
     scale = (diagonal + extra).unsqueeze(-2)
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sparseforge_core.errors import CurvatureUnavailable
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite
 from sparseforge_core.sparsity.patterns import all_finite
 from sparseforge_core.specs import spec
 
@@ -97,7 +97,7 @@ def standardize(scores: Tensor, *, log: bool, where: str = "a layer", looked: Te
     Raw products of curvature and weight are heavy-tailed: a few columns set sigma and the gaps inside groups
     vanish against the temperature. The logarithm keeps the order and makes the gaps comparable. Constant scores
     become zeros. `looked` is the part of the scores whose mean and spread are taken, if not all. Raises
-    CurvatureUnavailable, naming `where`, if a score is not finite.
+    NotFinite, naming `where`, if a score is not finite.
     """
     s = scores.float()
     seen = s if looked is None else looked.float()
@@ -110,6 +110,6 @@ def standardize(scores: Tensor, *, log: bool, where: str = "a layer", looked: Te
     return (s - seen.mean()) / (seen.std(correction=0) + 1e-6)
 
 
-def not_finite(where: str) -> CurvatureUnavailable:
+def not_finite(where: str) -> NotFinite:
     """The error for scores that nothing can be ranked by."""
-    return CurvatureUnavailable(f"{where}: a score is not finite; the curvature or weight behind it has diverged")
+    return NotFinite(f"{where}: a score is not finite; the curvature or weight behind it has diverged")

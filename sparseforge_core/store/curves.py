@@ -10,6 +10,8 @@ from sparseforge_core.store.rows import Curve
 
 POINTS = 100
 """Points that are kept of a curve: the first, the last, and evenly spaced ones between."""
+DIVERGED = "diverged"
+"""The curve of a run that ended early: one point, at the last good step; its value is the steps that were planned."""
 LEFT_OUT = ("tokens_per_second",)
 """Scalars that say something of the machine, not of the run."""
 
@@ -26,6 +28,8 @@ def curves_of(lines: Iterable[Mapping[str, Any]]) -> list[Curve]:
             name = f"histogram:{histogram['name']}"
             edges[name] = tuple(histogram["edges"])
             scalars.setdefault(name, {})[int(line["step"])] = list(histogram["counts"])
+        if line.get("event") == DIVERGED:
+            scalars[DIVERGED] = {int(line["detail"]["after"]): int(line["detail"]["of"])}
     return [_thinned(name, dict(sorted(points.items())), edges.get(name, ())) for name, points in scalars.items()]
 
 

@@ -135,6 +135,12 @@ def _read_only_file(url: sa.URL) -> sa.URL:
         raise StoreError(
             f"there is no store at {file}; make one with `make demo` or `sparseforge run demo`, or use --db"
         )
+    begun = Path(f"{file}-journal")
+    if begun.exists() and begun.stat().st_size:
+        raise StoreError(
+            f"store {file}: a process is making or upgrading it, or was killed while it did ({begun.name} is there); "
+            "wait for it, or run `sparseforge run GRID` once, which puts the store in order"
+        )
     options = {"mode": "ro", "uri": "true"}
     log = Path(f"{file}-wal")
     if not os.access(file.parent, os.W_OK, effective_ids=True) and not (log.exists() and log.stat().st_size):

@@ -14,13 +14,15 @@ import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
+from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.curves import curve_from
+from sparseforge_core.store.dossier import Dossier, dossier, matching, recipes_of
 from sparseforge_core.store.engine import make_engine, reading
 from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
 from sparseforge_core.store.migrate import require_newest
 from sparseforge_core.store.outcomes import unpack
-from sparseforge_core.store.rows import Curve
-from sparseforge_core.store.states import stage_states
+from sparseforge_core.store.rows import AttemptRecord, Curve, StageState
+from sparseforge_core.store.states import grid_attempts, stage_states
 
 MEASUREMENT_COLUMNS = [
     "exhibit", "row", "label", "position", "recipe_key", "cell_key", "seed", "model", "family", "pattern", "method",
@@ -78,17 +80,18 @@ class Results:
         """
         recorded = self._measurements(grid)
         suites = self.suites()
+        of_slot, of_record = MEASUREMENT_COLUMNS[:4], [c for c in MEASUREMENT_COLUMNS[4:] if c != "suite"]
         rows = []
         for slot in self._slots(grid):
-            shown = {name: slot[name] for name in ("exhibit", "row", "label", "position")}
-            stages = {"train", *slot["suite_keys"]}
+            shown = [slot[name] for name in of_slot]
+            stages, seeds = {"train", *slot["suite_keys"]}, set(slot["seeds"])
             rows += [
-                {**record, **shown, "suite": suites.get(record["stage"], record["stage"])}
+                [*shown, suites.get(record["stage"], record["stage"]), *(record[name] for name in of_record)]
                 for record in recorded.get(slot["recipe_key"], [])
-                if record["stage"] in stages and record["seed"] in slot["seeds"]
+                if record["stage"] in stages and record["seed"] in seeds
             ]
         # as objects: reading texts back one by one out of Arrow's strings takes longer than everything else
-        frame = pd.DataFrame(rows, columns=MEASUREMENT_COLUMNS, dtype=object)
+        frame = pd.DataFrame(rows, columns=[*of_slot, "suite", *of_record], dtype=object)[MEASUREMENT_COLUMNS]
         frame = frame.astype({"value": float, "stderr": float, "seed": int, "position": int, "tokens": int, "n": int})
         return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
 
@@ -129,11 +132,37 @@ class Results:
                         rows.append([slot["exhibit"], slot["row"], key, stage, status])
         return pd.DataFrame(rows, columns=MISSING_COLUMNS)
 
+    def progress(self, grid: str) -> tuple[list[StageState], list[AttemptRecord]]:
+        """Every planned stage of a grid in planned order, and every try at its cells, as of one moment."""
+        with reading(self.engine) as connection:
+            return stage_states(connection, grid), grid_attempts(connection, grid)
+
+    def cell_bodies(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The cell files of some cells, by key."""
+        cell = schema.cell
+        rows = self._rows(sa.select(cell.c.key, cell.c.body).where(cell.c.key.in_(keys))) if keys else ()
+        return {row.key: json.loads(row.body)["cell"] for row in rows}
+
     def stage_statuses(self, grid: str | None = None) -> dict[tuple[str, str], str]:
         """State of every planned stage, of one grid or of all, by (cell key, stage)."""
         names = self.grids() if grid is None else [grid]
         with reading(self.engine) as connection:
             return {(s.cell_key, s.stage): s.status for name in names for s in stage_states(connection, name)}
+
+    def cells_like(self, prefix: str) -> list[tuple[str, str, str, int]]:
+        """(key, model, variant, seed) of every cell whose key begins so."""
+        with reading(self.engine) as connection:
+            return matching(connection, prefix)
+
+    def dossier(self, cell_key: str) -> Dossier:
+        """All that the store knows of a cell that `cells_like` has found, but its attempts."""
+        with reading(self.engine) as connection:
+            return dossier(connection, cell_key)
+
+    def recipes(self, grid: str) -> dict[str, tuple[str, str]]:
+        """(variant, the fully resolved recipe as JSON) of every recipe that a grid plans, by recipe key."""
+        with reading(self.engine) as connection:
+            return recipes_of(connection, grid)
 
     def published(self, exhibit: str) -> pd.DataFrame:
         """Quoted numbers of an exhibit, in the paper's order."""
@@ -188,7 +217,7 @@ class Results:
         found = {}
         for row in tries:
             place = row.cell_key, row.stage
-            count[place] = count.get(place, 0) + 1
+            count[place] = count.get(place, 0) + (not row.error.startswith(RELEASED))
             if row.status != "done":
                 continue
             link = links.get(row.id)
@@ -266,9 +295,11 @@ class Results:
         done = self._rows(sa.select(a.c.id, a.c.context).where(a.c.status == "done"))
         contexts = {row.id: _sorted(row.context) for row in done}  # one for the many measurements of a stage
         grouped: dict[str, list[dict[str, Any]]] = {}
+        names = rows[0]._fields if rows else ()
         for row in rows:
-            record = {**row._mapping, "detail": _sorted(row.detail), "context": contexts[row.attempt_id]}
-            grouped.setdefault(row.recipe_key, []).append(record)
+            record = dict(zip(names, row, strict=True))
+            record |= {"detail": _sorted(record["detail"]), "context": contexts[record["attempt_id"]]}
+            grouped.setdefault(record["recipe_key"], []).append(record)
         return grouped
 
     def _rows(self, statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:

@@ -6,6 +6,8 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sparseforge_core.store.causes import RELEASED, Cause, cause_of, is_spent
+
 AttemptStatus = Literal["running", "done", "failed", "lost", "interrupted"]
 Status = Literal["pending"] | AttemptStatus
 
@@ -151,6 +153,16 @@ class AttemptRecord:
     """Circumstances of a finished attempt: device, dtype, versions, wall seconds."""
     provenance: Provenance
 
+    @property
+    def cause(self) -> Cause | None:
+        """Why it ended as it did, where something went wrong."""
+        return cause_of(self.status, self.error)
+
+    @property
+    def is_mark(self) -> bool:
+        """Whether nothing ran: it only says that tries are counted anew from here."""
+        return self.error.startswith(RELEASED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageState:
@@ -161,7 +173,7 @@ class StageState:
     status: Status
     """That of the live attempt, else of the last one; 'pending' if there was none."""
     attempts: int
-    """How many tries were made, without those that were interrupted on purpose."""
+    """How many tries count: without those that were interrupted on purpose, since the stage was last released."""
     error: str
     requires: tuple[str, ...]
     pool: str
@@ -171,3 +183,15 @@ class StageState:
     variant: str
     seed: int
     tokens: int
+    alone: bool = False
+    """Whether one of those tries failed in a way that asks for the next to run alone (memory ran out)."""
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why its last attempt ended as it did, where something went wrong."""
+        return cause_of(self.status, self.error)
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether it has used up its tries; nobody runs it before somebody releases it (`run --retry-failed`)."""
+        return is_spent(self.status, self.error, self.attempts)

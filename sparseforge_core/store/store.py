@@ -11,13 +11,14 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from sparseforge_core.errors import CellTaken, StoreError
 from sparseforge_core.store import ledger, planning, schema
+from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.curves import curve_row
 from sparseforge_core.store.engine import LOCK_SECONDS, make_engine, reading, writing
 from sparseforge_core.store.health import problems
@@ -36,7 +37,7 @@ from sparseforge_core.store.rows import (
     PublishedNumber,
     StageState,
 )
-from sparseforge_core.store.states import stage_states
+from sparseforge_core.store.states import attempt_record, stage_states
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +147,12 @@ class ResultStore:
         *,
         outcomes: Iterable[Outcomes] = (),
         curves: Iterable[Curve] = (),
+        error: str = "",
     ) -> None:
         """Commit an attempt's measurements and mark it done, in one transaction that also enters them in the log.
 
-        `outcomes` are those of the items behind the measurements, `curves` what training showed of itself.
+        `outcomes` are those of the items behind the measurements, `curves` what training showed of itself, `error` says
+        why measurements have no value (the run diverged).
 
         Finishing the same attempt again changes nothing. Raises CellTaken if another attempt has taken its place, and
         StoreError for measurements that cannot be stored; then nothing is written.
@@ -161,6 +164,7 @@ class ResultStore:
         shapes = [{**place, **curve_row(curve)} for curve in curves]
         now = _now()
         done = {"status": "done", "heartbeat": now, "finished": now, "context": context, "items_sha256": items_sha256}
+        done["error"] = error.replace("\0", "\\0")
         table, tries = schema.measurement, schema.attempt
         with writing(self.engine) as connection:
             if not _touch(connection, attempt, **done):
@@ -191,14 +195,35 @@ class ResultStore:
         """Mark running attempts without a heartbeat for that long as lost; returns how many."""
         return self._lose(schema.attempt.c.heartbeat < _now() - older_than, "no heartbeat")
 
-    def release_dead(self, host: str, alive: Callable[[int], bool]) -> int:
-        """Mark running attempts of this host whose process is gone as lost; returns how many."""
+    def release_dead(
+        self, host: str, alive: Callable[[int], bool], *, cell: str | None = None, why: str = "its process is gone"
+    ) -> int:
+        """Mark running attempts of this host (or those of one cell) whose process is gone as lost; returns how many."""
         table = schema.attempt
         held = sa.select(table.c.id, table.c.pid).where(table.c.status == "running", table.c.host == host)
+        held = held if cell is None else held.where(table.c.cell_key == cell)
         with reading(self.engine) as connection:
             running = connection.execute(held).all()
         dead = [row.id for row in running if not alive(row.pid)]
-        return self._lose(table.c.id.in_(dead), "its process is gone") if dead else 0
+        return self._lose(table.c.id.in_(dead), why) if dead else 0
+
+    def release(self, stages: Iterable[tuple[str, str]], provenance: Provenance) -> int:
+        """Count the tries of these (cell key, stage) anew: a mark among their attempts; returns how many were marked.
+
+        One that is running or done by now is left as it is.
+        """
+        table, now = schema.attempt, _now()
+        mark = {"status": "interrupted", "started": now, "heartbeat": now, "finished": now, **asdict(provenance)}
+        mark["error"] = f"{RELEASED}to be tried again, on request"
+        count = 0
+        with writing(self.engine) as connection:
+            for cell_key, stage in stages:
+                place = (table.c.cell_key == cell_key) & (table.c.stage == stage)
+                live = sa.select(sa.func.count()).select_from(table).where(place, schema.LIVE)
+                if not connection.execute(live).scalar():
+                    connection.execute(sa.insert(table).values(cell_key=cell_key, stage=stage, **mark))
+                    count += 1
+        return count
 
     def _lose(self, which: sa.ColumnElement[bool], why: str) -> int:
         table = schema.attempt
@@ -213,7 +238,7 @@ class ResultStore:
         table = schema.attempt
         with reading(self.engine) as connection:
             rows = connection.execute(sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)).all()
-        return [_record(dict(row._mapping)) for row in rows]
+        return [attempt_record(row) for row in rows]
 
     def fsck(self) -> list[str]:
         """What in the store contradicts itself, one sentence each; an empty list is a sound store."""
@@ -226,11 +251,6 @@ def _touch(connection: sa.Connection, attempt: Attempt, **values: Any) -> bool:
     table = schema.attempt
     live = sa.update(table).where(table.c.id == attempt.id, table.c.status == "running")
     return connection.execute(live.values(**values)).rowcount == 1
-
-
-def _record(row: dict[str, Any]) -> AttemptRecord:
-    provenance = Provenance(**{f.name: row.pop(f.name) for f in fields(Provenance)})
-    return AttemptRecord(**row, provenance=provenance)
 
 
 def _measurement_rows(attempt: Attempt, measurements: Iterable[Measurement]) -> list[dict[str, Any]]:

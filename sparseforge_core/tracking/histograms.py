@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparseforge_core import files
+
 PICTURES = 6
 """Pictures a cell, shared among its kinds of site, with two of each at least: drawing is what mirroring costs."""
 
@@ -20,12 +22,13 @@ def write_histograms(folder: Path, lines: list[dict[str, Any]]) -> None:
         name = line["histogram"]["name"].rpartition("/")[2]
         by_name.setdefault(name, {})[int(line["step"])] = line["histogram"]
     for name, steps in by_name.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        place = files.inside(folder, name, "histogram.name")
+        place.mkdir(parents=True, exist_ok=True)
         for step, histogram in steps.items():
             body = {"edges": histogram["edges"], "counts": histogram["counts"]}
-            (folder / name / f"step_{step:06d}.json").write_text(json.dumps(body))
+            (place / f"step_{step:06d}.json").write_text(json.dumps(body))
         for step in _spread(sorted(steps), max(2, PICTURES // len(by_name))):
-            _draw(folder / name / f"step_{step:06d}.png", steps[step], f"{name}, step {step}")
+            _draw(place / f"step_{step:06d}.png", steps[step], f"{name}, step {step}")
 
 
 def _spread(steps: list[int], count: int) -> list[int]:

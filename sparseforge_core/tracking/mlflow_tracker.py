@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,7 @@ from sparseforge_core import files
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.tracking.histograms import write_histograms
 from sparseforge_core.tracking.tracker import read_journal
+from sparseforge_core.tracking.views import BEST, TAG, views_of
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +107,55 @@ def mirror_cell(
     prepare(uri, home)
     with files.only_one(folder / CURSOR), _refusals(uri):
         client = _client(uri)
-        run_id = _open_run(client, uri, home, about, folder)
-        _Copy(client, run_id, uri, folder).up_to_now(status, _tags(about, folder, grid) | dict(tags or {}))
+        experiment, run_id = _open_run(client, uri, home, about, folder)
+        _Copy(client, experiment, run_id, uri, folder).up_to_now(status, _tags(about, folder, grid) | dict(tags or {}))
     return run_id
+
+
+def save_views(uri: str, home: Path, grid: str, scores: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Put the saved views of a grid on the experiments of its models; their ids by model. Doing it again is harmless.
+
+    `scores` are the names of the metrics that each model's suites gave. Raises MirrorError.
+    """
+    prepare(uri, home)
+    found = {}
+    with _refusals(uri):
+        client = _client(uri)
+        for model, names in scores.items():
+            found[model] = _experiment(client, uri, home, model)
+            for view in views_of(grid, names):
+                client.set_experiment_tag(found[model], *view.tag(grid))
+    return found
+
+
+def saved_views(uri: str, home: Path, models: Iterable[str]) -> dict[str, tuple[str, frozenset[str]]]:
+    """Id of the experiment of each model that has one, and the tags under which it keeps views. Raises MirrorError."""
+    prepare(uri, home)
+    with _refusals(uri):
+        client = _client(uri)
+        known = {model: client.get_experiment_by_name(model) for model in dict.fromkeys(models)}
+    return {
+        model: (str(found.experiment_id), frozenset(name for name in found.tags if name.startswith(TAG)))
+        for model, found in known.items()
+        if found is not None
+    }
+
+
+def score_names(folder: Path) -> list[str]:
+    """The names under which MLflow has what suites have measured of a cell: means and perplexities."""
+    names = []
+    for path in sorted(folder.glob("*/measurements.json")):
+        body = json.loads(path.read_text())
+        if body["suite"] is not None:
+            metrics = [row["metric"] for row in body["measurements"] if row["metric"].endswith(BEST)]
+            names += [f"eval/{_metric_name(body['suite']['name'] + '/' + metric)}" for metric in metrics]
+    return names
+
+
+def run_of(folder: Path) -> dict[str, str] | None:
+    """The MLflow run of a mirrored cell and where it is, as the cursor beside its files says; None for another cell."""
+    cursor = _read_cursor(folder / CURSOR)
+    return {"run": str(cursor["run"]), "uri": str(cursor["uri"])} if cursor else None
 
 
 def is_mirrored(folder: Path, stages: Sequence[str], uri: str) -> bool:
@@ -117,14 +164,21 @@ def is_mirrored(folder: Path, stages: Sequence[str], uri: str) -> bool:
     return cursor.get("uri") == uri and cursor.get("status") == "FINISHED" and set(stages) <= set(cursor["stages"])
 
 
+def run_place(folder: Path) -> tuple[str, str] | None:
+    """Ids of the experiment and the run that hold a cell, by its cursor; None before it was mirrored."""
+    cursor = _read_cursor(folder / CURSOR)
+    return (cursor["experiment"], cursor["run"]) if "experiment" in cursor else None
+
+
 class _Copy:
     """One cell on its way into its run; the cursor is written after each part, so that no part is sent twice."""
 
-    def __init__(self, client: Any, run_id: str, uri: str, folder: Path) -> None:
+    def __init__(self, client: Any, experiment: str, run_id: str, uri: str, folder: Path) -> None:
         self.client, self.run_id, self.folder = client, run_id, folder
         self.cursor = _read_cursor(folder / CURSOR)
         if self.cursor.get("run") != run_id or self.cursor.get("uri") != uri:
             self.cursor = {"run": run_id, "uri": uri, "step": 0, "stages": [], "pictured": 0, "status": None}
+        self.cursor["experiment"] = experiment
 
     def up_to_now(self, status: Status, tags: dict[str, str]) -> None:
         lines, _ = read_journal(self.folder / "train" / "journal.jsonl")
@@ -202,12 +256,12 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> str:
-    """The run tagged with this cell's key, made if there is none; experiments are models."""
+def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> tuple[str, str]:
+    """Ids of the experiment (its model) and of the run tagged with a cell's key, made if there is none."""
     experiment = _experiment(client, uri, home, about.model)
     found = client.search_runs([experiment], f"tags.cell_key = '{about.cell_key}'", max_results=1)
     if found:
-        return str(found[0].info.run_id)
+        return experiment, str(found[0].info.run_id)
     from mlflow.entities import Param
 
     tags = {"cell_key": about.cell_key}
@@ -216,7 +270,7 @@ def _open_run(client: Any, uri: str, home: Path, about: About, folder: Path) -> 
     parameters = [Param(name, value) for name, value in _parameters(folder / "cell.json")]
     for start in range(0, len(parameters), PARAMETERS):
         client.log_batch(run.info.run_id, params=parameters[start : start + PARAMETERS])
-    return str(run.info.run_id)
+    return experiment, str(run.info.run_id)
 
 
 def _experiment(client: Any, uri: str, home: Path, name: str) -> str:

@@ -53,6 +53,19 @@ def test_one_series_a_method_in_order_of_tokens(data: ExhibitData) -> None:
     assert first.accuracy.mean == pytest.approx(30.5)
 
 
+def test_a_method_that_diverged_at_a_budget_has_a_cross_there_and_a_row(sqlite_url: str) -> None:
+    filled = curve(Filled())
+    lost = scores([None, None], [None, None], [None, None])
+    filled.row(FIGURE, "SparseForge/400000", "SparseForge", lost, tokens=400_000, seeds=(0, 1))
+    filled.write(sqlite_url).close()
+    data = data_of(sqlite_url)
+    assert "SparseForge,400000,diverged,,,,2," in figure_csv(data)
+    drawn = [line for axes in accuracy_vs_tokens(data).axes for line in axes.get_lines()]
+    crosses = [line for line in drawn if line.get_label() == "SparseForge: diverged"]
+    assert [line.get_marker() for line in crosses] == ["x", "x"]
+    assert all(line.get_xdata()[0] == pytest.approx(400_000, rel=0.05) for line in crosses)
+
+
 def test_a_quoted_accuracy_on_other_tasks_is_not_drawn_on_our_axis(data: ExhibitData) -> None:
     first, second = series(data)["CAST"]
     assert first.accuracy is not None

@@ -56,6 +56,24 @@ def test_curves_of_seeds_meet_on_the_share_of_training(results: Results) -> None
     assert bands(results.curves("demo"), ("table-2",), ("missing",)) == []
 
 
+def test_a_line_ends_where_its_first_seed_diverged(sqlite_url: str) -> None:
+    filled = with_curves(everything())
+    early = next(cell for cell in filled.cells.values() if cell.variant == "table-2:sparseforge" and cell.seed == 1)
+    filled.curves[early.key] = [
+        Curve(name="loss/task", steps=(1, 20), values=(5.0, 9.0)),
+        Curve(name="diverged", steps=(20,), values=(100,)),
+    ]
+    filled.write(sqlite_url).close()
+    curves = Results(sqlite_url).curves("demo")
+    (band,) = bands(curves, ("table-2",), ("loss/task",))
+    assert (band.row, band.label) == ("SparseForge", "SparseForge (1 diverged)")
+    assert np.isfinite(band.mean[20])
+    assert np.isnan(band.mean[21:]).all(), "a fifth of the way, not all of it"
+    made = hard_vs_soft(collect(Results(sqlite_url), "demo").exhibits, curves)
+    assert made is not None
+    assert max(float(row["share of training"]) for row in rows_of(made[1]) if "diverged" in row["row"]) == 0.2
+
+
 def test_every_figure_has_its_numbers(results: Results) -> None:
     material = collect(results, "demo")
     wanted = {

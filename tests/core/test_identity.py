@@ -38,6 +38,12 @@ def test_a_cell_survives_its_file() -> None:
     assert cell_key(cell) == f"{key_of(RECIPE)}-s3"
 
 
+def test_a_cell_file_says_every_field_whichever_way_it_was_put_together() -> None:
+    cell = Cell(recipe=RECIPE, seed=7)
+    plainly = {"key": cell_key(cell), "cell": specs.encode(cell, omit_defaults=False)}
+    assert dumps(cell) == json.dumps(plainly, indent=1, sort_keys=True) + "\n"
+
+
 def test_fields_equal_to_their_default_do_not_change_the_key() -> None:
     same = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, clip=1.0))
     other = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, clip=2.0))

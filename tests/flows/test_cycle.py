@@ -76,6 +76,18 @@ def test_a_stopped_training_is_interrupted_and_goes_on_to_the_same_end(space: Wo
     assert final_loss(space) == final_loss(straight)
 
 
+def test_a_checkpoint_that_says_another_step_than_its_folder_is_refused(
+    space: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Interrupted):
+        space.execute(space.first, **stopper(12))
+    folder = space.home.cell(space.first) / TRAIN / "checkpoints"
+    (folder / "step-00000012").rename(folder / "step-00000020")
+    with pytest.raises(CheckpointMismatch, match="none of the 1 checkpoints"):
+        space.execute(space.first)
+    assert "step-00000020 says that it is of step 12" in caplog.text
+
+
 def final_loss(space: Workspace) -> float:
     body = json.loads((space.home.cell(space.first) / TRAIN / "measurements.json").read_text())
     return next(float(m["value"]) for m in body["measurements"] if m["metric"] == "final_loss")

@@ -112,6 +112,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_goes_on(start: Callable[..., R
     assert code == 0, output
     assert "killed by SIGKILL" in output
     assert statuses(run) == ["lost", "done"]
+    assert "killed by SIGKILL" in next(a.error for a in run.attempts() if a.status == "lost")
     steps = journal_steps(run)
     assert steps == sorted(set(steps)), "the journal holds each step once"
     assert steps[-1] == STEPS

@@ -7,13 +7,16 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.cycle import MAX_ATTEMPTS, TRAIN, attempts_so_far, ready
+from flows.cycle import TRAIN, ready
+from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.rows import StageState
 
 TIMED = "decode-aaaaaa"
+MAX_ATTEMPTS = POLICIES["unknown"].tries or 0
 SUITES = ("heldout-bbbbbb", "zero-shot-cccccc", TIMED)
 
 
@@ -111,7 +114,10 @@ def test_every_stage_runs_once_its_requirements_are_done(states: list[StageState
 def test_nothing_of_a_cell_or_behind_it_starts_when_its_training_cannot(states: list[StageState], why: str) -> None:
     first = states[0].cell_key
     skip = frozenset({(first, TRAIN)}) if why == "skipped" else frozenset()
-    changes: dict[str, Any] = {"running": {"status": "running"}, "spent": {"attempts": MAX_ATTEMPTS}}.get(why, {})
+    changes: dict[str, Any] = {
+        "running": {"status": "running"},
+        "spent": {"attempts": MAX_ATTEMPTS, "status": "failed", "error": "ValueError: what"},
+    }.get(why, {})
     states = [dataclasses.replace(s, **changes) if (s.cell_key, s.stage) == (first, TRAIN) else s for s in states]
     found = {cell.key for cell in ready(states, skip=skip)}
     assert first not in found
@@ -146,7 +152,34 @@ def test_a_suite_that_was_given_up_leaves_the_others() -> None:
     assert ready(states)[0].stages == ("b-2",)
 
 
-def test_a_new_run_tries_what_earlier_runs_gave_up() -> None:
-    states = [state("c", status="failed", attempts=MAX_ATTEMPTS)]
-    assert keys(states) == []
-    assert keys(states, earlier=attempts_so_far(states)) == ["c"]
+@pytest.mark.parametrize(
+    ("status", "error", "attempts", "again"),
+    [
+        ("failed", "ValueError: nobody knows", MAX_ATTEMPTS - 1, True),
+        ("failed", "ValueError: nobody knows", MAX_ATTEMPTS, False),
+        ("failed", "RecipeError: cannot be executed", 1, False),
+        ("failed", "Diverged: step 3: the loss is nan", 1, False),  # of a store from before divergence was a result
+        ("failed", "OutOfMemory: CUDA out of memory; next, with 2 of 4", 9, True),
+        ("failed", "DoesNotFit: CUDA out of memory; nothing is left to halve", 2, False),
+        ("failed", "StoreError: locked", 4, True),
+        ("failed", "StoreError: locked", 5, False),
+        ("lost", "its process is gone", 9, True),
+        ("lost", "its process is gone", 10, False),
+        ("interrupted", "stopped", 99, True),
+    ],
+)
+def test_each_class_of_failure_has_its_number_of_tries(status: Any, error: str, attempts: int, again: bool) -> None:
+    states = [state("c", status=status, error=error, attempts=attempts)]
+    assert keys(states) == (["c"] if again else [])
+    assert states[0].quarantined is not again
+
+
+def test_what_ran_out_of_memory_waits_until_nothing_else_runs_or_can() -> None:
+    scarce = state("a", status="failed", error="OutOfMemory: next, with 2 of 4", attempts=1, cost_hours=9.0, alone=True)
+    others = [state("b"), state("c")]
+    assert keys([scarce, *others]) == ["b", "c"]
+    done = [dataclasses.replace(s, status="done") for s in others]
+    assert keys([scarce, *done], busy=frozenset({"c"})) == []
+    assert keys([scarce, *done]) == ["a"]
+    both = [scarce, dataclasses.replace(scarce, cell_key="d")]
+    assert len(keys([*both, *done])) == 1, "one by one"

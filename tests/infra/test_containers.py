@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if service["image"].startswith("sparseforge:")}
 SERVERS = ("postgres", "prefect", "mlflow")
+WORKERS = {"worker-cpu": ["cpu"], "worker-gpu": ["gpu"], "worker-gpu-8": ["gpu-8"]}
 DOCKERFILES = ("infra/Dockerfile", "infra/mlflow.Dockerfile")
 
 
@@ -28,9 +31,9 @@ def _environment(service: dict[str, Any]) -> dict[str, str]:
 
 
 def test_every_part_is_there() -> None:
-    assert set(SERVICES) == {*SERVERS, "register", "worker-grids", "worker-cpu", "worker-gpu"}
-    assert SERVICES["worker-gpu"]["profiles"] == ["gpu"], "a machine without a GPU must not wait for one"
-    assert not any("profiles" in service for name, service in SERVICES.items() if name != "worker-gpu")
+    assert set(SERVICES) == {*SERVERS, "register", "worker-grids", *WORKERS}
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    assert profiles == WORKERS, "a machine without a GPU must not wait for one"
 
 
 def test_ports_are_open_to_this_machine_only() -> None:
@@ -41,14 +44,47 @@ def test_ports_are_open_to_this_machine_only() -> None:
 
 def test_secrets_come_from_the_environment_and_have_no_default() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
-    uses = re.findall(r"\$\{(SPARSEFORGE_DB_(?:USER|PASSWORD))([^}]*)\}", text)
-    assert len(uses) >= 6
-    assert all(rest == f":?set {name}" for name, rest in uses), uses
+    uses = re.findall(r"\$\{(SPARSEFORGE_\w*(?:USER|PASSWORD|AUTH|SECRET))([^}]*)\}", text)
+    assert {name for name, _ in uses} == set(_drawn())
+    assert all(rest.startswith(f":?set {name}") for name, rest in uses), uses
     for name, service in SERVICES.items():
         for variable, value in _environment(service).items():
-            if re.search(r"PASSWORD|SECRET|TOKEN", variable):
+            if re.search(r"PASSWORD|SECRET|TOKEN|AUTH_STRING|AUTH_ADMIN", variable):
                 assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), f"{name}: {variable}"
     assert not re.search(r"://\w+:\w+@", text), "a password in the clear"
+
+
+def _drawn() -> dict[str, str]:
+    """The secrets that infra/secrets.sh draws."""
+    said = subprocess.run(["bash", str(ROOT / "infra" / "secrets.sh")], capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in said.stdout.splitlines())
+
+
+def test_drawn_secrets_are_long_never_the_same_and_fit_into_a_url() -> None:
+    first, second = _drawn(), _drawn()
+    for name in first:
+        value, other = (drawn[name].rpartition(":")[2] for drawn in (first, second))
+        if not name.endswith("_USER"):
+            assert len(value) >= 32, name
+            assert value != other, name
+        assert re.fullmatch(r"[A-Za-z0-9]+", value), name
+
+
+def test_servers_ask_for_a_login_and_clients_have_it() -> None:
+    prefect, mlflow = _environment(SERVICES["prefect"]), _environment(SERVICES["mlflow"])
+    assert "--app-name=basic-auth" in SERVICES["mlflow"]["command"]
+    (bound,) = (v.split(":") for v in SERVICES["mlflow"]["volumes"] if v.startswith("./"))
+    assert bound[1] == mlflow["MLFLOW_AUTH_CONFIG_PATH"]
+    rules = configparser.ConfigParser()
+    rules.read(ROOT / bound[0])
+    assert rules["mlflow"]["default_permission"] == "NO_PERMISSIONS"
+    assert "admin_password" not in rules["mlflow"]
+    assert f"mlauth:{SERVICES['mlflow']['working_dir']}" in SERVICES["mlflow"]["volumes"], "users outlive the container"
+    for name in ("register", "worker-grids", *WORKERS):
+        client = _environment(SERVICES[name])
+        assert client["PREFECT_API_AUTH_STRING"] == prefect["PREFECT_SERVER_API_AUTH_STRING"]
+        assert client["MLFLOW_TRACKING_USERNAME"] == mlflow["MLFLOW_AUTH_ADMIN_USERNAME"]
+        assert client["MLFLOW_TRACKING_PASSWORD"] == mlflow["MLFLOW_AUTH_ADMIN_PASSWORD"]
 
 
 def test_services_wait_for_what_they_need() -> None:
@@ -58,7 +94,7 @@ def test_services_wait_for_what_they_need() -> None:
     for name in ("prefect", "mlflow"):
         assert needs(name) == {"postgres": "service_healthy"}
     assert needs("register") == {"prefect": "service_healthy"}
-    for name in ("worker-grids", "worker-cpu", "worker-gpu"):
+    for name in ("worker-grids", *WORKERS):
         assert needs(name)["register"] == "service_completed_successfully"
         assert needs(name)["mlflow"] == "service_healthy"
 
@@ -109,7 +145,7 @@ def test_mlflow_lets_its_clients_in_by_name_and_keeps_their_artifacts() -> None:
     assert client in allowed.split(",")
     assert {"localhost:*", "127.0.0.1:*"} <= set(allowed.split(","))
     (artifacts,) = (part.partition("=")[2] for part in command if part.startswith("--artifacts-destination="))
-    assert SERVICES["mlflow"]["volumes"] == [f"mlartifacts:{artifacts}"]
+    assert f"mlartifacts:{artifacts}" in SERVICES["mlflow"]["volumes"]
 
 
 def test_volumes_and_networks_are_declared() -> None:
@@ -128,7 +164,7 @@ def test_volumes_and_networks_are_declared() -> None:
 
 
 def test_workers_share_the_cells_and_record_in_one_store() -> None:
-    workers = [SERVICES[name] for name in ("worker-grids", "worker-cpu", "worker-gpu")]
+    workers = [SERVICES[name] for name in ("worker-grids", *WORKERS)]
     assert all(worker["volumes"] == ["home:/data"] for worker in workers)
     assert len({_environment(worker)["SPARSEFORGE_DB"] for worker in workers}) == 1
     assert "SPARSEFORGE_HOME=/data/runs" in (ROOT / "infra/Dockerfile").read_text()

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.events.schemas.automations import AutomationCore
 
 from flows.grids import GRIDS
+from infra import register
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())
@@ -58,8 +60,36 @@ def test_cells_run_on_the_pool_they_drain_and_grids_on_another() -> None:
             assert pool == "grids"
 
 
-def test_register_creates_the_pools_that_deployments_and_placements_name() -> None:
-    (created,) = re.findall(r"^for pool in ([^;]+);", (ROOT / "infra" / "register.sh").read_text(), re.MULTILINE)
-    assert set(created.split()) == {deployment["work_pool"]["name"] for deployment in DEPLOYMENTS}
+def test_register_makes_the_pools_that_deployments_and_placements_name() -> None:
+    made = register.pools()
+    assert set(made) == {deployment["work_pool"]["name"] for deployment in DEPLOYMENTS}
     placed = set(re.findall(r'pool="([\w-]+)"', (ROOT / "flows" / "placements.py").read_text()))
-    assert placed <= set(created.split())
+    assert placed <= set(made)
+
+
+def test_each_pool_has_a_worker_in_the_compose_file() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    commands = [
+        service["command"] for service in services.values() if service.get("command", [""])[0].endswith("worker.sh")
+    ]
+    assert {command[1] for command in commands} == set(register.pools())
+
+
+def test_pools_of_kubernetes_ask_for_their_gpus() -> None:
+    def gpus(pool: str) -> str:
+        return str(register.kubernetes_job(pool)["variables"]["properties"]["gpus"]["default"])
+
+    assert {pool: gpus(pool) for pool in register.pools()} == {"cpu": "0", "gpu-1": "1", "gpu-8": "8", "grids": "0"}
+
+
+def test_automations_are_what_prefect_takes_and_name_what_there_is() -> None:
+    bodies = yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text())["automations"]
+    automations = {body["name"]: AutomationCore.model_validate(body) for body in bodies}
+    assert set(automations) == {"no-worker-for-grids", "crash-zombies"}
+    late = bodies[0]
+    assert late["trigger"]["match_related"]["prefect.resource.name"] in register.pools()
+    assert "infra/worker.sh grids" in late["actions"][0]["name"], "what --watch prints"
+    worker = (ROOT / "infra" / "worker.sh").read_text()
+    assert '[[ "$pool" == grids && -z "${2:-}" ]] ||' in worker, (
+        "a full worker would make runs late, and they would fail"
+    )

@@ -124,6 +124,21 @@ def test_a_cell_becomes_one_run_that_people_can_read(mlflow_home: Mirrored) -> N
     assert not is_mirrored(folder, ["heldout-abc123", "zero-shot-7-ffffff"], mlflow_home.uri)
 
 
+def test_saved_views_lie_in_the_experiment_and_links_name_them(mlflow_home: Mirrored) -> None:
+    folder, about = mlflow_home.cell("cccccccccccc-s0"), Described("cccccccccccc-s0", model="viewed-tiny")
+    run = mirror_cell(mlflow_home.uri, mlflow_home.home, folder, "demo", about)
+    assert mlflow_tracker.run_of(folder) == {"run": run, "uri": mlflow_home.uri}
+    assert mlflow_tracker.run_of(mlflow_home.home) is None
+    names = mlflow_tracker.score_names(folder)
+    assert names == ["eval/heldout/perplexity"]
+    for _ in range(2):
+        mlflow_tracker.save_views(mlflow_home.uri, mlflow_home.home, "demo", {"viewed-tiny": names})
+    wanted = ["viewed-tiny", "never seen"]
+    ((model, (number, tags)),) = mlflow_tracker.saved_views(mlflow_home.uri, mlflow_home.home, wanted).items()
+    assert (model, len(tags)) == ("viewed-tiny", 3)
+    assert mlflow_home.client.get_experiment(number).name == "viewed-tiny"
+
+
 def test_mirroring_twice_adds_nothing_even_without_its_cursor(mlflow_home: Mirrored) -> None:
     folder, about = mlflow_home.cell("bbbbbbbbbbbb-s0"), Described("bbbbbbbbbbbb-s0")
     first = mirror_cell(mlflow_home.uri, mlflow_home.home, folder, "demo", about)

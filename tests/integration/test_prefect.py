@@ -1,57 +1,26 @@
-"""`prefect deployment run sparseforge/full-grid` on a real server with real process workers; and embedded, without one.
-
-The stack is the one that people start with `infra/stack.py`; every process of it is gone when the tests are over.
-"""
+"""Grids under a Prefect server of their own, which nobody starts by hand and which is gone when the run is over."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flows.provenance import process_alive
-from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A running stack: server, deployments, and workers of the pools `grids` and `cpu`."""
-
-    home: Path
-    environment: dict[str, str]
-
-    def deployment_run(self, *parameters: str) -> subprocess.CompletedProcess[str]:
-        """The documented command, with parameters."""
-        given = [part for parameter in parameters for part in ("-p", parameter)]
-        command = ["deployment", "run", "sparseforge/full-grid", *given, "--watch", "--watch-timeout", "280"]
-        return self.prefect(*command)
-
-    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The prefect command against this server."""
-        command = [sys.executable, "-m", "prefect", *arguments]
-        return subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-        )
-
-    def logs(self) -> str:
-        """The end of every log, for a failing test."""
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.home.glob("logs/*.log"))
 
 
 def _environment(home: Path, **more: str) -> dict[str, str]:
@@ -76,73 +45,10 @@ def _processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    home = tmp_path_factory.mktemp("stack")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = _environment(home, PREFECT_WORKER_QUERY_SECONDS="1")
-    command = [sys.executable, "infra/stack.py", "--port", str(port), "--home", str(home), "--pools", "grids", "cpu"]
-    log = (home / "stack.txt").open("w")
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=log, preexec_fn=_with_parent)
-    try:
-        _wait_until(lambda: "ready:" in (home / "stack.txt").read_text() or process.poll() is not None, 180)
-        assert process.poll() is None, (home / "stack.txt").read_text()
-        api = f"http://127.0.0.1:{port}/api"
-        yield Stack(home, {**environment, "PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": api})
-    finally:
-        process.terminate()
-        process.wait(120)
-        log.close()
-    _wait_until(lambda: not _processes_of(home), 15)
-    assert _processes_of(home) == [], "the stack left processes behind"
-
-
 def _wait_until(true: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
         time.sleep(0.2)
-
-
-def test_deployment_run_fills_the_store_and_a_second_one_executes_nothing(stack: Stack) -> None:
-    for _ in range(2):
-        done = stack.deployment_run("grid=tiny-smoke")
-        assert done.returncode == 0, done.stdout + stack.logs()
-    url = f"sqlite:///{stack.home / 'store.db'}"
-    states = ResultStore(url).work("tiny-smoke")
-    assert {state.status for state in states} == {"done"}
-    assert all(state.attempts == 1 for state in states)
-    assert Results(url).missing("tiny-smoke").empty
-    flows, _ = _records(stack.home)
-    assert flows.count(("tiny-smoke", "COMPLETED")) == 2
-    assert ("tiny-smoke on cpu", "COMPLETED") in flows, "the cells ran on the pool, not in the flow that dispatches"
-
-
-def test_without_a_worker_for_its_cells_a_run_fails_at_once_and_names_the_command(stack: Stack) -> None:
-    done = stack.deployment_run("grid=table-1")
-    assert done.returncode == 1, done.stdout + stack.logs()
-    log = (stack.home / "logs" / "stack-grids.log").read_text()
-    assert "start one with: infra/worker.sh gpu-" in log, log[-3000:]
-
-
-def test_an_unknown_grid_fails_with_the_nearest_name(stack: Stack) -> None:
-    done = stack.deployment_run("grid=tiny-smok")
-    assert done.returncode == 1, done.stdout
-    assert "Did you mean 'tiny-smoke'?" in (stack.home / "logs" / "stack-grids.log").read_text()
-
-
-def test_registering_again_changes_nothing(stack: Stack) -> None:
-    environment = {**stack.environment, "PREFECT": f"{sys.executable} -m prefect"}
-    listing = ("deployment", "ls")
-    before = stack.prefect(*listing).stdout
-    assert stack.prefect("work-pool", "pause", "gpu-8").returncode == 0
-    again = subprocess.run(
-        ["bash", "infra/register.sh"], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert stack.prefect(*listing).stdout == before
-    assert "is_paused=True" in stack.prefect("work-pool", "inspect", "gpu-8").stdout, "a paused pool stays paused"
 
 
 def test_the_embedded_run_needs_no_server_and_records_every_stage(tmp_path: Path) -> None:

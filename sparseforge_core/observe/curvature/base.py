@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_core.distributed import finite_everywhere, mean_over_ranks, on_any_rank
-from sparseforge_core.errors import CurvatureUnavailable, RecipeError
+from sparseforge_core.errors import CurvatureUnavailable, NotFinite, RecipeError
 from sparseforge_core.models.sites import Site
 
 
@@ -186,17 +186,17 @@ def refuse_blind(sites: list[Site], reached: set[str]) -> None:
 
 
 def refuse_non_finite(found: dict[str, Tensor]) -> None:
-    """Raise CurvatureUnavailable, on all ranks together, naming the keys whose tensors are not finite."""
+    """Raise NotFinite, on all ranks together, naming the keys whose tensors are not finite."""
     good = finite_everywhere(list(found.values()))
     bad = [key for key, finite in zip(found, good, strict=True) if not finite]
     if bad:
-        raise CurvatureUnavailable(
+        raise NotFinite(
             f"curvature of {len(bad)} of {len(found)} sites is not finite ({named(bad)}); none of it was kept. "
             "The loss or the weights have diverged: lower the learning rate"
         )
 
 
 def checked(curvature: Tensor, site: Site) -> Tensor:
-    """`curvature`, if all of it is finite. Raises CurvatureUnavailable: a mask must never see anything else."""
+    """`curvature`, if all of it is finite. Raises NotFinite: a mask must never see anything else."""
     refuse_non_finite({site.name: curvature})
     return curvature

@@ -171,10 +171,11 @@ def test_an_empty_split_and_an_unknown_one_are_refused(home: Path) -> None:
         list(Synthetic().documents("heldput", home))  # type: ignore[arg-type]
 
 
-def test_hub_text_streams_a_data_set_in_its_order(home: Path, tmp_path: Path) -> None:
+def test_hub_text_streams_a_data_set_in_its_order(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the reader takes a folder here for a data set of the hub
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(as_lines(DOCUMENTS))
-    corpus = HubText(id=str(tmp_path / "set"), revision="main")
+    corpus = HubText(id="set", revision="main")
     assert read(corpus, home) == DOCUMENTS
     assert read(HubText(id=corpus.id, revision="main", documents_limit=2), home) == DOCUMENTS[:2]
     with pytest.raises(DataError, match=r"unknown field 'txet'. Did you mean 'text'"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sparseforge_core.evaluate.answers import Answers, file_name
+from sparseforge_core.evaluate.answers import Answers, file_name, remembered
 
 ABOUT = {"task": "arc_easy", "task_version": "1.0", "harness": "0.4.13", "model": "abc", "dtype": "float32"}
 
@@ -72,3 +74,14 @@ def test_a_file_of_something_else_is_not_used(tmp_path: Path, caplog: pytest.Log
 @pytest.mark.parametrize("name", sorted(ABOUT))
 def test_whatever_an_answer_depends_on_is_in_the_name(name: str) -> None:
     assert file_name("arc_easy", ABOUT) != file_name("arc_easy", {**ABOUT, name: "changed"})
+
+
+def test_a_pass_whose_answers_are_all_there_asks_nothing(tmp_path: Path) -> None:
+    """As after a kill between the last answer and the measurements: an empty batch would be an error in a model."""
+
+    def run(left: list[int]) -> Iterator[dict[int, Any]]:
+        assert left, "asked for no items"
+        yield {item: item * 2 for item in left}
+
+    for _ in range(2):
+        assert remembered(tmp_path, "arc_easy", ABOUT, ["a", "b", "c"], run) == [0, 2, 4]

@@ -134,6 +134,30 @@ def test_a_store_that_is_locked_for_too_long(sqlite_url: str, tmp_path: Path) ->
     store.close()
 
 
+def test_a_store_whose_maker_was_killed_is_put_in_order_by_the_next_writer(sqlite_url: str, tmp_path: Path) -> None:
+    store = ResultStore(sqlite_url)
+    plan(store, [planned_cell("wanda")])
+    store.close()
+    maker = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    maker.execute("PRAGMA journal_mode=DELETE")
+    maker.execute("PRAGMA cache_size=1")  # so that changes reach the file before the end of the transaction
+    maker.execute("BEGIN IMMEDIATE")
+    maker.execute(
+        "CREATE TABLE half AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 9999) SELECT i FROM n"
+    )
+    (tmp_path / "killed").mkdir()
+    for name in ("store.db", "store.db-journal"):
+        shutil.copy(tmp_path / name, tmp_path / "killed" / name)
+    maker.close()
+    url = f"sqlite:///{tmp_path / 'killed' / 'store.db'}"
+    with pytest.raises(
+        StoreError, match=r"was killed while it did \(store\.db-journal is there\); .*sparseforge run GRID"
+    ):
+        Results(url)
+    ResultStore(url).close()
+    assert Results(url).grids() == ["g"]
+
+
 def test_a_table_that_is_locked_for_too_long(postgres_url: str) -> None:
     store = ResultStore(postgres_url, lock_seconds=0.2)
     other = sa.create_engine(postgres_url)

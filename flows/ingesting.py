@@ -1,0 +1,175 @@
+"""Bringing home what a bundle made: everything is checked before anything is recorded, and each stage once.
+
+Nothing in a bundle is trusted: its description and every file of a stage must give their hashes, names are plain, and
+nothing is a link.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flows.cycle import plan_grid, record, recorded
+from flows.home import Home
+from flows.provenance import provenance
+from flows.stages import TRAIN
+from sparseforge_core import bundles, files, measured, specs
+from sparseforge_core.checkpoint import MANIFEST, verify
+from sparseforge_core.errors import BundleError, CellTaken, CheckpointMismatch, RecipeError
+from sparseforge_core.evaluate.suites import suite_key
+from sparseforge_core.identity import cell_key
+from sparseforge_core.store.rows import StageState
+from sparseforge_core.store.store import ResultStore
+
+log = logging.getLogger(__name__)
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A finished stage that came home, checked."""
+
+    cell: str
+    stage: str
+    folder: Path
+    names: tuple[str, ...]
+    """The files that belong to it, relative to the folder."""
+    device: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What an ingest did, in stages."""
+
+    recorded: int
+    known: int
+    """Done in the store before."""
+    unfinished: int
+    """Not finished on the other machine yet."""
+
+
+def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
+    """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
+
+    Raises BundleError, with nothing recorded, for a bundle or a result that is foreign, altered, incomplete, a link,
+    badly named, of another format version, or of a cell that is not planned here. Doing it again changes nothing.
+    """
+    bundle = bundles.read_bundle(folder)
+    cells = folder / bundles.HOME / "cells"
+    _refuse_strangers(bundle, cells)
+    carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
+    states = _planned(store, bundle)
+    wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
+    for key, stage in sorted(wanted - set(states)):
+        raise BundleError(
+            f"stage {stage} of cell {key} is not planned here: no grid of {', '.join(bundle.grids)} has that recipe. "
+            "The bundle was made by other code or from a changed grid; ingest it with that code, or plan it again"
+        )
+    done = {place for place, state in states.items() if state.status == "done"}
+    count = sum(_bring(store, home, stage) for stage in carried if (stage.cell, stage.stage) not in done)
+    known = sum((stage.cell, stage.stage) in done for stage in carried)
+    return Ingested(count, known, len(wanted) - len(carried))
+
+
+def _planned(store: ResultStore, bundle: bundles.Bundle) -> dict[tuple[str, str], StageState]:
+    """The planned stages of the bundle's grids; a grid that the store does not have yet is planned."""
+    found: dict[tuple[str, str], StageState] = {}
+    for name in bundle.grids:
+        states = store.work(name)
+        if not states:
+            try:
+                plan_grid(store, name)
+            except RecipeError as error:
+                raise BundleError(f"the bundle is of a grid that is not known here: {error}") from error
+            states = store.work(name)
+        found |= {(state.cell_key, state.stage): state for state in states}
+    return found
+
+
+def _refuse_strangers(bundle: bundles.Bundle, cells: Path) -> None:
+    """Only folders of the bundle's cells may lie under its home, and no links."""
+    known = {cell_key(entry.cell) for entry in bundle.entries}
+    for place in (cells.parent, cells):
+        _refuse_link(place)
+    for found in sorted(cells.iterdir()) if cells.is_dir() else []:
+        _refuse_link(found)
+        if found.name not in known:
+            raise BundleError(f"{found} is of no cell of this bundle; results of another bundle belong to that one")
+
+
+def _refuse_link(path: Path) -> None:
+    """Raise BundleError for a link, a device or anything else that is neither a file nor a folder."""
+    if os.path.lexists(path):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise BundleError(f"{path} is a link or no ordinary file; copy what it stands for in its place")
+
+
+def _stages(entry: bundles.Entry, folder: Path) -> Iterator[Carried]:
+    """The finished stages of one cell, each checked to the last byte."""
+    key = cell_key(entry.cell)
+    suites = {suite_key(suite): specs.encode(suite, omit_defaults=False) for suite in entry.suites}
+    for stage in (TRAIN, *suites):
+        place = folder / stage
+        for part in (folder, place, place / measured.FILE):
+            _refuse_link(part)
+        if not (place / measured.FILE).exists():
+            continue
+        names = [measured.FILE]
+        for name in (measured.ITEMS, measured.JOURNAL):
+            _refuse_link(place / name)
+            names += [name] if (place / name).exists() else []
+        try:
+            body = measured.read(place / measured.FILE)
+            if stage == TRAIN:
+                names += _model_names(place / FINAL, key, body["context"].get("model_sha256"))
+        except CheckpointMismatch as error:
+            raise BundleError(f"{error}. Nothing was recorded; copy the folder again, or run the cell again") from error
+        found = (body["cell"], body["stage"], body["suite"])
+        if found != (key, stage, suites.get(stage)):
+            raise BundleError(f"{place / measured.FILE} is of cell {found[0]}, stage {found[1]}; wanted {key}, {stage}")
+        yield Carried(key, stage, place, tuple(names), str(body["context"]["device"]), str(body["context"]["torch"]))
+
+
+def _model_names(folder: Path, key: str, digest: str | None) -> list[str]:
+    """The files of a finished model. Raises BundleError or CheckpointMismatch unless each is as its manifest says."""
+    _refuse_link(folder)
+    _refuse_link(folder / MANIFEST)
+    if not (folder / MANIFEST).is_file() or files.sha256(folder / MANIFEST) != digest:
+        raise BundleError(f"{folder} is not the model that was measured, or was not copied with its {MANIFEST}")
+    names = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+    for name in names:
+        if name != Path(name).name or name.startswith("."):
+            raise BundleError(f"{folder / MANIFEST} names a file {name!r}, which leads out of its folder")
+        _refuse_link(folder / name)
+    verify(folder, key)
+    return [f"{FINAL}/{name}" for name in (MANIFEST, *names)]
+
+
+def _bring(store: ResultStore, home: Home, stage: Carried) -> int:
+    """Claim, copy and record one stage; how many were recorded: 1, or 0 if somebody was faster."""
+    origin = replace(provenance(), device=stage.device, torch=stage.torch)
+    try:
+        attempt = store.claim(stage.cell, stage.stage, origin)
+    except CellTaken as error:
+        log.warning("%s", error)
+        return 0
+    target = home.cell(stage.cell) / stage.stage
+    with recorded(store, attempt):
+        files.write_text(home.cell(stage.cell) / "cell.json", store.cell_body(stage.cell))
+        with files.new_folder(target) as temporary:
+            for name in stage.names:
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(stage.folder / name, temporary / name, follow_symlinks=False)
+        record(store, attempt, target / measured.FILE)
+        if stage.stage == TRAIN:
+            verify(target / FINAL, stage.cell)
+    return 1

@@ -1,0 +1,333 @@
+"""Cells that travel: what a bundle carries and refuses to, the job array, and an ingest that believes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import grids
+from flows.bundle import choose, write_bundle
+from flows.cycle import ready
+from flows.grids import grid_named
+from flows.grids.planned import Grid, expand
+from flows.grids.smoke import tiny_smoke
+from flows.home import Home
+from flows.ingesting import Ingested, ingest
+from sparseforge_core import bundles, files
+from sparseforge_core.checkpoint import verify
+from sparseforge_core.data.corpora import TextFiles
+from sparseforge_core.errors import BundleError, DataError, RecipeError
+from sparseforge_core.run import Execution, run_bundle
+from sparseforge_core.store.store import ResultStore
+from tests.flows.command import GRID, register
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_there(folder: Path) -> None:
+    run_bundle(folder, folder / bundles.HOME, Execution(), lambda: False)
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the whole tiny grid that has been run."""
+    folder = tmp_path_factory.mktemp("there") / "carried"
+    assert write_bundle(choose(["tiny-smoke"]), folder) == 4
+    run_there(folder)
+    return folder
+
+
+class Here:
+    """The machine that the bundle comes back to: a copy of it, an empty store."""
+
+    def __init__(self, carried: Path, root: Path) -> None:
+        self.folder = root / "back"
+        shutil.copytree(carried, self.folder)
+        self.home = Home(root / "home", f"sqlite:///{root / 'store.db'}", "sqlite://")
+        self.store = ResultStore(self.home.store_url)
+
+    def ingest(self) -> Ingested:
+        return ingest(self.store, self.home, self.folder)
+
+    def recorded(self) -> int:
+        return sum(state.status == "done" for state in self.store.work("tiny-smoke"))
+
+    def stage(self, name: str = "train") -> Path:
+        """The folder of a stage of a cell that needs another one, whose model is its own."""
+        found = [p for p in sorted((self.folder / "home" / "cells").glob(f"*/{name}*")) if p.is_dir()]
+        return next(p for p in found if name != "train" or list(p.glob("final/*.safetensors")))
+
+
+@pytest.fixture
+def here(carried: Path, tmp_path: Path) -> Here:
+    return Here(carried, tmp_path)
+
+
+def test_what_was_made_elsewhere_is_recorded_once_and_its_models_stay(here: Here) -> None:
+    assert here.ingest() == Ingested(recorded=7, known=0, unfinished=0)
+    assert here.ingest() == Ingested(recorded=0, known=7, unfinished=0)
+    assert here.store.fsck() == []
+    attempts = [a for s in here.store.work("tiny-smoke") for a in here.store.attempts(s.cell_key)]
+    assert {a.status for a in attempts} == {"done"}
+    assert {a.provenance.device for a in attempts} == {"cpu"}
+    states = here.store.work("tiny-smoke")
+    assert {s.status for s in states} == {"done"}
+    assert ready(states) == []
+    key = next(s.cell_key for s in states if s.method == "sparseforge")
+    verify(here.home.cell(key) / "train" / "final", key)
+
+
+def test_a_bundle_that_is_half_done_is_ingested_in_two_goes(here: Here, tmp_path: Path) -> None:
+    suite = here.stage("heldout")
+    suite.rename(tmp_path / "not yet")
+    assert here.ingest() == Ingested(recorded=6, known=0, unfinished=1)
+    (tmp_path / "not yet").rename(suite)
+    assert here.ingest() == Ingested(recorded=1, known=6, unfinished=0)
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], object], *, sealed: bool = False) -> None:
+    """Change a JSON file by hand, with a seal that fits if its writer knows how."""
+    body = json.loads(path.read_text())
+    change(body)
+    if sealed:
+        del body[files.SEAL]
+        body = files.seal(body)
+    path.write_text(json.dumps(body))
+
+
+def flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 4
+    path.write_bytes(bytes(body))
+
+
+def link(path: Path) -> None:
+    elsewhere = path.with_name("elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def outward(here: Here) -> None:
+    """A manifest that names a file outside, with every hash as it should be."""
+    manifest = here.stage() / "final" / "manifest.json"
+    (here.stage() / "secret").write_text("s")
+    names = {"../secret": files.sha256(here.stage() / "secret")}
+    edit(manifest, lambda body: body["files"].update(names), sealed=True)  # type: ignore[attr-defined]
+    digest = files.sha256(manifest)
+    edit(here.stage() / "measurements.json", lambda b: b["context"].update(model_sha256=digest), sealed=True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda h: flip(h.stage() / "measurements.json"), r"was altered|cannot be read"),
+        (lambda h: edit(h.stage() / "measurements.json", lambda b: b["measurements"][0].update(value=1)), "altered"),
+        (lambda h: edit(h.stage() / "measurements.json", lambda b: b.update(format=3), sealed=True), "has format 3"),
+        (lambda h: edit(h.stage() / "measurements.json", lambda b: b.update(cell="x"), sealed=True), "is of cell x"),
+        (lambda h: flip(h.stage() / "journal.jsonl"), "journal.jsonl is missing or was altered"),
+        (lambda h: flip(h.stage() / "final" / "model.safetensors"), r"altered \(tensor .*\); delete"),
+        (lambda h: (h.stage() / "final" / "config.json").unlink(), "config.json is missing"),
+        (lambda h: flip(h.stage() / "final" / "manifest.json"), "is not the model that was measured"),
+        (lambda h: shutil.rmtree(h.stage() / "final"), "was not copied with its manifest"),
+        (lambda h: link(h.stage() / "final" / "model.safetensors"), "is a link"),
+        (lambda h: link(h.stage()), "is a link"),
+        (lambda h: link(h.folder / "home" / "cells"), "is a link"),
+        (outward, r"names a file '\.\./secret', which leads out of its folder"),
+        (lambda h: (h.folder / "home" / "cells" / "0123456789ab-s0").mkdir(), "is of no cell of this bundle"),
+        (lambda h: flip(h.folder / "bundle.json"), r"was altered|cannot be read|is no bundle|format"),
+        (lambda h: (h.folder / "bundle.json").write_text('{"cells": []}'), "is no bundle of SparseForge"),
+        (lambda h: (h.folder / "bundle.json").unlink(), "cannot be read as a bundle"),
+        (lambda h: edit(h.folder / "bundle.json", lambda b: b.update(format=1)), "has bundle format 1, this version"),
+        (lambda h: edit(h.folder / "bundle.json", lambda b: b.update(grids=["x"]), sealed=True), "not known here"),
+    ],
+)
+def test_what_came_back_otherwise_is_refused_and_nothing_is_recorded(
+    here: Here, damage: Callable[[Here], object], sentence: str
+) -> None:
+    damage(here)
+    with pytest.raises(BundleError, match=sentence):
+        here.ingest()
+    assert here.recorded() == 0
+    assert not (here.home.root / "cells").exists()
+
+
+def test_cells_of_other_code_are_not_planned_here(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed() -> Grid:
+        grid = tiny_smoke()
+        entries = tuple(
+            dataclasses.replace(e, recipe=dataclasses.replace(e.recipe, corpus=TextFiles(paths=("a",), sha256=("b",))))
+            for e in grid.entries
+        )
+        return dataclasses.replace(grid, entries=entries)
+
+    monkeypatch.setitem(grids.GRIDS, "tiny-smoke", changed)
+    with pytest.raises(BundleError, match="is not planned here: no grid of tiny-smoke has that recipe"):
+        here.ingest()
+    assert here.recorded() == 0
+
+
+def test_a_cell_is_named_by_the_beginning_of_its_key_and_brings_what_it_needs(tmp_path: Path) -> None:
+    plan = expand(grid_named("tiny-smoke"))
+    last = plan.cells[-1]
+    chosen = choose([last.key[:6]])
+    assert list(chosen.cells) == [*last.requires, last.key]
+    assert chosen.levels() == {last.requires[0]: 0, last.key: 1}
+    assert write_bundle(chosen, tmp_path / "one") == 2
+    names = [entry.cell.recipe.method.kind for entry in bundles.read_bundle(tmp_path / "one").entries]  # type: ignore[attr-defined]
+    assert names == ["dense-control", "sparseforge"]
+    for name, sentence in (("0" * 12, "no grid has a cell"), (last.key[:3], "at least 4 characters")):
+        with pytest.raises(RecipeError, match=sentence):
+            choose([name])
+    with pytest.raises(RecipeError, match="grid demo has no cell whose key begins"):
+        choose([last.key], grid="demo")
+
+
+def test_what_a_bundle_cannot_carry_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="the packaged model smollm2-135m; lm-eval with the tasks of suite"):
+        write_bundle(choose(["smollm2-smoke"]), tmp_path / "carried")
+    assert not (tmp_path / "carried").exists()
+    assert write_bundle(choose(["smollm2-smoke"]), tmp_path / "carried", there=True) == 3
+    assert len(json.loads((tmp_path / "carried" / "bundle.json").read_text())["there"]) == 2
+
+
+def of_files(monkeypatch: pytest.MonkeyPatch, *paths: Path | str) -> None:
+    """Make the tiny grid read local files."""
+    corpus = TextFiles.of(*paths)
+
+    def changed() -> Grid:
+        grid = tiny_smoke()
+        entries = tuple(
+            dataclasses.replace(e, recipe=dataclasses.replace(e.recipe, corpus=corpus)) for e in grid.entries
+        )
+        return dataclasses.replace(grid, entries=entries)
+
+    monkeypatch.setitem(grids.GRIDS, "tiny-smoke", changed)
+
+
+def test_the_files_of_a_corpus_travel_if_they_are_the_ones_in_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"The {n} foxes see {n + 1} dogs by the river.\n<|endoftext|>\n" for n in range(300))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "own.txt").write_text(text)
+    monkeypatch.setenv("SPARSEFORGE_DATA", str(tmp_path))
+    of_files(monkeypatch, "texts/own.txt")
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
+    assert (tmp_path / "carried" / "data" / "texts" / "own.txt").read_text() == text
+    (tmp_path / "texts" / "own.txt").write_text(text[1:])
+    with pytest.raises(DataError, match=r"texts/own\.txt is not the one in the recipe"):
+        write_bundle(choose(["tiny-smoke"]), tmp_path / "again")
+    monkeypatch.setenv("SPARSEFORGE_DATA", "/nowhere")
+    monkeypatch.delenv("SPARSEFORGE_DATA")
+    run_there(tmp_path / "carried")
+    of_files(monkeypatch, tmp_path / "texts" / "own.txt")
+    with pytest.raises(BundleError, match="which lies outside of the data folder"):
+        write_bundle(choose(["tiny-smoke"]), tmp_path / "absolute")
+
+
+def test_a_text_that_is_another_one_there_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "carried"
+    write_bundle(choose(["smollm2-smoke"]), folder, there=True)
+    edit(
+        folder / "bundle.json",
+        lambda b: b["corpora"][0]["identity"].update(versions={"python": "2.7"}),  # type: ignore[index]
+        sealed=True,
+    )
+    with pytest.raises(BundleError, match=r"corpus python-docs: this machine has .*Install the same versions"):
+        run_there(folder)
+
+
+def test_an_index_that_the_bundle_lacks_is_refused(carried: Path) -> None:
+    with pytest.raises(BundleError, match="--index 4: the bundle has cells 0 to 3"):
+        run_bundle(carried, carried / bundles.HOME, Execution(), lambda: False, index=4)
+
+
+class Array:
+    """The script of a job array, run by bash as SLURM would, on a Python that has torch and transformers alone."""
+
+    SITE = """
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = {"sqlalchemy", "alembic", "psycopg", "pandas", "mlflow", "prefect", "lm_eval", "datasets", "scipy", "pyarrow"}
+
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else PathFinder.find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        (root / "absent").mkdir()
+        (root / "absent" / "sitecustomize.py").write_text(self.SITE)
+        # SLURM itself is the one thing that is not here: what the script asks of it is written down.
+        (root / "bin").mkdir()
+        (root / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {root}/scontrol.txt\n')
+        (root / "bin" / "scontrol").chmod(0o755)
+        self.folder, self.root = folder, root
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SPARSEFORGE")},
+            "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(root / "absent"),
+            "SPARSEFORGE_PYTHON": sys.executable,
+            "SLURM_SUBMIT_DIR": str(folder),
+            "SLURM_ARRAY_JOB_ID": "77",
+        }
+
+    def start(self, index: int) -> subprocess.Popen[str]:
+        # SLURM runs a copy of the script from a folder of its own.
+        spool = shutil.copy(self.folder / "array.sh", self.root / "slurm_script")
+        environment = {**self.environment, "SLURM_ARRAY_TASK_ID": str(index)}
+        return subprocess.Popen(
+            ["bash", spool], env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+@pytest.mark.slow
+def test_a_job_array_is_stopped_requeued_finished_and_brought_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(grids.GRIDS, GRID, None)  # type: ignore[arg-type]  # put back after the test
+    register()
+    folder = tmp_path / "carried"
+    write_bundle(choose([GRID]), folder, slurm=True)
+    submit = (folder / "submit.sh").read_text()
+    assert '--array=0-0 "$@" array.sh' in submit
+    assert '--array=1-1 --dependency="afterok:$job" "$@" array.sh' in submit
+    array = Array(folder, tmp_path)
+    job = array.start(0)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("home/cells/*/train/checkpoints/step-*/manifest.json")):
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.terminate()  # what --signal=B:TERM@120 does: the shell alone gets it
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, said
+    assert "run the same command again to go on from here" in said
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77_0\n"
+    job = array.start(0)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, said
+    home = Home(tmp_path / "home", f"sqlite:///{tmp_path / 'store.db'}", "sqlite://")
+    assert ingest(ResultStore(home.store_url), home, folder) == Ingested(recorded=1, known=0, unfinished=2)
+
+
+def test_the_templates_hold_no_secret_and_are_valid_shell() -> None:
+    for script in sorted((ROOT / "infra" / "slurm").iterdir()):
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        assert "password" not in script.read_text().lower()
+    assert "--signal=B:TERM@120" in (ROOT / "infra" / "slurm" / "array.sh").read_text()
