@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 COMMANDS = (
     "demo", "plan", "run", "status", "explain", "tables", "report", "verify", "audit", "doctor", "methods", "presets",
-    "families", "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
+    "families", "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "bench", "completion",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ EXIT_CODES = {
     "ingest": "0 recorded, also when there was nothing to record, 2 bad input, or files that do not verify",
     "audit": "0 everything adds up, 1 something does not, 2 bad input",
     "doctor": "0 all well, 1 something is missing",
+    "bench": "0 done, 1 a part failed, 2 bad input",
 }
 """What each command's exit code means; the first line is for all others."""
 
@@ -186,6 +187,14 @@ def _add_reading(commands: Any) -> None:
     _add_trusting(commands)
     doctor = commands.add_parser("doctor", help="check this machine and installation, say what to do")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
+    bench = commands.add_parser(
+        "bench",
+        help="measure training or decoding on this machine",
+        description="Run one of the benchmarks of the repository; what follows its name is handed to it.",
+        epilog="example: sparseforge bench train --parts mask_update 135m --out DIR; `bench train --help` says more",
+    )
+    bench.add_argument("benchmark", choices=("train", "decode"), help="which: benchmarks/train.py or decode.py")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     for name, what in (
         ("methods", "pruning methods"),
         ("presets", "named readings of the paper's method"),

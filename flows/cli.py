@@ -354,6 +354,19 @@ def _export(options: argparse.Namespace, home: Home) -> int:
     return OK
 
 
+def _bench(options: argparse.Namespace, home: Home) -> int:
+    import importlib
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / f"{options.benchmark}.py").is_file():
+        raise SparseForgeError(
+            f"bench {options.benchmark}: {root / 'benchmarks'} has no {options.benchmark}.py. Benchmarks belong to the "
+            "repository, not of an installed package; run this from a clone"
+        )
+    sys.path.insert(0, str(root))
+    return int(importlib.import_module(f"benchmarks.{options.benchmark}").main(options.arguments))
+
+
 def _list(options: argparse.Namespace, home: Home) -> int:
     from flows.listing import listing
 
@@ -380,6 +393,7 @@ HANDLERS = {
     "audit": _audit,
     "completion": _completion,
     "doctor": _doctor,
+    "bench": _bench,
     **dict.fromkeys(("export", "verify-export", "generate"), _export),
     **dict.fromkeys(("methods", "presets", "families", "suites", "grids"), _list),
 }

@@ -39,7 +39,7 @@ from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
-from sparseforge_core.objective import forwards
+from sparseforge_core.objective import faster, forwards
 from sparseforge_core.opening import (
     cell_folder,
     divergence,
@@ -57,6 +57,9 @@ from sparseforge_core.train.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
 
+COMPILED_FROM = 200
+"""Steps from which on a run on a GPU earns back the time that compiling its blocks takes."""
+
 STORED_BYTES = 2
 """Of a value of a side branch at inference (bfloat16)."""
 
@@ -67,8 +70,9 @@ class Execution:
 
     micro_batch: int | None = None
     """Sequences per forward; None takes the whole batch."""
-    compiled: bool = False
-    """Whether the forwards go through torch.compile: a minute of warm-up, then faster steps."""
+    compiled: bool | None = None
+    """Whether the blocks go through torch.compile: half a minute for the first cell of a shape in a process, then
+    faster steps. None: on a GPU, in runs of COMPILED_FROM steps or more, unless hidden states are matched."""
 
 
 def default_device() -> torch.device:
@@ -289,13 +293,18 @@ class _Prepared:
         if plan.length > _positions(self.model):
             raise DataError(f"train.length={plan.length}: the model accepts at most {_positions(self.model)} tokens")
         stream = TokenStream(self.tokens, seed=self.cell.seed, sequences=plan.sequences, length=plan.length)
-        forward, teacher = forwards(self.model, self.teacher, compiled=execution.compiled)
+        compiled = execution.compiled
+        if compiled is None:
+            matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
+            compiled = self.device.type == "cuda" and plan.steps >= COMPILED_FROM and not matched
+        plain = forwards(self.model, self.teacher)
+        forward, teacher = faster(*plain, compiled=compiled)
         return Run(
             recipe=self.cell.recipe,
             model=self.model,
             forward=forward,
             teacher=teacher,
-            plain=forwards(self.model, self.teacher) if execution.compiled else None,
+            plain=plain,
             track=track,
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
@@ -438,7 +447,8 @@ def main(arguments: list[str] | None = None) -> int:
     bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
     for command in (training, bundle):
         command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
-        command.add_argument("--compile", action="store_true", help="compile the forwards")
+        choice = argparse.BooleanOptionalAction
+        command.add_argument("--compile", action=choice, help="compile the blocks; on a GPU in long runs unless told")
     evaluation.add_argument("suite", type=Path, help="suite file (JSON)")
     evaluation.add_argument(
         "--ngram", type=int, default=NGRAM, help="words in a row that the contamination scan looks for; 0: no scan"

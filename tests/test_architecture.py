@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "distributed": set(),
     CORE + "observe": core("distributed sparsity models.sites models.layouts"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration"),
-    CORE + "objective": core("models.sources models.heads"),
+    CORE + "objective": core("models.sources models.heads models.regions"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
     CORE + "presets": core("recipe methods sparsity objective observe schedules models.sources data.corpora"),
     CORE + "identity": core("recipe"),
@@ -83,6 +83,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 
+FUSED = ("sparsity/fused", "sparsity/fused_kernels", "objective/fused_kernels")
+"""Files of GPU kernels, which are imported where `fused.refusal` has found that they apply."""
+
 DOORS: dict[str, tuple[str, ...]] = {
     "prefect": ("flows/sparseforge.py", "flows/artifacts.py"),
     "mlflow": ("sparseforge_core/tracking/mlflow_tracker.py",),
@@ -98,6 +101,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pyarrow": ("sparseforge_core/data/",),
     "tokenizers": ("sparseforge_core/data/vocabulary.py",),
     "torch.distributed": ("sparseforge_core/distributed.py",),
+    "triton": tuple(f"sparseforge_core/{file}.py" for file in FUSED),
     "torch": (
         *(
             f"sparseforge_core/{room}/"
@@ -242,6 +246,7 @@ def test_sparsity_is_pure_mathematics() -> None:
         if within(module_of(path), CORE + "sparsity")
         for found in imports(path)
         if found.name.split(".")[0] not in allowed
+        and not (found.name.split(".")[0] == "triton" and found.file.startswith(DOORS["triton"]))
     ]
     assert not wrong, "\n".join(wrong)
 

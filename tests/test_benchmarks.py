@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import curvature, grid, packed
-from sparseforge_core.observe.curvature import ESTIMATORS
+from benchmarks import curvature, grid, packed, published_step, steps, train
+from flows import cli
+from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
 
 SMALL = ["--width", "16", "--layers", "1", "--sequences", "2", "--length", "8", "--repeats", "1", "--device", "cpu"]
 
@@ -21,6 +25,41 @@ def test_curvature_reports_the_cost_of_every_estimator(capsys: pytest.CaptureFix
         assert row["run_over_plain"] == pytest.approx(1.0 + row["look_over_step"] / row["every"])
     assert curvature.main([*SMALL, "--only", "fisher"]) == 0
     assert "fisher" in capsys.readouterr().out
+
+
+def test_train_counts_the_bytes_that_annealing_keeps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["bench", "train", "--tiny", "--parts", "extra_bytes", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "train.json").read_text())
+    found = {row["measure"]: row["value"] for row in rows}
+    assert found == {"extra_bytes_per_masked_weight.default": 13.0, "extra_bytes_per_masked_weight": 4.0}
+    assert set(rows[0]) == {"measure", "value", "unit", "bar", "hardware", "command", "commit"}
+    assert train.main(["--tiny", "--seconds", "0", "--parts", "135m"]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_the_documented_bytes_are_those_of_the_tensors() -> None:
+    """The table of docs/training-speed.md, computed again."""
+    adam = dataclasses.replace(train.LEAN, curvature=AdamSecondMoment())
+    rows = {"the defaults": train.DEFAULT, "`improved`": train.LEAN, "`improved` with Adam's second moment": adam}
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training-speed.md").read_text()
+    for label, method in rows.items():
+        track = train.track_of([(64, 64)], method, torch.device("cpu"))
+        said = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+        assert float(said.split("|")[-2]) == train.kept_bytes(track) / 64**2, label
+
+
+def test_train_times_steps_of_the_product_and_of_the_published_code() -> None:
+    device = torch.device("cpu")
+    shape = train.small_shapes()["135m"]
+    taken = steps.timed(shape, train.LEAN, device, compiled=False, windows=1, warm=1)
+    assert 0 < taken.step < taken.warm_up
+    step = published_step.PublishedStep(shape, device, micro_batch=1)
+    before = step.masked[0].weight.detach().clone()
+    step(1)
+    assert step.masked[0].curvature.ne(0.98).any()
+    assert not torch.equal(before, step.masked[0].weight)
+    assert len(step.masked) == 7 * shape.layers
+    assert shape.masked == sum(layer.weight.numel() for layer in step.masked)
 
 
 def test_grid_plans_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparseforge_core.errors import PatternViolation
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
-from sparseforge_core.sparsity.masking import Branch
+from sparseforge_core.sparsity.masking import Branch, Storage
 from sparseforge_core.sparsity.patterns import check_weight
 from sparseforge_core.sparsity.report import mask_histogram, mask_summary
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -90,12 +90,12 @@ class MaskTrack:
 class MaskedTrack(MaskTrack):
     """A track whose sites all carry masks; subclasses decide when these move."""
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, around: Surroundings, storage: Storage = "float32") -> None:
         super().__init__(around)
         self.frozen = False
         self.flip_rate = 0.0
         for site in self.sites:
-            site.attach(around.slorb)
+            site.attach(around.slorb, storage)
 
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Project: fix every hard mask, zero pruned weights and their optimizer moments."""

@@ -8,7 +8,8 @@ mask is frozen and only kept weights train. Every annealed constant is a pure fu
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fishe
 from sparseforge_core.observe.grams import Grams
 from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
+from sparseforge_core.sparsity.arriving import Arriving
 from sparseforge_core.sparsity.compensation import Compensation, compensate
-from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, standardize
+from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, Magnitude, not_finite, standardize
+from sparseforge_core.sparsity.fused import Entry, Way, refusal, update_masks
 from sparseforge_core.sparsity.gate import (
     AnnealPoint,
     GateForm,
@@ -36,6 +39,7 @@ from sparseforge_core.sparsity.gate import (
     project,
     update_mask,
 )
+from sparseforge_core.sparsity.masking import Storage, set_softness
 from sparseforge_core.specs import spec
 
 
@@ -93,6 +97,10 @@ class SparseForge(Method):
     """lambda over the same progress: (1 - m) W times this is added to the gradient, as in SR-STE."""
     calibration_samples: int = 32
     """Sequences for criteria that need statistics of inputs."""
+    mask_storage: Storage = "float32"
+    """How m is kept: 9 bytes an entry with its hard mask and view, or 2 ('int16', steps of 1/32767)."""
+    statistics_rows: int = 1
+    """A layer's mean curvature, and mean and spread of its scores, are those of every n-th stored row; 1: of all."""
 
     card: ClassVar[MethodCard] = MethodCard("SparseForge, arXiv 2605.06402", "retraining")
 
@@ -107,10 +115,15 @@ class SparseForge(Method):
         for name in ("early_until", "first_update"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise RecipeError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
-        for name in ("update_every", "early_update_every"):
+        for name in ("update_every", "early_update_every", "statistics_rows"):
             period = getattr(self, name)
             if period is not None and period < 1:
                 raise RecipeError(f"{name}={period}: must be at least 1")
+        if self.mask_storage == "int16" and (self.rescale_rows or self.quench_view != "top-n"):
+            raise RecipeError(
+                "mask_storage='int16': its view is x m + (1 - x) TopN(m) and nothing else; with rescale_rows or "
+                "quench_view='threshold' use 'float32'"
+            )
         if self.compensation is not None and self.rescale_rows:
             raise RecipeError("rescale_rows: with compensation the survivors are fitted already; choose one of the two")
         if self.cooling is not None and not 0.0 < self.cooling < 1.0:
@@ -152,8 +165,12 @@ class SparseForgeTrack(MaskedTrack):
         if method.criterion.needs in ("input_norms", "inverse_gram"):
             observe = input_norms if method.criterion.needs == "input_norms" else inverse_gram_diagonals
             self.norms = observe(around.model, around.sites, around.calibration(method.calibration_samples, 2048))
-        super().__init__(around)
+        super().__init__(around, storage=method.mask_storage)
         self.method, self.around = method, around
+        self.reported: Arriving | None = None
+        self._order: list[Site] = []
+        self.seen: dict[str, float] | None = None
+        """What is worth logging of the masks since the last update, where the kernels said it."""
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
         self.step = 0
@@ -188,42 +205,99 @@ class SparseForgeTrack(MaskedTrack):
                 self._compensate(self.method.compensation)
             self.freeze(optimizer)
         elif step >= self.phases.quench:
-            for site in self.sites:
-                self._set_view(site, self.phases.softness(step))
+            self._set_views(step, self.sites)
             if step == self.phases.quench:
                 self._start_branches("quench")
 
     @torch.no_grad()
     def _update_masks(self, step: int) -> None:
-        progress, first = self.phases.progress(step), self.phases.updates(step) == 1
-        flips = 0.0
-        for site in self.sites:
-            flips += self._update_site(site, step, fixed_target=progress >= self.method.target_freeze and not first)
-            self._set_view(site, self.phases.softness(step))
-        self.flip_rate = flips / len(self.sites)
+        self._settle()
+        first = self.phases.updates(step) == 1
+        way = self._way(step)
+        together = [site for site in self.sites if self._refusal(site) is None]
+        names = {site.name for site in together}
+        alone = [site for site in self.sites if site.name not in names]
+        reports = [update_masks([self._entry(site) for site in together], way)] if together else []
+        for site in alone:
+            flipped = self._update_site(site, way)
+            # What only a look at all masks would say is left to `summary`, which takes one if it must.
+            reports.append(torch.stack([flipped, *[torch.full_like(flipped, math.inf)] * 2])[None])
+        self._set_views(step, self.sites if self.method.mask_storage == "int16" else alone)
+        self._order = [*together, *alone]
+        self.reported = Arriving(torch.cat(reports))
         if first:
             self._start_branches("first-mask")
 
-    def _update_site(self, site: Site, step: int, *, fixed_target: bool) -> float:
+    def _way(self, step: int) -> Way:
+        """What an update after `step` does."""
+        method, progress, first = self.method, self.phases.progress(step), self.phases.updates(step) == 1
+        return Way(
+            at=self.anneal_point(step),
+            form=method.form,
+            log=method.log_scores,
+            softness=self.phases.softness(step),
+            criterion=method.criterion,
+            # At the first update every entry is kept, and nothing has a place to defend.
+            margin=0.0 if first else method.hysteresis.at(progress),
+            fixed_target=progress >= method.target_freeze and not first,
+            project_on=method.project_on,
+            quench_view=method.quench_view,
+            rows=method.statistics_rows,
+        )
+
+    def _refusal(self, site: Site) -> str | None:
+        """Why the site's update is not one for the fused kernels, or None."""
+        if self.method.rescale_rows:
+            return "its view is scaled by rows"
+        return refusal(site.weight, site.mask, site.pattern, self.method.form)
+
+    def _entry(self, site: Site) -> Entry:
+        """The site for the fused kernels: with its statistic as it is kept, or with scores."""
+        known: dict[str, Any] = {"weight": site.weight.detach(), "soft": site.mask, "pattern": site.pattern}
+        if isinstance(self.method.criterion, Magnitude):
+            return Entry(**known)
+        if isinstance(self.method.criterion, HessianOBD) and self.curvature is not None:
+            statistic, scale = self.curvature.kept(site)
+            return Entry(**known, statistic=statistic, scale=scale)
+        return Entry(**known, scores=site.matrix(self._scores(site)).contiguous())
+
+    def _update_site(self, site: Site, way: Way) -> Tensor:
         """Lines 8-13 for one site; returns the share of its hard mask that flipped."""
-        soft, pattern, method = site.mask, site.pattern, self.method
-        z = standardize(self._scores(site), log=method.log_scores, where=f"site {site.name}")  # line 8, section 4.1
+        soft, pattern = site.mask, site.pattern
+        scores = self._scores(site)
+        looked = self._looked_at(site.matrix(scores))
+        z = standardize(scores, log=way.log, where=f"site {site.name}", looked=looked)  # line 8, section 4.1
         z = pattern.groups(z)
         keep = pattern.keep_of(z.shape[-1])
         mask, old = pattern.groups(soft.matrix(soft.mask)), pattern.groups(soft.matrix(soft.hard))
-        if fixed_target:
-            target = old
-        else:
-            # At the first update every entry is kept, and nothing has a place to defend.
-            first = self.phases.updates(step) == 1
-            margin = 0.0 if first else method.hysteresis.at(self.phases.progress(step))
-            target = hard_target(z, keep, old, margin)
-        new = update_mask(mask, z, target, keep, self.anneal_point(step), method.form)  # lines 9-12
-        hard = project(new, z, keep) if method.project_on == "mask" else target
-        shape = soft.matrix(soft.mask).shape
-        soft.matrix(soft.mask).copy_(pattern.ungroup(new, shape))
-        soft.matrix(soft.hard).copy_(pattern.ungroup(hard, shape))
-        return float((hard != old).float().mean())
+        target = old if way.fixed_target else hard_target(z, keep, old, way.margin)
+        new = soft.rounded(update_mask(mask, z, target, keep, way.at, way.form))  # lines 9-12
+        hard = project(new, z, keep) if way.project_on == "mask" else target
+        flipped = (hard != old).float().mean()
+        shape = soft.matrix(site.weight).shape
+        soft.move(pattern.ungroup(new, shape), pattern.ungroup(hard, shape))
+        return flipped
+
+    def _looked_at(self, x: Tensor) -> Tensor | None:
+        """Every n-th stored row of a tensor in its stored layout; None where all are looked at."""
+        every = self.method.statistics_rows
+        return None if every == 1 else x.flatten(0, -2)[::every]
+
+    def _settle(self) -> None:
+        """Look at what the last update reported. Raises NotFinite, naming the first site it could not do."""
+        if self.reported is None:
+            return
+        numbers = self.reported.read()
+        self.reported = None
+        flips, middle, gap = numbers[::3], numbers[1::3], numbers[2::3]
+        if any(math.isnan(share) for share in flips):
+            bad = [site.name for site, share in zip(self._order, flips, strict=True) if math.isnan(share)]
+            raise not_finite(f"site {bad[0]}")
+        self.flip_rate = sum(flips) / len(flips)
+        sizes = [site.weight.numel() for site in self._order]
+        means = [sum(s * x for s, x in zip(sizes, values, strict=True)) / sum(sizes) for values in (middle, gap)]
+        names = ("mask/mid_fraction", "mask/soft_hard_gap")
+        self.seen = dict(zip(names, means, strict=True)) if all(map(math.isfinite, means)) else None
 
     @torch.no_grad()
     def _compensate(self, how: Compensation) -> None:
@@ -241,9 +315,15 @@ class SparseForgeTrack(MaskedTrack):
                 soft.matrix(weight).copy_(torch.where(hard, found, soft.matrix(weight)))
                 site.mask.set_view(0.0)
 
-    def _set_view(self, site: Site, softness: float) -> None:
-        dense = site.weight.detach() if self.method.rescale_rows else None
-        site.mask.set_view(softness, hard=self.method.quench_view, keep_norm_of=dense)
+    def _set_views(self, step: int, sites: list[Site]) -> None:
+        """The forward sees m as soft as it is after `step`."""
+        softness = self.phases.softness(step)
+        if self.method.mask_storage == "int16":
+            set_softness([site.mask for site in sites], softness)
+            return
+        for site in sites:
+            dense = site.weight.detach() if self.method.rescale_rows else None
+            site.mask.set_view(softness, hard=self.method.quench_view, keep_norm_of=dense)
 
     def _start_branches(self, when: Literal["quench", "first-mask"]) -> None:
         if self.slorb is not None and self.slorb.begin == when:
@@ -262,7 +342,10 @@ class SparseForgeTrack(MaskedTrack):
             statistic: Tensor | None = site.matrix(self.curvature.of(site))
         else:
             statistic = self.norms.get(site.name)
-        return self.method.criterion.score(site.matrix(site.weight.detach()), statistic)
+        looked = None
+        if self.curvature is not None and statistic is not None:
+            looked = self._looked_at(site.matrix(statistic))
+        return self.method.criterion.score(site.matrix(site.weight.detach()), statistic, looked=looked)
 
     def anneal_point(self, step: int) -> AnnealPoint:
         """The annealed constants of an update after `step` (line 13)."""
@@ -278,16 +361,24 @@ class SparseForgeTrack(MaskedTrack):
             mask_rate=m.mask_rate.at(progress),
         )
 
+    def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._settle()
+        super().freeze(optimizer)
+
     def summary(self) -> dict[str, float]:
+        self._settle()
         at = self.anneal_point(self.step)
+        known = self.seen is not None and not self.frozen
+        masks = {**self.seen, "mask/flip_rate": self.flip_rate} if known and self.seen else super().summary()
         return {
-            **super().summary(),
+            **masks,
             "anneal/temperature": at.temperature,
             "anneal/structure_mix": at.structure_mix,
             "anneal/softness": self.phases.softness(self.step),
         }
 
     def state(self) -> dict[str, Tensor]:
+        self._settle()
         state = {**super().state(), "step": torch.tensor(self.step)}
         state.update({f"norms/{name}": value for name, value in self.norms.items()})
         if self.curvature is not None:

@@ -32,6 +32,10 @@ class Split:
     """Hidden states `[positions, width]` to logits `[positions, vocabulary]`."""
     vocabulary: int
     """Number of logits of a position."""
+    matrix: nn.Parameter | None = None
+    """`[vocabulary, width]` where logits are its product with the hidden states, and nothing else is done to them."""
+    fused: bool = False
+    """Whether losses may be computed by `objective/fused.py`, which has no second derivative."""
 
 
 def split(model: Any) -> Split:
@@ -43,7 +47,7 @@ def split(model: Any) -> Split:
     path = next((path for path, module in model.named_modules() if module is body), None)
     if path is None:
         raise UnsupportedModel(f"{name}: no body was found that could be told apart from the head")
-    shell = _with(model, path, _Given())
+    shell = replaced(model, path, _Given())
 
     def head(hidden: Tensor) -> Tensor:
         logits: Tensor = shell(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
@@ -55,12 +59,25 @@ def split(model: Any) -> Split:
     with torch.no_grad():
         whole = model(input_ids=probe, use_cache=False).logits[0]
         try:
-            parts = head(body(input_ids=probe, use_cache=False).last_hidden_state[0])
+            hidden = body(input_ids=probe, use_cache=False).last_hidden_state[0]
+            parts = head(hidden)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"{name}: its head cannot be applied to given hidden states ({error})") from error
-    if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-5, atol=1e-6):
-        raise UnsupportedModel(f"{name}: its head, applied to the body's hidden states, gives other logits than it")
-    return Split(body=body, head=head, vocabulary=vocabulary)
+        if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-5, atol=1e-6):
+            raise UnsupportedModel(f"{name}: its head, applied to the body's hidden states, gives other logits than it")
+        matrix = _plain_matrix(model, head, hidden)
+    return Split(body=body, head=head, vocabulary=vocabulary, matrix=matrix)
+
+
+def _plain_matrix(model: Any, head: Callable[[Tensor], Tensor], hidden: Tensor) -> nn.Parameter | None:
+    """The head's matrix, if the head is nothing else: seen on large hidden states too, where a cap would show."""
+    linear = model.get_output_embeddings()
+    if type(linear) is not nn.Linear or linear.bias is not None:
+        return None
+    for states in (hidden, 100.0 * hidden):
+        if not torch.allclose(head(states), nn.functional.linear(states, linear.weight), rtol=1e-5, atol=1e-6):
+            return None
+    return linear.weight
 
 
 class _Given(nn.Module):
@@ -83,10 +100,10 @@ class _Output:
         """Caches, attentions, routers: there are none."""
 
 
-def _with(module: nn.Module, path: str, part: nn.Module) -> nn.Module:
+def replaced(module: nn.Module, path: str, part: nn.Module) -> nn.Module:
     """A copy of `module` that shares everything with it but the submodule at `path`."""
     made = copy.copy(module)
     first, _, rest = path.partition(".")
     made.__dict__["_modules"] = dict(module._modules)
-    made._modules[first] = _with(module.get_submodule(first), rest, part) if rest else part
+    made._modules[first] = replaced(module.get_submodule(first), rest, part) if rest else part
     return made

@@ -10,7 +10,7 @@ from sparseforge_core.errors import PatternViolation, UnsupportedModel
 from sparseforge_core.models.families import Family, Rule
 from sparseforge_core.models.layouts import is_transposed
 from sparseforge_core.sparsity import masking
-from sparseforge_core.sparsity.masking import Branch, SoftMask
+from sparseforge_core.sparsity.masking import Branch, SoftMask, Storage
 from sparseforge_core.sparsity.patterns import Pattern, PatternChoice
 from sparseforge_core.sparsity.slorb import SLoRB
 
@@ -57,9 +57,11 @@ class Site:
         """A tensor of the weight's layout as `[..., out, in]`."""
         return x.transpose(-1, -2) if self.transposed else x
 
-    def attach(self, slorb: SLoRB | None) -> SoftMask:
+    def attach(self, slorb: SLoRB | None, storage: Storage = "float32") -> SoftMask:
         """Put a mask of ones on the weight."""
-        self.soft = masking.attach(self.module, self.parameter, transposed=self.transposed, slorb=slorb)
+        self.soft = masking.attach(
+            self.module, self.parameter, transposed=self.transposed, slorb=slorb, storage=storage
+        )
         return self.soft
 
     def squash(self) -> Branch | None:

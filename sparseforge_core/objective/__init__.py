@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparseforge_core.objective.batch import batch_losses, forwards, predictions
+from sparseforge_core.objective.batch import batch_losses, faster, forwards, predictions
 from sparseforge_core.objective.divergence import forward_kl, next_token_loss
 from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.objective.objectives import Distill, Losses, Objective, TaskOnly, Then
@@ -21,6 +21,7 @@ __all__ = [
     "Then",
     "TopK",
     "batch_losses",
+    "faster",
     "forward_kl",
     "forwards",
     "next_token_loss",

@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sparseforge_core.errors import RecipeError, UnsupportedModel
 from sparseforge_core.models.heads import Split, split
+from sparseforge_core.models.regions import compiled_blocks, has_compiled_blocks
 from sparseforge_core.objective.divergence import SparseTarget
+from sparseforge_core.objective.fused import fused_losses, refusal
 from sparseforge_core.objective.objectives import Losses, Objective
 from sparseforge_core.objective.teaching import Draws
 
@@ -38,8 +40,11 @@ Every chunk adds to the gradient of the whole head, so that its logits being few
 the time to read and write it.
 """
 
+CHUNK_LOGITS_ON_GPU = 2**27
+"""The same on a GPU, where small products leave it idle: half a GiB in float32. Sums are rounded in another order."""
 
-def forwards(model: Any, teacher: Any | None, *, compiled: bool = False) -> tuple[Any, Any | None]:
+
+def forwards(model: Any, teacher: Any | None) -> tuple[Any, Any | None]:
     """What `batch_losses` calls for student and teacher: the models themselves, or split where the vocabulary is large.
 
     A model whose head cannot be told from its body is used whole, with a warning.
@@ -54,6 +59,15 @@ def forwards(model: Any, teacher: Any | None, *, compiled: bool = False) -> tupl
                 error,
                 model.config.vocab_size,
             )
+    return found[0], found[1]
+
+
+def faster(student: Any, teacher: Any | None, *, compiled: bool) -> tuple[Any, Any | None]:
+    """What `forwards` gave, for steps: a GPU may make the losses' gradient in the forward pass; blocks are compiled.
+
+    There is no second derivative of these forms.
+    """
+    found = [dataclasses.replace(p, fused=True) if isinstance(p, Split) else p for p in (student, teacher)]
     if compiled:
         found = [_compiled(part) for part in found]
     return found[0], found[1]
@@ -69,11 +83,17 @@ def batch_losses(
     uniform = None
     if draws is not None and objective.taught.samples:
         uniform = draws.uniform(tokens.shape[0], tokens.shape[1] - 1, objective.taught.samples).to(tokens.device)
+    if objective.matching is not None and has_compiled_blocks(_body(model)):
+        raise RecipeError("objective.hidden: compiled blocks do not show their hidden states; run without --compile")
     asked = {"use_cache": False} if objective.matching is None else {"use_cache": False, "output_hidden_states": True}
     ours = _body(model)(input_ids=tokens, **asked)
     with torch.no_grad():
         theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
-    if isinstance(model, Split):
+    if isinstance(model, Split) and refusal(model, teacher, objective) is None:
+        taught = None if theirs is None else _predicting(theirs.last_hidden_state)
+        states = _predicting(ours.last_hidden_state)
+        losses = fused_losses(model, teacher, objective, states, taught, tokens[:, 1:].flatten())
+    elif isinstance(model, Split):
         hidden = None if theirs is None else theirs.last_hidden_state
         losses = _in_chunks(model, teacher, objective, ours.last_hidden_state, hidden, tokens, uniform)
     else:
@@ -104,7 +124,8 @@ def _in_chunks(
 ) -> Losses:
     """The losses of hidden states `[batch, length, width]`, never holding the logits of all positions."""
     labels = tokens[:, 1:].flatten()
-    size = max(1, CHUNK_LOGITS // model.vocabulary, hidden.shape[-1] // 4)
+    logits = CHUNK_LOGITS_ON_GPU if hidden.is_cuda else CHUNK_LOGITS
+    size = max(1, logits // model.vocabulary, hidden.shape[-1] // 4)
     taught_parts = None if taught is None else _predicting(taught).split(size)
     drawn_parts = None if uniform is None else uniform.flatten(0, 1).split(size)
     sums = []
@@ -150,5 +171,5 @@ def _uncached_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _compiled(part: Any | None) -> Any | None:
     if isinstance(part, Split):
-        return dataclasses.replace(part, body=torch.compile(part.body))
-    return None if part is None else torch.compile(part)
+        return dataclasses.replace(part, body=compiled_blocks(part.body))
+    return None if part is None else compiled_blocks(part)

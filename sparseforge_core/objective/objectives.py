@@ -49,6 +49,11 @@ class Objective(ABC):
         """What of a teacher's logits is used."""
         return Full()
 
+    @property
+    def weights(self) -> tuple[float, float, float] | None:
+        """(w_task, w, T) where the loss is w_task CE + w T^2 KL; None where it is something else."""
+        return None
+
     @abstractmethod
     def losses(
         self, logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, uniform: Tensor | None = None
@@ -88,6 +93,10 @@ class TaskOnly(Objective):
     @property
     def distills(self) -> bool:
         return False
+
+    @property
+    def weights(self) -> tuple[float, float, float] | None:
+        return 1.0, 0.0, 1.0
 
     def losses(
         self, logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor, uniform: Tensor | None = None
@@ -137,6 +146,11 @@ class Distill(Objective):
     @property
     def distills(self) -> bool:
         return True
+
+    @property
+    def weights(self) -> tuple[float, float, float] | None:
+        share = 1.0 - self.kl_weight if self.task_weight is None else self.task_weight
+        return share, self.kl_weight, self.temperature
 
     @property
     def matching(self) -> HiddenMatch | None:

@@ -20,15 +20,15 @@ class Criterion(ABC):
     needs: ClassVar[Statistic] = "nothing"
 
     @abstractmethod
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
-        """Non-negative scores of the weight's shape."""
+    def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
+        """Non-negative scores of the weight's shape; the mean of a statistic is that of `looked`, if given."""
 
 
 @spec("magnitude-score")
 class Magnitude(Criterion):
     """|W|."""
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
         return weight.abs()
 
 
@@ -38,7 +38,7 @@ class WandaScore(Criterion):
 
     needs: ClassVar[Statistic] = "input_norms"
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
         return weight.abs() * _present(statistic, self)
 
 
@@ -49,9 +49,9 @@ class HessianOBD(Criterion):
     needs: ClassVar[Statistic] = "curvature"
     relative_eps: float = 1e-3
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
         curvature = _present(statistic, self)
-        return (curvature + self.relative_eps * curvature.mean()) * weight.square()
+        return (curvature + self.relative_eps * _of(curvature, looked).mean()) * weight.square()
 
 
 @spec("hessian-ratio")
@@ -61,9 +61,10 @@ class HessianRatio(Criterion):
     needs: ClassVar[Statistic] = "curvature"
     relative_eps: float = 1e-3
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
         curvature = _present(statistic, self)
-        return weight.abs() / (curvature + self.relative_eps * curvature.mean()).clamp_min(1e-38).sqrt()
+        eps = self.relative_eps * _of(curvature, looked).mean()
+        return weight.abs() / (curvature + eps).clamp_min(1e-38).sqrt()
 
 
 @spec("sparsegpt-score")
@@ -76,7 +77,7 @@ class SparseGPTScore(Criterion):
 
     needs: ClassVar[Statistic] = "inverse_gram"
 
-    def score(self, weight: Tensor, statistic: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistic: Tensor | None, *, looked: Tensor | None = None) -> Tensor:
         return weight.square() / _present(statistic, self)
 
 
@@ -86,16 +87,29 @@ def _present(statistic: Tensor | None, criterion: Criterion) -> Tensor:
     return statistic
 
 
-def standardize(scores: Tensor, *, log: bool, where: str = "a layer") -> Tensor:
+def _of(everything: Tensor, looked: Tensor | None) -> Tensor:
+    return everything if looked is None else looked
+
+
+def standardize(scores: Tensor, *, log: bool, where: str = "a layer", looked: Tensor | None = None) -> Tensor:
     """Layer-wise z-scores (section 4.1), of the scores or of their logarithm.
 
     Raw products of curvature and weight are heavy-tailed: a few columns set sigma and the gaps inside groups
     vanish against the temperature. The logarithm keeps the order and makes the gaps comparable. Constant scores
-    become zeros. Raises NotFinite, naming `where`, if a score is not finite.
+    become zeros. `looked` is the part of the scores whose mean and spread are taken, if not all. Raises
+    NotFinite, naming `where`, if a score is not finite.
     """
     s = scores.float()
+    seen = s if looked is None else looked.float()
     if log:
-        s = (s + 1e-10 * s.mean() + 1e-38).log()
+        floor = 1e-10 * seen.mean()
+        s = (s + floor + 1e-38).log()
+        seen = s if looked is None else (seen + floor + 1e-38).log()
     if not all_finite(s):
-        raise NotFinite(f"{where}: a score is not finite; the curvature or weight behind it has diverged")
-    return (s - s.mean()) / (s.std(correction=0) + 1e-6)
+        raise not_finite(where)
+    return (s - seen.mean()) / (seen.std(correction=0) + 1e-6)
+
+
+def not_finite(where: str) -> NotFinite:
+    """The error for scores that nothing can be ranked by."""
+    return NotFinite(f"{where}: a score is not finite; the curvature or weight behind it has diverged")

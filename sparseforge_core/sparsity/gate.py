@@ -138,6 +138,6 @@ def project(mask: Tensor, z: Tensor, keep: int) -> Tensor:
     return ranks(mask, z) < keep
 
 
-def quench_view(mask: Tensor, hard: Tensor, softness: float) -> Tensor:
+def quench_view(mask: Tensor, hard: Tensor, softness: float | Tensor) -> Tensor:
     """m_eff = x m + (1 - x) m_hat (section 4.4): what the forward sees while x falls from 1 to 0."""
     return torch.lerp(hard.to(mask.dtype), mask, softness)

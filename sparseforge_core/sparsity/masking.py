@@ -7,6 +7,7 @@ checkpointing recomputes it correctly.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparseforge_core.errors import RecipeError
 from sparseforge_core.sparsity.gate import quench_view
 from sparseforge_core.sparsity.patterns import Pattern, check_mask, top_mask
 from sparseforge_core.sparsity.slorb import BranchCost, SLoRB, block_means, cost, expand, indicator
@@ -29,6 +31,10 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+Storage = Literal["float32", "int16"]
+"""How m is kept: m, hard mask and view apart (9 bytes an entry), or all in 16 bits (`PackedMask`)."""
 
 
 class SoftMask(nn.Module):
@@ -47,10 +53,7 @@ class SoftMask(nn.Module):
         self.transposed = transposed
         self.frozen = False
         self.slorb = slorb
-        # Frozen parameters rather than buffers: sharding wrappers then place them exactly like the weight.
-        self.mask = nn.Parameter(torch.ones_like(weight), requires_grad=False)
-        self.view = nn.Parameter(torch.ones_like(weight), requires_grad=False)
-        self.hard = nn.Parameter(torch.ones_like(weight, dtype=torch.bool), requires_grad=False)
+        self._keep_ones(weight)
         self.law: nn.Module | None = None
         """A method's own way from the weight to the effective weight until the mask is frozen, with its parameters."""
         self.branch: nn.Parameter | None = None
@@ -65,9 +68,35 @@ class SoftMask(nn.Module):
                 start = indicator(blocks, inputs, matrix).expand(*matrix.shape[:-2], blocks, inputs)
                 self.projection = nn.Parameter(start.clone())
 
+    def _keep_ones(self, weight: Tensor) -> None:
+        """Make the state of a mask of ones."""
+        # Frozen parameters rather than buffers: sharding wrappers then place them exactly like the weight.
+        self.mask = nn.Parameter(torch.ones_like(weight), requires_grad=False)
+        self.view = nn.Parameter(torch.ones_like(weight), requires_grad=False)
+        self.hard = nn.Parameter(torch.ones_like(weight, dtype=torch.bool), requires_grad=False)
+
     def matrix(self, x: Tensor) -> Tensor:
         """A tensor of the weight's layout as `[..., out, in]` (a view)."""
         return x.transpose(-1, -2) if self.transposed else x
+
+    def stored(self) -> list[Tensor]:
+        """What kernels read and write for mask, hard mask and view; one tensor thrice where they are kept together."""
+        return [self.mask, self.hard.data.view(torch.int8), self.view]
+
+    def rounded(self, mask: Tensor) -> Tensor:
+        """m as it will be read again after `move`."""
+        return mask
+
+    @torch.no_grad()
+    def move(self, mask: Tensor, hard: Tensor) -> None:
+        """m and m_hat become these, given as `[..., out, in]`; the view stays until `set_view`."""
+        self.matrix(self.mask).copy_(mask)
+        self.matrix(self.hard).copy_(hard)
+
+    def straight_through(self, weight: Tensor) -> Tensor:
+        """view * weight, with the gradient of an unmasked weight."""
+        masked: Tensor = StraightThrough.apply(weight, self.view)  # type: ignore[no-untyped-call]
+        return masked
 
     def forward(self, weight: Tensor) -> Tensor:
         masked: Tensor
@@ -76,7 +105,7 @@ class SoftMask(nn.Module):
         elif self.law is not None:
             masked = self.law(weight)
         else:
-            masked = StraightThrough.apply(weight, self.view)  # type: ignore[no-untyped-call]
+            masked = self.straight_through(weight)
         if self.branch is not None and self.branch_on:
             inputs = self.matrix(weight).shape[-1]
             masked = masked + self.matrix(expand(self.branch, inputs, self.projection))
@@ -123,14 +152,122 @@ class SoftMask(nn.Module):
         kept = weight * self.view if rows_rescaled else weight
         # where() rather than a product: a pruned weight becomes +0, never -0.
         weight.copy_(torch.where(self.hard, kept, torch.zeros_like(weight)))
+        self._fix()
+        self.frozen = True
+
+    def _fix(self) -> None:
+        """m and view become the hard mask."""
         self.mask.copy_(self.hard)
         self.view.copy_(self.hard)
-        self.frozen = True
 
     @torch.no_grad()
     def harden(self, scores: Tensor, pattern: Pattern) -> None:
         """hard <- the top entries of `scores` (in the weight's layout)."""
         self.matrix(self.hard).copy_(top_mask(self.matrix(scores), pattern))
+
+
+STEPS_OF_M = 32767
+"""m is kept to one part in this: the same everywhere, where bfloat16 near 1 would lose increments below 0.002."""
+
+
+class PackedMask(SoftMask):
+    """m and m_hat in one 16-bit integer an entry: m in steps of 1/32767, and the sign says whether m_hat keeps it.
+
+    The view is not kept but made in each forward from these and the softness x, which for a compiled forward is one
+    kernel with the product. Annealing alone uses it: what the view is multiplied by (`keep_norm_of`) or hardens to by
+    threshold has no place in it.
+    """
+
+    state: Tensor
+    softness: Tensor
+
+    def _keep_ones(self, weight: Tensor) -> None:
+        ones = torch.full_like(weight, -1 - STEPS_OF_M, dtype=torch.int16)
+        self.state = nn.Parameter(ones, requires_grad=False)
+        # A tensor, so that a compiled forward sees it change; of one dimension, because scalars cannot be sharded.
+        self.softness = nn.Parameter(weight.new_ones(1), requires_grad=False)
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]
+        """m, made from the state."""
+        return unpacked(self.state)
+
+    @property
+    def hard(self) -> Tensor:  # type: ignore[override]
+        """m_hat, made from the state."""
+        return self.state < 0
+
+    @property
+    def view(self) -> Tensor:  # type: ignore[override]
+        """What the forward multiplies by, made from the state."""
+        return viewed(self.state, self.softness)
+
+    def stored(self) -> list[Tensor]:
+        return [self.state] * 3
+
+    def rounded(self, mask: Tensor) -> Tensor:
+        return unpacked(packed(mask, torch.zeros_like(mask, dtype=torch.bool)))
+
+    @torch.no_grad()
+    def move(self, mask: Tensor, hard: Tensor) -> None:
+        self.matrix(self.state).copy_(packed(mask, hard))
+
+    def straight_through(self, weight: Tensor) -> Tensor:
+        masked: Tensor = StraightThroughPacked.apply(weight, self.state, self.softness)  # type: ignore[no-untyped-call]
+        return masked
+
+    @torch.no_grad()
+    def set_view(
+        self, softness: float, *, hard: Literal["top-n", "threshold"] = "top-n", keep_norm_of: Tensor | None = None
+    ) -> None:
+        if hard != "top-n" or keep_norm_of is not None:
+            raise RecipeError("mask_storage='int16': its view is x m + (1 - x) m_hat and nothing else; use 'float32'")
+        self.softness.fill_(softness)
+
+    def _fix(self) -> None:
+        hard = self.matrix(self.hard)
+        self.move(hard.to(self.softness.dtype), hard)
+        self.softness.fill_(0.0)
+
+    @torch.no_grad()
+    def harden(self, scores: Tensor, pattern: Pattern) -> None:
+        self.move(self.matrix(self.mask), top_mask(self.matrix(scores), pattern))
+
+
+@torch.no_grad()
+def set_softness(masks: Sequence[SoftMask], softness: float) -> None:
+    """`set_view` of many packed masks at once."""
+    shown = [soft.softness for soft in masks if isinstance(soft, PackedMask)]
+    torch._foreach_zero_(shown)
+    torch._foreach_add_(shown, softness)
+
+
+class StraightThroughPacked(torch.autograd.Function):
+    """`StraightThrough` of a view that exists only while it is multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, state: Tensor, softness: Tensor) -> Tensor:
+        return weight * viewed(state, softness)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+def packed(mask: Tensor, hard: Tensor) -> Tensor:
+    """m in [0, 1] and the hard mask as 16-bit integers: the nearest step, its bits inverted where m_hat keeps."""
+    steps = (mask * STEPS_OF_M + 0.5).to(torch.int16)
+    return torch.where(hard, -1 - steps, steps)
+
+
+def unpacked(state: Tensor) -> Tensor:
+    """m of `packed`, float32."""
+    return torch.where(state < 0, -1 - state, state).float() * (1.0 / STEPS_OF_M)
+
+
+def viewed(state: Tensor, softness: Tensor) -> Tensor:
+    """x m + (1 - x) m_hat of `packed`, float32; `softness` holds x, `[1]`."""
+    return quench_view(unpacked(state), state < 0, softness)
 
 
 @dataclass(frozen=True)
@@ -147,12 +284,65 @@ class Branch:
         return cost(self.values, self.projection, self.inputs)
 
 
-def attach(module: nn.Module, parameter: str, *, transposed: bool, slorb: SLoRB | None = None) -> SoftMask:
+def attach(
+    module: nn.Module,
+    parameter: str,
+    *,
+    transposed: bool,
+    slorb: SLoRB | None = None,
+    storage: Storage = "float32",
+) -> SoftMask:
     """Put a mask of ones on `module.parameter`; the model's outputs do not change."""
     weight = getattr(module, parameter)
-    soft = SoftMask(weight.detach(), transposed=transposed, slorb=slorb).to(weight.device)
+    kind = SoftMask if storage == "float32" else PackedMask
+    soft = kind(weight.detach(), transposed=transposed, slorb=slorb).to(weight.device)
+    _own_class(module)
     parametrize.register_parametrization(module, parameter, soft, unsafe=True)
+    _share_class(module)
     return soft
+
+
+_SHARED: dict[tuple[type, tuple[str, ...]], type] = {}
+"""The class of modules of a class of which these parameters carry a mask."""
+
+
+def _share_class(module: nn.Module) -> None:
+    """Give modules that are masked alike one class.
+
+    torch makes a class for each module, and what is compiled for a block is guarded by the classes in it: blocks of one
+    shape, of this model and of the next one in this process, would each be compiled anew.
+    """
+    own, names = type(module), tuple(module.parametrizations)  # type: ignore[arg-type,operator]
+    key = (own.__bases__[0], names)
+    if key not in _SHARED:
+        properties = {name: property(_reader(name), vars(own)[name].fset) for name in names}
+        _SHARED[key] = type(own.__name__, own.__bases__, {**vars(own), **properties})
+    module.__class__ = _SHARED[key]
+
+
+def _own_class(module: nn.Module) -> None:
+    """Take a masked module out of its shared class, before torch changes that."""
+    shared = type(module)
+    if shared in _SHARED.values():
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def _reader(name: str) -> Callable[[Any], Tensor]:
+    """What evaluates a masked parameter. torch's own caches by the module that its class was made for."""
+
+    def read(self: Any) -> Tensor:
+        masked: Tensor
+        if not parametrize._cache_enabled:
+            masked = self.parametrizations[name]()
+            return masked
+        key = (id(self), name)
+        if key not in parametrize._cache:
+            parametrize._cache[key] = self.parametrizations[name]()
+        cached = parametrize._cache[key]
+        assert cached is not None
+        return cached
+
+    return read
 
 
 def original(module: nn.Module, parameter: str) -> nn.Parameter:
@@ -170,8 +360,9 @@ def squash(module: nn.Module, parameter: str) -> Branch | None:
     """
     soft: SoftMask = module.parametrizations[parameter][0]  # type: ignore[index,union-attr,assignment]
     branch, projection = soft.branch, soft.projection
-    inputs = soft.matrix(soft.mask).shape[-1]
+    inputs = soft.matrix(original(module, parameter)).shape[-1]
     soft.branch = soft.projection = None
+    _own_class(module)
     parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
     if branch is None:
         return None

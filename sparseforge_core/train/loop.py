@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
-from sparseforge_core.errors import Diverged, Interrupted
+from sparseforge_core.errors import Diverged, Interrupted, SparseForgeError
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Draws, Losses, Objective, batch_losses, predictions
+from sparseforge_core.objective import Draws, Objective, batch_losses, predictions
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
+from sparseforge_core.train.ahead import Ahead
 from sparseforge_core.train.optimizer import clip, set_rate
+from sparseforge_core.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class Progress:
     step: int
     steps: int
     loss: float
+    """Of this step; where the host runs ahead of its device, of one a few steps ago, and NaN before any is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class Run:
     tracker: Tracker
     device: torch.device
     plain: tuple[Any, Any | None] | None = None
-    """Student and teacher as they are before they are compiled; None: they are not."""
+    """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
     seed: int = 0
     """The cell's, for what the objective draws."""
     micro_batch: int | None = None
@@ -84,54 +87,80 @@ def train(
     plan = run.recipe.train
     first = run.checkpoints.resume(run.model, run.optimizer, run.track) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
-    loss = float("nan")
-    for step in range(first, plan.steps + 1):
-        # ------------------------------------------------ one training step
-        set_rate(run.optimizer, plan.lr.at(step / plan.steps))
-        tokens = run.stream.batch(step)
-        losses = _backward(run, tokens, step)
-        run.track.observe(_as_observed(run, tokens, step))
-        run.track.before_update(step)
-        norm = clip(run.model, plan.clip, step)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.track.after_update(step, run.optimizer)
-        # -----------------------------------------------------------------
-        loss = losses["loss/total"]
-        if on_step is not None:
-            on_step(Progress(step=step, steps=plan.steps, loss=loss))
-        last = step == plan.steps
-        if step % run.log_every == 0 or step == 1 or last:
-            rate = {"lr": plan.lr.at(step / plan.steps), "grad_norm": norm, "tokens_per_second": clock.rate(step)}
-            run.tracker.scalars(step, {**losses, **rate, **run.track.summary()})
-        if step % run.histogram_every == 0 or last:
-            for name, counts in run.track.histograms().items():
-                run.tracker.histogram(step, name, list(HISTOGRAM_EDGES), counts)
-        stop = should_stop is not None and should_stop()
-        if step % run.save_every == 0 or (stop and not last):
-            run.checkpoints.save(step, run.model, run.optimizer, run.track)
-        if stop and not last:
-            raise Interrupted(
-                f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
-            )
-    return Outcome(final_loss=loss, seconds=clock.seconds())
+    watch = Watch(run.optimizer, run.device)
+    trained = [p for p in run.model.parameters() if p.requires_grad]  # a step has no time to look for hundreds
+    with Ahead(run.stream.batch, run.device, plan.steps) as ahead:
+        for step in range(first, plan.steps + 1):
+            # ------------------------------------------------ one training step
+            set_rate(run.optimizer, plan.lr.at(step / plan.steps))
+            tokens = ahead.batch(step)
+            losses = _backward(run, tokens, step, watch)
+            with _diverged_first(watch):
+                run.track.observe(_as_observed(run, tokens, step))
+                run.track.before_update(step)
+                norm = clip(trained, plan.clip)
+                watch.before_update(step, losses["loss/total"], norm)
+                run.optimizer.step()
+                run.optimizer.zero_grad(set_to_none=True)
+                run.track.after_update(step, run.optimizer)
+            # -----------------------------------------------------------------
+            watch.after_update(step)
+            if on_step is not None:
+                on_step(Progress(step=step, steps=plan.steps, loss=watch.loss))
+            last = step == plan.steps
+            if step % run.log_every == 0 or step == 1 or last:
+                watch.check()
+                values = {**_read(losses), "lr": plan.lr.at(step / plan.steps), "grad_norm": float(norm)}
+                values["tokens_per_second"] = clock.rate(step)
+                run.tracker.scalars(step, {**values, **run.track.summary()})
+            if step % run.histogram_every == 0 or last:
+                watch.check()
+                for name, counts in run.track.histograms().items():
+                    run.tracker.histogram(step, name, list(HISTOGRAM_EDGES), counts)
+            stop = should_stop is not None and should_stop()
+            if step % run.save_every == 0 or (stop and not last):
+                watch.check()
+                run.checkpoints.save(step, run.model, run.optimizer, run.track)
+            if stop and not last:
+                raise Interrupted(
+                    f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
+                )
+    return Outcome(final_loss=watch.loss, seconds=clock.seconds())
+
+
+@contextlib.contextmanager
+def _diverged_first(watch: Watch) -> Iterator[None]:
+    """What a method says of numbers that are not finite is said of the step that brought them."""
+    try:
+        yield
+    except SparseForgeError as error:
+        if not isinstance(error, Diverged):
+            watch.check()
+        raise
+
+
+def _read(losses: dict[str, Tensor]) -> dict[str, float]:
+    return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
 
 
 def _objective(run: Run, step: int) -> Objective:
     return run.recipe.objective.at((step - 1) / run.recipe.train.steps)
 
 
-def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
-    """Forward and backward of one batch, in micro-batches whose gradients add up to that of the mean loss."""
+def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Tensor]:
+    """Forward and backward of one batch, in micro-batches whose gradients add up to that of the mean loss.
+
+    Returns the losses, float64 on the device.
+    """
     size = run.micro_batch or tokens.shape[0]
     objective = _objective(run, step)
-    means: dict[str, float] = {}
+    means: dict[str, Tensor] = {}
     for row, piece in zip(range(0, tokens.shape[0], size), tokens.split(size), strict=True):
         draws = Draws(seed=run.seed, step=step, row=row)
         share = piece.shape[0] / tokens.shape[0]
         with _autocast(run):
             losses = batch_losses(run.forward, run.teacher, objective, piece.to(run.device), draws)
-        _refuse_divergence(losses, step)
+        watch.refuse_loss(losses.total, step)
         (losses.total * share).backward()  # type: ignore[no-untyped-call]
         parts = {
             "loss/total": losses.total,
@@ -141,7 +170,8 @@ def _backward(run: Run, tokens: Tensor, step: int) -> dict[str, float]:
         }
         for name, value in parts.items():
             if value is not None:
-                means[name] = means.get(name, 0.0) + share * float(value.detach())
+                part = share * value.detach().double()
+                means[name] = means[name] + part if name in means else part
     return means
 
 
@@ -169,11 +199,6 @@ def _autocast(run: Run) -> contextlib.AbstractContextManager[Any]:
     if run.recipe.train.compute_dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(run.device.type, dtype=torch.bfloat16)
-
-
-def _refuse_divergence(losses: Losses, step: int) -> None:
-    if not bool(torch.isfinite(losses.total)):
-        raise Diverged(f"step {step}: the loss is {float(losses.total.detach())}; nothing of this step was kept")
 
 
 class _Clock:

@@ -30,6 +30,7 @@ from sparseforge_core.methods.base import MaskedTrack, Surroundings
 from sparseforge_core.methods.sparseforge import Phases
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
+from sparseforge_core.observe.curvature import Fisher
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Constant, Geometric, Linear, WarmupLinear
 from sparseforge_core.sparsity.compensation import Compensation
@@ -127,6 +128,7 @@ def every_method() -> list[Any]:
         SparseForge(criterion=WandaScore(), calibration_samples=4),
         SparseForge(criterion=SparseGPTScore(), calibration_samples=4),
         SparseForge(threshold="nth", log_scores=False),
+        SparseForge(mask_storage="int16", statistics_rows=4, curvature=Fisher(storage="bfloat16")),
         LITERAL,
         PUBLISHED,
         COMPENSATED,

@@ -14,6 +14,7 @@ from sparseforge_core.methods import SparseForge
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill, TaskOnly
+from sparseforge_core.observe.curvature import Fisher
 from sparseforge_core.presets import PAPER, PRESETS, RELEASED, Preset, preset_named
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.specs import decode, encode
@@ -39,8 +40,9 @@ def test_a_preset_is_a_recipe_that_survives_its_json_and_ends_in_the_exact_patte
         assert float((site.weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_improved_is_the_default_of_every_field() -> None:
-    assert recipe(PRESETS["improved"], 40).method == SparseForge()
+def test_improved_is_the_defaults_kept_in_few_bytes() -> None:
+    lean = SparseForge(mask_storage="int16", statistics_rows=16, curvature=Fisher(storage="bfloat16"))
+    assert recipe(PRESETS["improved"], 40).method == lean
     assert recipe(PRESETS["improved"], 40).objective == Distill()
 
 

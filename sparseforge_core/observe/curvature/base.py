@@ -72,6 +72,10 @@ class Estimate(ABC):
         Raises CurvatureUnavailable, naming the site, before the first observation or if an entry is not finite.
         """
 
+    def kept(self, site: Site) -> tuple[Tensor, float]:
+        """`of`, as a tensor that may be the running one itself and a factor; whether it is finite is not looked at."""
+        return self.of(site), 1.0
+
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must hold."""
@@ -118,9 +122,12 @@ class CurvatureAverage(Estimate):
 
     def mean(self, site: Site, key: str) -> Tensor:
         """The bias-corrected average under `key`, over all ranks."""
+        self._refuse_nothing_seen(site)
+        return mean_over_ranks(self.average[key]).to(site.weight.dtype) / (1.0 - self.decay**self.count)
+
+    def _refuse_nothing_seen(self, site: Site) -> None:
         if self.count == 0:
             raise CurvatureUnavailable(f"site {site.name}: no gradient was observed before its scores were needed")
-        return mean_over_ranks(self.average[key]) / (1.0 - self.decay**self.count)
 
     def state(self) -> dict[str, Tensor]:
         return {**self.average, "count": torch.tensor(self.count)}

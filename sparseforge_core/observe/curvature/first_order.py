@@ -7,11 +7,12 @@ mask is near 0 is still seen and can return. No second derivative: attention sta
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparseforge_core.distributed import laid_out_like
+from sparseforge_core.distributed import laid_out_like, mean_over_ranks
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature.base import (
@@ -25,6 +26,7 @@ from sparseforge_core.observe.curvature.base import (
     refuse_blind,
 )
 from sparseforge_core.observe.curvature.effective import effective_weights, gradients, taken
+from sparseforge_core.sparsity.fused import average_square, average_squares, averages_together
 from sparseforge_core.specs import spec
 
 
@@ -37,28 +39,45 @@ class Fisher(Curvature):
     """
 
     decay: float = 0.98
+    storage: Literal["float32", "bfloat16"] = "float32"
+    """How the average is kept; it is added to in float32 either way."""
 
     def __post_init__(self) -> None:
         check_pace(self.decay, 1)
 
     def start(self, sites: list[Site], seed: int = 0) -> CurvatureAverage:
-        return _BatchSquares(sites, self.decay)
+        return _BatchSquares(sites, self.decay, torch.bfloat16 if self.storage == "bfloat16" else None)
 
 
 class _BatchSquares(CurvatureAverage):
     """Squares of the gradients that the step's backward left."""
 
+    def __init__(self, sites: list[Site], decay: float, kept_as: torch.dtype | None) -> None:
+        self.kept_as = kept_as
+        self.weights = {site.name: site.weight for site in sites}  # found once: a step has no time to look for hundreds
+        super().__init__(sites, decay)
+
+    def zeros(self) -> dict[str, Tensor]:
+        return {name: zeros.to(self.kept_as or zeros.dtype) for name, zeros in super().zeros().items()}
+
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
-        blind = [site.name for site in self.sites if site.weight.grad is None]
-        if blind:
-            raise no_gradient(blind, self.sites)
-        for key, gradient in self.look(batch).items():
-            self.average[key].mul_(self.decay).addcmul_(gradient, gradient, value=1.0 - self.decay)
+        pairs = [(self.average[name], weight.grad) for name, weight in self.weights.items() if weight.grad is not None]
+        if len(pairs) < len(self.sites):
+            raise no_gradient([name for name, weight in self.weights.items() if weight.grad is None], self.sites)
+        if all(averages_together(average, gradient) for average, gradient in pairs):
+            average_squares(pairs, self.decay)
+        else:
+            for average, gradient in pairs:
+                average_square(average, gradient, self.decay)
         self.count += 1
 
+    def kept(self, site: Site) -> tuple[Tensor, float]:
+        self._refuse_nothing_seen(site)
+        return mean_over_ranks(self.average[site.name]), 1.0 / (1.0 - self.decay**self.count)
+
     def look(self, batch: Batch) -> dict[str, Tensor]:
-        return {site.name: site.weight.grad for site in self.sites if site.weight.grad is not None}
+        return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
 
 
 @spec("micro-batch-fisher")
@@ -137,12 +156,24 @@ class _SecondMoment(Estimate):
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
         self.optimizer: torch.optim.Optimizer | None = None
+        self.steps = 1
 
     def observe(self, batch: Batch) -> None:
-        self.optimizer = batch.optimizer
+        self.optimizer, self.steps = batch.optimizer, batch.step
+
+    @torch.no_grad()
+    def kept(self, site: Site) -> tuple[Tensor, float]:
+        moment, group, _ = self._moment(site)
+        # Not Adam's own count, which lies on the device: a factor common to all entries is lost in standardising.
+        return moment, 1.0 / (1.0 - group["betas"][1] ** self.steps)
 
     @torch.no_grad()
     def of(self, site: Site) -> Tensor:
+        moment, group, step = self._moment(site)
+        correction = 1.0 - group["betas"][1] ** float(step)
+        return checked(moment / correction, site)
+
+    def _moment(self, site: Site) -> tuple[Tensor, dict[str, Any], Tensor]:
         state = self.optimizer.state.get(site.weight, {}) if self.optimizer is not None else {}
         if self.optimizer is None or "exp_avg_sq" not in state:
             raise CurvatureUnavailable(
@@ -150,8 +181,7 @@ class _SecondMoment(Estimate):
                 "Adam that has taken a step on every site"
             )
         group = next(g for g in self.optimizer.param_groups if any(p is site.weight for p in g["params"]))
-        correction = 1.0 - group["betas"][1] ** float(state["step"])
-        return checked(state["exp_avg_sq"] / correction, site)
+        return state["exp_avg_sq"], group, state["step"]
 
     def state(self) -> dict[str, Tensor]:
         return {}
