@@ -14,7 +14,8 @@ from sparseforge_core.errors import ExportError
 from sparseforge_core.models.folders import is_plain_linear, shell
 from sparseforge_core.runtime.archive import Archive, open_archive
 from sparseforge_core.runtime.container import DTYPES
-from sparseforge_core.runtime.linear import PackedWeight, SparseLinear, add_branch
+from sparseforge_core.runtime.kernels import KernelWeight, supported
+from sparseforge_core.runtime.linear import KernelLinear, PackedWeight, SparseLinear, add_branch
 from sparseforge_core.runtime.manifest import WEIGHTS, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -73,6 +74,40 @@ def load_packed(folder: Path, *, dense: bool = False, branches: bool = True) -> 
     weights = sum(m.packed.resident_bytes for m in model.modules() if isinstance(m, SparseLinear))
     report.dense_bytes = report.resident_bytes - weights + sum(_bytes(manifest, name) for name in report.packed)
     return model.eval().requires_grad_(False), report
+
+
+def arm(model: Any, device: torch.device) -> Any:
+    """Move a model that holds packed weights to a CUDA device, each arranged for its kernels.
+
+    Raises ExportError before anything moves, naming the site and the reason, if a weight cannot be multiplied there or
+    the device has no room.
+    """
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, module in sites.items():
+        layout = module.packed.layout
+        if layout.name != "2:4" or layout.transposed:
+            how = "stored transposed" if layout.transposed else f"{layout.name}, not 2:4"
+            raise ExportError(f"site {name} is {how}, and the kernels cannot multiply by it; load with dense=True")
+        why = supported(device, module.packed.values.dtype, tuple(module.packed.shape))
+        if why is not None:
+            raise ExportError(f"site {name}: {why}")
+    tensors = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    check_memory(sum(tensors.values()), device, "the model")
+    for name, module in sites.items():
+        model.set_submodule(name, KernelLinear(KernelWeight.of(module.packed, device=device), module.bias))
+    return model.to(device)
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ExportError(
+            f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
+            "or a smaller batch, or free the device"
+        )
 
 
 def check_configuration(folder: Path, manifest: Manifest) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparseforge_core.runtime.decode.parts import Parts, Sizes, check_memory
+from sparseforge_core.runtime.decode.parts import Parts, Sizes
+from sparseforge_core.runtime.loading import check_memory
 
 
 @dataclass

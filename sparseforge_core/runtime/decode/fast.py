@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 if TYPE_CHECKING:
     from sparseforge_core.runtime.decode.cache import Cache
@@ -27,7 +27,10 @@ SHORTEST, LONGEST = 64, 1024
 """Tokens in a stretch."""
 
 EARLY = True
-"""Whether a kernel is launched before the one ahead of it has ended, and waits by itself (GPUs of generation 9 on)."""
+"""Whether a kernel is launched before the one ahead of it has ended and waits by itself (GPUs of generation 9 on).
+
+It lets the one behind it begin at once: the products fetch their first weights while these small kernels run.
+"""
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -119,6 +122,7 @@ def _norm(x, weight, out, width, stride, eps, BLOCK: tl.constexpr, EARLY: tl.con
     at = tl.arange(0, BLOCK)
     scale = tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     value = tl.load(x + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / width + eps)
@@ -128,6 +132,7 @@ def _norm(x, weight, out, width, stride, eps, BLOCK: tl.constexpr, EARLY: tl.con
 @triton.jit
 def _gated(x, out, wide, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -155,6 +160,7 @@ def _attend(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     pair = tl.program_id(0)
     stretch = tl.program_id(1)
@@ -257,6 +263,7 @@ def _turn(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0)
     HALF: tl.constexpr = HEAD // 2

@@ -6,6 +6,7 @@ of the host. Weights dense or sparse take the same way through it.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from types import ModuleType
 
 import torch
@@ -124,26 +125,34 @@ class Decoder:
 
 
 def decode(
-    decoder: Decoder, prompt: Tensor, tokens: int, *, temperature: float, generator: torch.Generator, ends: set[int]
-) -> list[int]:
-    """The continuation of one prompt `[1, length]`, without the token that ends it.
+    decoder: Decoder,
+    prompt: Tensor,
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    ends: Collection[int] = (),
+    look: int = LOOK,
+) -> Iterator[list[int]]:
+    """The continuation of one prompt `[1, length]`, `look` tokens at a time, without the token that ends it.
 
     Raises ExportError if a logit is not finite.
     """
-    length = prompt.shape[1]
+    length, given = prompt.shape[1], 0
     decoder.prefill(prompt)
     for made in range(1, tokens + 1):
         if temperature > 0.0:
-            drawn = torch.softmax(decoder.logits.float() / temperature, -1)
-            decoder.put(torch.multinomial(drawn, 1, generator=generator)[:, 0])
-        if made % LOOK == 0 or made == tokens:
-            found = decoder.found[0, length : length + made].tolist()
+            likely = torch.softmax(decoder.logits.float() / temperature, -1)
+            decoder.put(torch.multinomial(likely, 1, generator=generator)[:, 0])
+        if made % look == 0 or made == tokens:
+            found = decoder.found[0, length + given : length + made].tolist()
             check_finite(decoder)
-            if ends & set(found) or made == tokens:
-                break
+            stop = next((place for place, token in enumerate(found) if token in ends), None)
+            yield found[:stop]
+            if stop is not None or made == tokens:
+                return
+            given = made
         decoder.step()
-    stop = next((place for place, token in enumerate(found) if token in ends), len(found))
-    return found[:stop]
 
 
 def check_finite(decoder: Decoder) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseforge_core.errors import ExportError, UnsupportedModel
+from sparseforge_core.errors import UnsupportedModel
 from sparseforge_core.runtime.decode.products import Maker, Product
 
 DRIVEN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -107,8 +107,9 @@ def refusal(model: Any) -> str | None:
     name, config = type(model).__name__, model.config
     if name not in DRIVEN:
         return f"the static cache drives {', '.join(DRIVEN)}, not {name}"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None):
-        return "the static cache has no sliding window, and this model's attention has one"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        return f"the static cache has no sliding window, and this model's attention has one of {window} tokens"
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotation not in FIXED_ROTATIONS:
         return f"the static cache turns keys once, and rotary type {rotation!r} depends on the length of the text"
@@ -153,14 +154,3 @@ def rotary(module: Any, positions: int, device: torch.device) -> tuple[Tensor, T
     angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequencies[None, :]
     return angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
 
-
-def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ExportError(
-            f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
-            "or a smaller batch, or free the device"
-        )

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from sparseforge_core.errors import UnsupportedModel
 from sparseforge_core.runtime.decode import plain
-from sparseforge_core.runtime.linear import SparseLinear
+from sparseforge_core.runtime.linear import KernelLinear, SparseLinear
 
 Norm = tuple[Tensor, float]
 """Weight and epsilon of an RMSNorm."""
@@ -52,8 +52,8 @@ Maker = Callable[[Sequence[Any], str], Product]
 class Modules(Product):
     """The model's own modules, one after the other: the reference."""
 
-    def __init__(self, modules: Sequence[Any], name: str) -> None:
-        super().__init__(name, sum(m.out_features for m in modules), modules[0].in_features)
+    def __init__(self, modules: Sequence[Any], name: str, steps: ModuleType = plain) -> None:
+        super().__init__(name, sum(m.out_features for m in modules), modules[0].in_features, steps)
         self._modules = list(modules)
         self.nbytes = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
 
@@ -101,6 +101,6 @@ def join(rows: Sequence[Tensor]) -> Tensor:
 def reference(modules: Sequence[Any], name: str) -> Product:
     """The maker of the reference: any device, any pattern."""
     for module in modules:
-        if type(module) is not nn.Linear and not isinstance(module, SparseLinear):
+        if not isinstance(module, (nn.Linear, SparseLinear, KernelLinear)):
             raise UnsupportedModel(f"{name}: {type(module).__name__} is no linear module that the static loop knows")
     return Modules(modules, name)
