@@ -1,0 +1,54 @@
+"""A strong dense matrix-vector product in Triton, the baseline that the 2:4 kernels are held against.
+
+Several outputs per program, wide loads, and the start of the next kernel while this one ends: the first tile of the
+weight is on its way before the kernel in front has finished, as in the sparse kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _dense(
+    x_at, w_at, y_at, out,
+    INPUTS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    outputs = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.arange(0, K)
+    w = w_at + outputs[:, None].to(tl.int64) * INPUTS + column[None, :]
+    inside = (outputs < out)[:, None]
+    if EARLY:
+        gdc_launch_dependents()
+        tile = tl.load(w, mask=inside & (column < INPUTS)[None, :], other=0.0, eviction_policy="evict_first")
+        gdc_wait()
+        x = tl.load(x_at + column, mask=column < INPUTS, other=0.0)
+        total = tile.to(tl.float32) * x.to(tl.float32)[None, :]
+        start = K
+    else:
+        total = tl.zeros((M, K), dtype=tl.float32)
+        start = 0
+    for first in range(start, INPUTS, K):
+        here = first + column < INPUTS
+        tile = tl.load(w + first, mask=inside & here[None, :], other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_at + first + column, mask=here, other=0.0)
+        total += tile.to(tl.float32) * x.to(tl.float32)[None, :]
+    tl.store(y_at + outputs, tl.sum(total, 1).to(y_at.dtype.element_ty), mask=outputs < out)
+
+
+CONFIGS = (
+    *((m, k, warps, early) for m, k, warps in ((1, 1024, 4), (2, 1024, 4), (4, 1024, 8)) for early in (False, True)),
+    *((m, k, warps, early) for m, k, warps in ((1, 4096, 8), (4, 512, 4), (2, 2048, 8)) for early in (False, True)),
+)
+"""Outputs per program, inputs at a time, warps, and whether it starts early."""
+
+
+def dense_gemv(x: Tensor, weight: Tensor, out: Tensor, config: tuple[int, int, int, bool]) -> None:
+    """Fill `out [1, out]` with `x [1, in]` times the transpose of `weight [out, in]`."""
+    m, k, warps, early = config
+    count, inputs = weight.shape
+    grid = (triton.cdiv(count, m),)
+    _dense[grid](x, weight, out, count, INPUTS=inputs, M=m, K=k, EARLY=early, num_warps=warps, launch_pdl=early)
