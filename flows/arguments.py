@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 COMMANDS = (
     "demo", "plan", "run", "status", "tables", "report", "verify", "audit", "doctor", "methods", "presets", "families",
-    "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "completion",
+    "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "serve", "completion",
 )  # fmt: skip
 
 
@@ -223,5 +223,23 @@ def _add_exporting(commands: Any) -> None:
     generate.add_argument("--tokens", type=int, default=64, help="at most so many (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
-    generate.add_argument("--dense", action="store_true", help="unpack once: more memory, faster on a CPU")
     generate.add_argument("--json", action="store_true", help="machine-readable")
+    serve = commands.add_parser(
+        "serve",
+        help="answer OpenAI-compatible requests with a packed export",
+        description="transformers' server around our model: /v1/chat/completions, /v1/completions (both may stream), "
+        "/v1/models, /health. It listens to this machine alone unless --host says otherwise, and asks for no key.",
+        epilog="example: sparseforge serve model --port 8000",
+    )
+    serve.add_argument("folder", type=Path, metavar="DIR", help="a packed export")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    serve.add_argument("--name", help="of the model, as clients ask for it (default: the folder's)")
+    for command in (generate, serve):
+        command.add_argument("--dense", action="store_true", help="unpack once: more memory, faster on a CPU")
+        command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+        command.add_argument(
+            "--cache",
+            default="auto",
+            help="static (one CUDA graph a token, LLaMA-like models), ordinary (transformers' own), or auto",
+        )

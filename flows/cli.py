@@ -260,6 +260,13 @@ def _export(options: argparse.Namespace, home: Home) -> int:
     return OK
 
 
+def _serve(options: argparse.Namespace, _home: Home) -> int:
+    from flows.serving import serve
+
+    serve(options)
+    return OK
+
+
 def _list(options: argparse.Namespace, home: Home) -> int:
     from flows.listing import listing
 
@@ -286,6 +293,7 @@ HANDLERS = {
     "completion": _completion,
     "doctor": _doctor,
     **dict.fromkeys(("export", "verify-export", "generate"), _export),
+    "serve": _serve,
     **dict.fromkeys(("methods", "presets", "families", "suites", "grids"), _list),
 }
 """What each subcommand does."""

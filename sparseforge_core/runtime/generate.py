@@ -61,18 +61,25 @@ class Speaker:
         return int(getattr(config, "max_position_embeddings", None) or config.n_positions)
 
     def speak(
-        self, ids: Tensor, tokens: int, *, temperature: float = 0.0, seed: int = 0, ends: set[int], look: int = LOOK
+        self,
+        ids: Tensor,
+        tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int | None = 0,
+        ends: set[int],
+        look: int = LOOK,
     ) -> Iterator[list[int]]:
         """Continue `[1, length]` by at most so many tokens, some at a time, without the one that ends it.
 
-        Raises ExportError, before any work, for a request that does not fit the model, or if a logit is not finite.
+        Without a seed the device's own generator draws. Raises ExportError, before any work, for a request that does not fit the model, or if a logit is not finite.
         """
         check_request(tokens, temperature)
         if ids.shape[1] == 0:
             raise ExportError("the prompt holds no token; give at least one character")
         if ids.shape[1] + tokens > self.longest:
             raise ExportError(f"{ids.shape[1]} prompt tokens and {tokens} more exceed the model's {self.longest}")
-        generator = torch.Generator(device=ids.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device=ids.device).manual_seed(seed)
         how: dict[str, Any] = {"temperature": temperature, "generator": generator, "ends": ends}
         if self.parts is None:
             return ordinary(self.model, ids, tokens, **how)
@@ -104,7 +111,7 @@ def _small_operations(device: torch.device) -> Any:
 
 @torch.no_grad()
 def ordinary(
-    model: Any, ids: Tensor, tokens: int, *, temperature: float, generator: torch.Generator, ends: set[int]
+    model: Any, ids: Tensor, tokens: int, *, temperature: float, generator: torch.Generator | None, ends: set[int]
 ) -> Iterator[list[int]]:
     """As `decode`, a token at a time with transformers' own cache: for every model, on every device."""
     past, step = None, ids
@@ -124,26 +131,19 @@ def ordinary(
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    cache: CacheKind = "auto",
+    speaker: Speaker, tokenizer: Any, prompt: str, *, tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Generated:
     """Continue `prompt` by at most `tokens` tokens, fewer where the model ends its text.
 
     `temperature` 0 takes the likeliest token each time; above, tokens are drawn from softmax(logits / temperature),
     which `seed` alone determines. Raises ExportError if prompt and continuation do not fit the model, or a logit is
-    not finite; UnsupportedModel if the static cache is asked for and cannot drive the model.
+    not finite.
     """
     check_request(tokens, temperature)
-    speaker = Speaker(model, cache)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(speaker.model.device)
+    ends = ends_of(speaker.model, tokenizer)
     began = time.perf_counter()
-    said = speaker.speak(ids, tokens, temperature=temperature, seed=seed, ends=ends_of(model, tokenizer))
+    said = speaker.speak(ids, tokens, temperature=temperature, seed=seed, ends=ends)
     found = list(itertools.chain.from_iterable(said))
     return Generated(tokenizer.decode(found), found, time.perf_counter() - began, speaker.cache)
 

@@ -55,6 +55,19 @@ def gated(x: Tensor) -> Tensor:
     return out
 
 
+def through_branch(x: Tensor, branch: Tensor, added: Tensor | None) -> Tensor:
+    """added + B P x of one row x `[in]`, B `[out, blocks]` and P the sums of blocks of inputs: eq. (1)'s side branch."""
+    out, blocks = branch.shape
+    y = branch.new_empty(out)
+    block, rows = x.numel() // blocks, 32
+    _branch[(triton.cdiv(out, rows),)](
+        x, branch, branch if added is None else added, y, out, BLOCKS=blocks, BLOCK=block, ROWS=rows,
+        PADDED=triton.next_power_of_2(blocks), WIDE=triton.next_power_of_2(block), ADDED=added is not None, num_warps=8,
+        **_early(x),
+    )  # fmt: skip
+    return y
+
+
 def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tensor] | None) -> Tensor:
     """One token a row: qkv `[batch, qkv]` -> `[batch, heads * head]`; its key and value join the cache."""
     sizes, batch = cache.sizes, qkv.shape[0]
@@ -139,6 +152,28 @@ def _gated(x, out, wide, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     gate = tl.load(x + row * 2 * wide + at, mask=at < wide, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * wide + wide + at, mask=at < wide, other=0.0).to(tl.float32)
     tl.store(out + row * wide + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=at < wide)
+
+
+@triton.jit
+def _branch(
+    x, branch, added, y, out, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    WIDE: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.arange(0, PADDED)
+    wide = tl.arange(0, WIDE)
+    real = (row < out)[:, None] & (block < BLOCKS)[None, :]
+    if EARLY:
+        gdc_launch_dependents()
+    factor = tl.load(branch + row[:, None] * BLOCKS + block[None, :], mask=real, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+    inside = (block < BLOCKS)[:, None] & (wide < BLOCK)[None, :]
+    total = tl.sum(tl.load(x + block[:, None] * BLOCK + wide[None, :], mask=inside, other=0.0).to(tl.float32), 1)
+    found = tl.sum(factor * total[None, :], 1)
+    if ADDED:
+        found += tl.load(added + row, mask=row < out, other=0.0).to(tl.float32)
+    tl.store(y + row, found.to(y.dtype.element_ty), mask=row < out)
 
 
 @triton.jit

@@ -15,23 +15,38 @@ from sparseforge_core.runtime.linear import KernelLinear
 
 
 class Sparse(Product):
-    """A 2:4 weight by the kernels. For one row the residual takes the place of a bias: it is added in float32."""
+    """A 2:4 weight by the kernels.
+
+    For one row, what is to be added (bias, residual, the side branch of a fixed P) goes into the kernel as its bias.
+    """
 
     def __init__(self, kernel: KernelWeight, bias: Tensor | None, name: str, steps: ModuleType) -> None:
         super().__init__(name, kernel.out_features, kernel.in_features, steps)
         self.kernel, self.bias = kernel, bias
         self.nbytes = kernel.resident_bytes + (0 if bias is None else bias.nbytes)
+        self._bare = kernel
+        self._branch = kernel.branch if kernel.projection is None else None
+        if self._branch is not None:  # the same memory without its branch, which is then added apart
+            shape = kernel.out_features, kernel.in_features
+            self._bare = KernelWeight(kernel.values, kernel.places, shape, kernel.backend)
 
     def apply(self, x: Tensor) -> Tensor:
-        return sparse_linear(x, self.kernel, self.bias)
+        if x.numel() != self.inputs:
+            return sparse_linear(x, self.kernel, self.bias)
+        return self._one_row(x, self.bias)
 
     def __call__(
         self, x: Tensor, *, norm: Norm | None = None, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        if residual is None or residual.numel() != self.out or self.bias is not None or gated:
+        if residual is None or x.numel() != self.inputs or self.bias is not None or gated:
             return super().__call__(x, norm=norm, gated=gated, residual=residual)
-        x = x if norm is None else self.steps.norm(x, *norm)
-        return sparse_linear(x, self.kernel, residual.reshape(-1)).reshape(residual.shape)
+        return self._one_row(x if norm is None else self.steps.norm(x, *norm), residual)
+
+    def _one_row(self, x: Tensor, added: Tensor | None) -> Tensor:
+        added = None if added is None else added.reshape(-1)
+        if self._branch is not None:
+            added = self.steps.through_branch(x.reshape(-1), self._branch, added)
+        return sparse_linear(x, self._bare, added)
 
 
 def on_kernels(steps: ModuleType) -> Maker:

@@ -24,6 +24,12 @@ def gated(x: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def through_branch(x: Tensor, branch: Tensor, added: Tensor | None) -> Tensor:
+    """added + B P x of one row x `[in]`, B `[out, blocks]` and P the sums of blocks of inputs: eq. (1)'s side branch."""
+    found = branch @ x.view(branch.shape[1], -1).sum(-1)
+    return found if added is None else added + found
+
+
 def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tensor] | None) -> Tensor:
     """One token a row: qkv `[batch, qkv]` -> `[batch, heads * head]`; its key and value join the cache."""
     place = int(cache.position)
