@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 CAPABILITIES = ((9, 0),)
@@ -51,6 +49,4 @@ def _no_kernels_on(device: torch.device) -> str | None:
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and the 2:4 "
             f"kernels were checked on {known} alone; load the model with dense=True"
         )
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        return "the package cuda-bindings is missing, with which the 2:4 kernels are built; pip install cuda-bindings"
     return None
