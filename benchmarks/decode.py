@@ -367,8 +367,8 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
         ("dense", None, "decode"), ("sparse", None, "decode"), ("sparse", options.block, "decode"),
         ("sparse", None, "throughput"),
     ):  # fmt: skip
-        if sides.folder is not None and (block is not None or mode != "decode"):
-            continue  # an export has the branches that it has
+        if not wanted(options, sides, block, mode):
+            continue
         report.part(
             f"{side}, {mode}{'' if block is None else f', SLoRB of {block}'}",
             lambda side=side, block=block, mode=mode: one_model(options, report, machine, sides, side, block, mode),  # type: ignore[misc]
@@ -379,6 +379,24 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
     report.save(options.out)
 
 
+def tune(machine: Machine, parts: Parts, dtype: torch.dtype, rows: Sequence[int], *, copies: bool) -> None:
+    """Let the kernels measure their choices for these numbers of rows, where that was not done before."""
+    if machine.cuda:
+        from sparseforge_core.runtime.kernels.tuning import tune as measure_choices
+
+        shapes = {(p.out, p.inputs) for p in parts.products if p.name != "head"}
+        measure_choices(sorted(shapes), dtype, rows, copies=copies)
+
+
+def wanted(options: argparse.Namespace, sides: Sides, block: int | None, mode: str) -> bool:
+    """Whether a model has anything to run; an export has the side branches that it has, and one form."""
+    if mode == "throughput":
+        return sides.folder is None and bool(options.prefill)
+    if block is not None:
+        return sides.folder is None and 1 in options.batches
+    return True
+
+
 def one_model(
     options: argparse.Namespace, report: Report, machine: Machine, sides: Sides, side: str, block: int | None, mode: str
 ) -> None:
@@ -386,6 +404,7 @@ def one_model(
     before = torch.cuda.memory_allocated() if machine.cuda else 0
     parts = sides.parts(side, block=block, mode=mode)
     if mode == "throughput":
+        tune(machine, parts, sides.dtype, options.prefill, copies=True)
         run_prefill(report, machine, parts, side, options.prefill, options.repeats)
         report.add("resident_bytes.sparse_throughput", resident_bytes(parts), "bytes")
         return
@@ -398,7 +417,10 @@ def one_model(
         machine.free()
         report.add(f"allocated_bytes.{side}", torch.cuda.memory_allocated() - before, "bytes")
     bandwidth = 1e12 * (report.value("copy_bandwidth") or 0.0)
-    report.part(f"{side}: products", lambda: each_product(report, machine, parts, side, bandwidth))
+    if side == "sparse" and options.tune:
+        report.part("tuning", lambda: tune(machine, parts, sides.dtype, options.tune, copies=False))
+    if options.pairs:
+        report.part(f"{side}: products", lambda: each_product(report, machine, parts, side, bandwidth))
     pairs = [(p, o) for p, o in options.pairs if p + o <= parts.sizes.positions]
     report.part(f"{side}: pairs", lambda: run_pairs(report, machine, parts, side, pairs, options.repeats))
     report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, options.batches))
@@ -428,6 +450,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=64, help="inputs that share a value of the SLoRB branch")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--repeats", type=int, default=3, help="of what takes a second or less")
+    parser.add_argument("--tune", nargs="*", type=int, default=[], help="rows that the kernels measure choices for first")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out of dense")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")

@@ -81,7 +81,7 @@ def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tens
         qkv, cache.keys[layer], cache.values[layer], cache.cos, cache.sin, cache.position, out, partial, counters,
         *norms, sizes.eps, LOG2_E * sizes.head**-0.5, cache.capacity,
         KV=sizes.kv_heads, GROUP=group, PADDED=padded, HEAD=sizes.head, STRETCH=stretch, STRETCHES=stretches,
-        BLOCK=max(8, 64 // padded), TOGETHER=min(max(1, 8 // padded), triton.next_power_of_2(stretches)),
+        BLOCK=min(stretch, max(8, 64 // padded)), TOGETHER=min(max(1, 8 // padded), triton.next_power_of_2(stretches)),
         NORMED=head_norms is not None, num_warps=8, **_early(qkv),
     )  # fmt: skip
     return out

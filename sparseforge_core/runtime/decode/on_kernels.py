@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparseforge_core.errors import UnsupportedModel
@@ -69,7 +70,7 @@ def on_kernels(steps: ModuleType) -> Maker:
 def joinable(kernels: Sequence[KernelWeight]) -> bool:
     """Whether the rows of several weights can be those of one: a trained projection belongs to its own weight alone."""
     blocks = {None if kernel.branch is None else kernel.branch.shape[1] for kernel in kernels}
-    apart = any(kernel.projection is not None or kernel.large is not None for kernel in kernels)
+    apart = any(kernel.projection is not None or kernel.dense_copy is not None for kernel in kernels)
     return len(kernels) == 1 or (len(blocks) == 1 and not apart)
 
 
@@ -85,6 +86,8 @@ def joined_kernels(kernels: Sequence[KernelWeight]) -> KernelWeight:
         whole.branch = join([kernel.branch for kernel in kernels if kernel.branch is not None])
     for name in ("values", "places", "branch"):
         _share(whole, kernels, name)
+    if values.is_cuda:
+        torch.cuda.synchronize(values.device)  # kernels fetch weights before what is queued in front of them has ended
     return whole
 
 
