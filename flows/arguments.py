@@ -117,11 +117,12 @@ def _add_carrying(commands: Any) -> None:
     bundle.add_argument("--pool", help="only the cells placed there, and what they need")
     ingest = commands.add_parser(
         "ingest",
-        help="record finished cells that were copied into the home",
-        description="Record every stage of a grid that is finished under HOME/cells and not in the store.",
+        help="record finished cells that were copied into the home, or the results of a decode benchmark",
+        description="Record every stage of a grid that is finished under HOME/cells and not in the store; of a .json "
+        "file of benchmarks/decode.py, the speeds and weights that Table 7 shows.",
         epilog="example: sparseforge ingest smollm2-smoke",
     )
-    ingest.add_argument("grid")
+    ingest.add_argument("grid", metavar="GRID|FILE.json")
 
 
 def _add_reading(commands: Any) -> None:
@@ -142,8 +143,7 @@ def _add_reading(commands: Any) -> None:
     tables.add_argument("--quiet", action="store_true", help="say only what is missing")
     tables.add_argument("--json", action="store_true", help="machine-readable")
     _add_trusting(commands)
-    doctor = commands.add_parser("doctor", help="check this machine and installation, say what to do")
-    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    _add_doctor(commands)
     for name, what in (
         ("methods", "pruning methods"),
         ("presets", "named readings of the paper's method"),
@@ -153,6 +153,19 @@ def _add_reading(commands: Any) -> None:
     ):
         listing = commands.add_parser(name, help=f"list the {what}")
         listing.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine and installation, say what to do; with --model, what 2:4 will bring here",
+        epilog="example: sparseforge doctor --model llama-2-7b --batch 4",
+    )
+    doctor.add_argument("--model", help="a known model's name, or the folder of an export or of a Hugging Face model")
+    doctor.add_argument("--batch", type=int, default=1, help="rows decoded at a time (default 1)")
+    doctor.add_argument("--context", type=int, default=192, help="tokens before those decoded (default 192)")
+    doctor.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="type of the values")
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _add_trusting(commands: Any) -> None:

@@ -144,6 +144,13 @@ def _bundle(options: argparse.Namespace, _home: Home) -> int:
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
+    if options.grid.endswith(".json"):
+        from flows.benched import GRID, ingest_decode
+        from sparseforge_core.store.store import ResultStore
+
+        results = ResultStore(home.store_url)
+        print(f"{GRID}: {ingest_decode(results, Path(options.grid))} stages recorded; see `sparseforge tables --grid {GRID}`")
+        return OK
     from flows.bundle import ingest
     from flows.local import open_grid
 
@@ -243,6 +250,11 @@ def _completion(options: argparse.Namespace, _home: Home) -> int:
 
 
 def _doctor(options: argparse.Namespace, home: Home) -> int:
+    if options.model is not None:
+        from flows.outlook import outlook
+
+        print(outlook(options))
+        return OK
     from flows.doctor import doctor
 
     return doctor(home, as_json=options.json)

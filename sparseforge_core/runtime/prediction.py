@@ -11,10 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from sparseforge_core.errors import ExportError
-from sparseforge_core.runtime.decode.parts import Sizes
+import torch
+
+from sparseforge_core.errors import ExportError, UnsupportedModel
+from sparseforge_core.models.folders import shell
+from sparseforge_core.runtime.decode.parts import Sizes, refusal
 
 Side = Literal["dense", "sparse"]
 
@@ -28,8 +32,8 @@ KNOWN = {
 }
 """Models by name; any other by the folder of its configuration."""
 
-MEASURED, BATCHES = "llama-2-7b", (1, 2, 4, 8, 16, 32, 64)
-"""The model behind the results, and the rows of its steps."""
+MEASURED, BATCHES, CONTEXT = "llama-2-7b", (1, 2, 4, 8, 16, 32, 64), 256
+"""The model behind the results, the rows of its steps, and how many tokens lay before them."""
 
 KEPT = 0.5 + 1 / 16
 """Bytes of a 2:4 weight of two-byte values over a dense one: half of them, and two bits for each kept."""
@@ -63,6 +67,19 @@ def resident_bytes(sizes: Sizes, side: Side, *, tied: bool = False) -> float:
     layer = sum(weight_bytes(shape, side) for shape in product_shapes(sizes).values())
     norms = ITEM * sizes.width * (2 * sizes.layers + 1)
     return sizes.layers * layer + norms + (1 if tied else 2) * sizes.vocabulary * sizes.width * ITEM
+
+
+def sizes_in(folder: Path) -> tuple[Sizes, dict[str, Any]]:
+    """Sizes of the model of a folder's configuration, whether its embedding is its head, and why our loop refuses it.
+
+    Raises UnsupportedModel if the configuration is none, or names no LLaMA-like sizes.
+    """
+    model: Any = shell(folder, torch.bfloat16)
+    try:
+        sizes = Sizes.of(model.config)
+    except AttributeError as error:
+        raise UnsupportedModel(f"{folder}: speed is predicted for LLaMA-like models; {error}") from error
+    return sizes, {"tied": bool(model.config.tie_word_embeddings), "why": refusal(model)}
 
 
 @dataclass(frozen=True)
