@@ -33,7 +33,7 @@ def seconds(calls: Sequence[Callable[[], object]], *, replays: int = 11, least: 
             for call in calls:
                 call()
     graph.replay()
-    took = []
+    took: list[float] = []
     for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
