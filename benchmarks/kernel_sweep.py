@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +26,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense_gemv import CONFIGS, dense_gemv
-from sparseforge_core.runtime.kernels import triton_products
+from sparseforge_core.runtime.kernels import cusparselt, triton_products
 from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
 from sparseforge_core.runtime.kernels.measure import COLD, copy_bandwidth, seconds
 from sparseforge_core.runtime.kernels.nvrtc import compile_source, source
 from sparseforge_core.runtime.kernels.plans import Plan
+from sparseforge_core.runtime.kernels.rehearsal import random_packed
 
 SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
 """[out, in] of LLaMA-2-7B."""
 
-PAIRS = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
-"""The six ways to keep two of four: first place in the low two bits."""
-
 PARTS = ("check", "vector", "rows", "large")
 
 FOUND: dict[str, Any] = {}
-
-
-def random_packed(out: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random kept values `[out, in/2]` and places `[out, in/8]`, all six patterns equally likely."""
-    values = torch.randn(out, inputs // 2, device="cuda").to(dtype) / 64
-    pairs = torch.tensor(PAIRS, dtype=torch.uint8, device="cuda")
-    nibbles = pairs[torch.randint(0, 6, (out, inputs // 4), device="cuda")]
-    return values, nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
 
 def dense_of(values: Tensor, indices: Tensor) -> Tensor:
@@ -93,7 +84,7 @@ CHECKED = (
     Plan(kernel="gemv", rows=1, warps=2, depth=2, tiles=2, resident=2),
     Plan(kernel="stream", rows=1, warps=4, depth=8),
     Plan(kernel="stream", rows=8, warps=4, depth=8),
-    Plan(kernel="stream", rows=16, warps=4, depth=6),
+    Plan(kernel="stream", rows=16, warps=2, depth=6),
     Plan(kernel="tiles", rows=8, warps=2, tiles=4, depth=3),
     Plan(kernel="tiles", rows=16, warps=4, tiles=4, depth=2, split=2),
     Plan(kernel="tiles", rows=32, warps=3, tiles=3, depth=2, split=4),
@@ -107,19 +98,13 @@ def check() -> None:
     prepare([(p, o, i, d) for p in CHECKED for o, i in shapes for d in (torch.bfloat16, torch.float16)])
     for dtype in (torch.bfloat16, torch.float16):
         for out, inputs in shapes:
-            packed = random_packed(out, inputs, dtype)
+            packed = random_packed(out, inputs, dtype, "cuda")
             fragments, dense = to_fragments(*packed), dense_of(*packed)
             back = from_fragments(*fragments, inputs)
             same = torch.equal(back[0], packed[0]) and torch.equal(back[1], packed[1])
             same &= torch.equal(expand(*fragments, (out, inputs)), dense)
             bias = torch.randn(out, device="cuda").to(dtype)
             said = []
-            if (out, inputs) == (16, 256):
-                x = torch.randn(1, inputs, device="cuda").to(dtype)
-                other = packed[1].reshape(1, 2, 8, 1, 4, 2, 2, 2).permute(0, 3, 2, 5, 1, 4, 6, 7).contiguous()
-                other = other.reshape(1, 1, 32, 16).view(torch.int32)
-                both = [error(run_plan(CHECKED[0], x, (fragments[0], e), out), x, dense) for e in (fragments[1], other)]
-                print("places as documented / the other way:", both, flush=True)
             for plan in CHECKED:
                 for rows in sorted({1, plan.rows // 2 + 1, plan.rows}):
                     if plan.rows == 1 and rows > 1:
@@ -141,6 +126,21 @@ def check() -> None:
             FOUND[f"check.{dtype}.{out}x{inputs}"] = said
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variant(Plan):
+    """A plan with compile-time switches of the kernels turned off."""
+
+    off: tuple[str, ...] = ()
+
+    def constants(self, out: int, inputs: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        return (*super().constants(out, inputs, dtype), *((name, 0) for name in self.off))
+
+
+def variants(plan: Plan) -> list[Plan]:
+    """The same plan without what is on by default."""
+    return [Variant(**asdict(plan), off=off) for off in (("EARLY",), ("HINTS",), ("EARLY", "HINTS"))]
+
+
 class Case:
     """A shape with enough weights that none stays in the cache."""
 
@@ -149,7 +149,7 @@ class Case:
         self.sparse_bytes = self.out * self.inputs * 9 // 8
         self.dense_bytes = self.out * self.inputs * 2
         count = max(2, -(-COLD // self.sparse_bytes))
-        packed = [random_packed(self.out, self.inputs, dtype) for _ in range(count)]
+        packed = [random_packed(self.out, self.inputs, dtype, "cuda") for _ in range(count)]
         self.packed = packed
         self.fragments = [to_fragments(*pair) for pair in packed]
         self.dense = [dense_of(*pair) for pair in packed[: max(2, -(-COLD // self.dense_bytes))]]
@@ -160,10 +160,15 @@ class Case:
 
     def sparse(self, plan: Plan, x: Tensor) -> float:
         y = run_plan(plan, x, self.fragments[0], self.out)
+        self.kept = y.clone()
         wrong = float((y.float() - x.float() @ self.dense[0].float().T).norm() / y.float().norm())
         if not wrong < 1e-2:
             raise AssertionError(f"wrong by {wrong}")
-        return seconds([self._call(plan, x, pair, y) for pair in self.fragments])
+        took = seconds([self._call(plan, x, pair, y) for pair in self.fragments])
+        for _ in range(5):
+            if not torch.equal(run_plan(plan, x, self.fragments[0], self.out), self.kept):
+                raise AssertionError("not the same bits again")
+        return took
 
     @staticmethod
     def _call(plan: Plan, x: Tensor, pair: tuple[Tensor, Tensor], y: Tensor) -> Callable[[], object]:
@@ -184,7 +189,8 @@ class Case:
 
 def label(plan: Plan) -> str:
     """A plan in a few letters."""
-    return f"{plan.kernel} w{plan.warps} d{plan.depth} t{plan.tiles} s{plan.split} r{plan.resident}"
+    off = " without " + " ".join(plan.off) if isinstance(plan, Variant) else ""
+    return f"{plan.kernel} w{plan.warps} d{plan.depth} t{plan.tiles} s{plan.split} r{plan.resident}{off}"
 
 
 def measured(case: Case, plans: list[Plan], x: Tensor, until: float) -> list[tuple[float, Plan]]:
@@ -216,12 +222,16 @@ def vector(name: str, until: float, copied: float) -> None:
     plans = candidates(case.out, case.inputs, 1)
     prepare([(p, case.out, case.inputs, case.dtype) for p in plans])
     found = measured(case, plans, x, until)
+    firsts = [next((p for _, p in found if p.kernel == kernel), None) for kernel in ("gemv", "stream")]
+    more = [v for plan in firsts if plan is not None for v in variants(plan)]
+    prepare([(p, case.out, case.inputs, case.dtype) for p in more])
+    off = measured(case, more, x, until)
     y = torch.empty(1, case.out, dtype=case.dtype, device="cuda")
     plain = seconds([lambda p=p: triton_products.run(x, *p, None, y) for p in case.packed])
     best = order[0][1]
     print(f"{name}: dense " + ", ".join(f"{k} {v * 1e6:.2f}" for k, v in [*order[:3], ("cublas", dense["cublas"])]))
     print(f"  triton 2:4 {plain * 1e6:.2f}")
-    for took, plan in found[:8] + found[-1:]:
+    for took, plan in found[:6] + [(t, p) for t, p in found if p.kernel != found[0][1].kernel][:3] + found[-1:] + off:
         share = case.sparse_bytes / took / copied
         print(f"  {took * 1e6:7.2f} us  {best / took:.3f}x  {share:.3f} of copy  {label(plan)}", flush=True)
     FOUND[f"vector.{name}"] = {
@@ -256,7 +266,7 @@ def large(name: str, until: float) -> None:
     share = (case.sparse_bytes + case.dense_bytes) / unpack
     print(f"{name}: expand {unpack * 1e6:.1f} us, {share / 1e12:.2f} TB/s")
     compressed = [torch._cslt_compress(w) for w in case.dense[:2]]
-    for n in (128, 256, 512, 1024, 2048, 4096, 8192):
+    for n in (128, 256, 1024, 2048, 8192):
         if time.perf_counter() > until:
             return
         x = case.x(n)
@@ -264,20 +274,23 @@ def large(name: str, until: float) -> None:
         least = 24 if n <= 512 else 6
         dense = seconds([lambda w=w, x=x, y=y: torch.mm(x, w.T, out=y) for w in case.dense[:2]], least=least, replays=7)
         found = []
-        for alg in range(16):
+        for alg in range(24):
             try:
-                first = torch._cslt_sparse_mm(compressed[0], x.t(), transpose_result=True, alg_id=alg)
-                if alg == 0:
-                    wrong = float((first.float() - torch.mm(x, case.dense[0].T).float()).norm() / first.float().norm())
-                    print(f"  cslt {tuple(first.shape)} {first.is_contiguous()} differs by {wrong:.1e}")
-                run = [
-                    lambda c=c, x=x, a=alg: torch._cslt_sparse_mm(c, x.t(), transpose_result=True, alg_id=a)
-                    for c in compressed
-                ]
+                first = cusparselt.run(x, compressed[0], None, case.out, alg)
+                wrong = float((first.float() - torch.mm(x, case.dense[0].T).float()).norm() / first.float().norm())
+                if not wrong < 1e-2:
+                    print(f"  algorithm {alg} differs by {wrong:.1e}")
+                run = [lambda c=c, x=x, a=alg: cusparselt.run(x, c, None, case.out, a) for c in compressed]
                 found.append((seconds(run, least=least, replays=5), alg))
-            except RuntimeError as e:
+            except Exception as e:  # noqa: BLE001
                 print(f"  alg {alg}: {str(e)[:80]}")
                 break
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(20):
+            cusparselt.run(x, compressed[0], None, case.out, 0)
+        host = (time.perf_counter() - began) / 20
+        print(f"  host time of one call {host * 1e6:.0f} us")
         found.sort()
         said = "  ".join(f"{t * 1e6:.1f} ({dense / t:.2f}x alg {a})" for t, a in found[:3])
         print(f"{name} rows {n}: dense {dense * 1e6:.1f}  {said}", flush=True)

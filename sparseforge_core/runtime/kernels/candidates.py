@@ -45,23 +45,26 @@ def _vector(inputs: int) -> list[Plan]:
 
 def _stream(inputs: int, size: int) -> list[Plan]:
     found = []
-    for resident in (1, 2, 3):
+    for resident, parts in ((1, 1), (1, 2), (2, 2), (2, 4), (3, 3), (1, 3)):
         for warps in (4, 8, 12) if size == 1 else (4, 8):
             fixed = Plan(kernel="stream", rows=size, warps=warps, depth=0).shared(inputs) + 1024
-            depth = min((ROOM // resident - fixed) // (BLOCK_BYTES + 16), 44)
-            if depth >= warps:
+            depth = min((ROOM // parts - fixed) // (BLOCK_BYTES + 16), 44) // warps * warps
+            if depth > 0:
                 found.append(Plan(kernel="stream", rows=size, warps=warps, depth=depth, resident=resident))
     return found
 
 
 def _tiles(out: int, inputs: int, size: int, passes: int, processors: int) -> list[Plan]:
-    """Those whose blocks of threads fill the multiprocessors in one to three waves, best filled first."""
+    """Those whose blocks of threads fill the multiprocessors in one to three waves, best filled first.
+
+    Where shared memory is for two of them and one is resident, the next kernel's can fetch its weights meanwhile.
+    """
     count, blocks, ranked = -(-out // ROWS), -(-inputs // COLUMNS), []
     for split in (1, 2, 4):
         for tiles in (2, 3, 4, 6, 8, 11, 12, 16):
-            for resident in (1, 2):
+            for resident, parts in ((1, 1), (1, 2), (2, 2)):
                 stage = size * STAGE_ROW + tiles * BLOCK_BYTES
-                depth = min((ROOM // resident - 1024) // stage, 6, -(-blocks // split))
+                depth = min((ROOM // parts - 1024) // stage, 6, -(-blocks // split))
                 waves = -(-count // tiles) * split * passes / (processors * resident)
                 if depth < 2 or split > blocks or waves > 3:
                     continue
@@ -77,4 +80,4 @@ def _tiles(out: int, inputs: int, size: int, passes: int, processors: int) -> li
                         resident=resident,
                     )
                     ranked.append((-filled, plan))
-    return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])[:14]]
+    return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])[:28]]

@@ -20,7 +20,7 @@ import torch
 
 from sparseforge_core.files import write_json
 from sparseforge_core.runtime.kernels.candidates import candidates
-from sparseforge_core.runtime.kernels.nvrtc import FOLDER
+from sparseforge_core.runtime.kernels.nvrtc import FOLDER, driver_version
 from sparseforge_core.runtime.kernels.plans import Plan
 
 log = logging.getLogger(__name__)
@@ -117,15 +117,11 @@ def circumstances(device: int) -> dict[str, str]:
     text = b"".join(path.read_bytes() for path in sorted(FOLDER.iterdir()))
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "driver": str(_driver_version()),
+        "driver": str(driver_version()),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "kernels": hashlib.sha256(text).hexdigest()[:16],
     }
-
-
-def _driver_version() -> int:
-    return int(torch._C._cuda_getDriverVersion())
 
 
 def _version(package: str) -> str:

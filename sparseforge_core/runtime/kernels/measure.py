@@ -33,7 +33,7 @@ def seconds(calls: Sequence[Callable[[], object]], *, replays: int = 11, least: 
             for call in calls:
                 call()
     graph.replay()
-    took = []
+    took: list[float] = []
     for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -45,7 +45,8 @@ def seconds(calls: Sequence[Callable[[], object]], *, replays: int = 11, least: 
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
-    """Bytes per second, read and written, of a large copy on the device."""
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+    """Bytes per second, read and written, of a large copy on the device, the driver's or a kernel's."""
+    source = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / seconds([lambda: target.copy_(source)], replays=5)
+    copies = (lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target))
+    return 2 * size / min(seconds([copy], replays=5, least=6) for copy in copies)

@@ -141,6 +141,13 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def driver_version() -> int:
+    """The newest CUDA that the driver serves, as 1000 major + 10 minor."""
+    found = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(found)))
+    return found.value
+
+
 def _check(status: int) -> None:
     if status:
         text = ctypes.c_char_p()

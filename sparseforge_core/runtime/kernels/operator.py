@@ -21,7 +21,7 @@ def sparse_linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -
     """
     rows = x.reshape(-1, weight.in_features)
     copies = (weight.dense_copy, weight.compressed)
-    out = product(rows, weight.values, weight.places, bias, *copies, weight.out_features, weight.backend)
+    out: Tensor = product(rows, weight.values, weight.places, bias, *copies, weight.out_features, weight.backend)
     if weight.branch is not None:
         out = out + through_branch(rows, weight.branch, weight.projection)
     return out.reshape(*x.shape[:-1], weight.out_features)

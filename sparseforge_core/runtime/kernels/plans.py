@@ -49,7 +49,7 @@ class Plan:
 
     def fits(self, inputs: int) -> bool:
         """Whether a multiprocessor has room for it."""
-        return self.resident * (self.shared(inputs) + 1024) <= SHARED_MEMORY + 1024
+        return self.depth > 0 and self.resident * (self.shared(inputs) + 1024) <= SHARED_MEMORY + 1024
 
     def constants(self, out: int, inputs: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         """Compile-time sizes for a weight `[out, in]`."""
@@ -80,7 +80,7 @@ class Plan:
             return -(-count // self.tiles), 1
         if self.kernel == "stream":
             return min(count, processors * self.resident), 1
-        return -(-count // self.tiles) * self.split, -(-rows // self.rows)
+        return -(-count // self.tiles) * self.split * -(-rows // self.rows), 1
 
     def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
         """The loaded kernel; built when first asked for."""

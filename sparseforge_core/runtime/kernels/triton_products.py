@@ -3,6 +3,9 @@
 A group of four inputs is one 32-bit word with its two kept values, and four bits of places.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton reads the arguments of its functions itself, and has no types for them.
+
 from __future__ import annotations
 
 import torch

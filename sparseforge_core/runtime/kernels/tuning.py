@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,9 +95,8 @@ class _Trial:
         plans = candidates(self.out, self.inputs, rows) if rows <= OURS_UP_TO else []
         found = [self._best([self._kernel(plan, x, y, exact) for plan in plans])]
         if rows > LARGEST_OURS:
-            found.append(
-                Choice("expand", seconds=self._seconds([lambda p=p: self._expanded(p, x) for p in self.fragments]))
-            )  # type: ignore[misc]
+            expanded = [functools.partial(self._expanded, x, pair) for pair in self.fragments]
+            found.append(Choice("expand", seconds=self._seconds(expanded)))
         if copies:
             dense = [functools.partial(torch.nn.functional.linear, x, weight) for weight in self.dense]
             found.append(Choice("dense", seconds=self._seconds(dense)))
@@ -127,12 +126,12 @@ class _Trial:
     def _expanded(self, x: Tensor, pair: Fragments) -> Tensor:
         return torch.nn.functional.linear(x, expand(*pair, (self.out, self.inputs)))
 
-    def _seconds(self, calls: list[Callable[[], object]]) -> float:
+    def _seconds(self, calls: Sequence[Callable[[], object]]) -> float:
         first = seconds(calls, replays=2, least=1)
         return seconds(calls, replays=7, least=max(1, min(24, int(2e-3 / first))))
 
     @staticmethod
-    def _best(found: list[Choice | None]) -> Choice | None:
+    def _best(found: Sequence[Choice | None]) -> Choice | None:
         measured = [choice for choice in found if choice is not None]
         return min(measured, key=lambda choice: choice.seconds or 0.0, default=None)
 

@@ -5,6 +5,16 @@
 //   OUT       outputs of the weight, a multiple of 16      BF16     1 for bfloat16, 0 for float16
 // A block is 16 outputs x 256 inputs: 4,096 bytes of values and 512 of places, in the order of fragments.py.
 
+// and two that are on unless a sweep turns them off:
+//   EARLY     let the next kernel start while this one runs   HINTS    tell the caches that weights pass once
+
+#ifndef EARLY
+#define EARLY 1
+#endif
+#ifndef HINTS
+#define HINTS 1
+#endif
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -40,7 +50,12 @@ __device__ __forceinline__ u16 from_float(float f) {
 // Weights pass once: they are kept out of L1. The plain form of the load keeps its place before wait_for_previous().
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
     uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+#if HINTS
+#define LOAD_ONCE "ld.global.L1::no_allocate.L2::256B.v4.u32"
+#else
+#define LOAD_ONCE "ld.global.L1::no_allocate.v4.u32"
+#endif
+    asm volatile(LOAD_ONCE " {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
@@ -69,7 +84,11 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, const ui
 }
 
 // Programmatic dependent launch: the next kernel of the stream may start; wait for the one before, whose output is x.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void let_next_start() {
+#if EARLY
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
@@ -97,6 +116,10 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 __device__ __forceinline__ void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+#if HINTS
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+#else
+    copy_bulk(to, from, bytes, barrier);
+#endif
 }

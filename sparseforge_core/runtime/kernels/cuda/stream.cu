@@ -2,7 +2,11 @@
 // of asynchronous copies, so that the memory is never idle between tiles.
 //
 //   ROWS most rows of x: 1, which takes a cheaper order of x, or a multiple of 8
-//   WARPS consumers, each taking every WARPS-th block of a tile; SLOTS blocks in the ring
+//   WARPS consumers, each taking every WARPS-th block of all; SLOTS blocks in the ring, a multiple of WARPS, so that
+//   a slot always meets the same consumer: another could be a whole turn of the ring ahead, and a barrier knows only
+//   the last turn from the one before
+
+static_assert(SLOTS % WARPS == 0, "a slot must meet one consumer");
 
 #define NT ((ROWS + 7) / 8)
 #define THREADS (32 * (WARPS + 1))
@@ -69,7 +73,7 @@ stream(const char* __restrict__ values, const char* __restrict__ places, const u
     int turn = 0;
     for (int tile = blockIdx.x; tile < TILES; tile += gridDim.x, turn++) {
         float d[2][NT][4] = {};
-        for (int k = warp; k < BLOCKS; k += WARPS) {
+        for (int k = (warp + WARPS - turn * BLOCKS % WARPS) % WARPS; k < BLOCKS; k += WARPS) {
             const int n = turn * BLOCKS + k, slot = n % SLOTS;
             barrier_wait(full + 8 * slot, (n / SLOTS) & 1);
             const uint4* block = (const uint4*)(ring + slot * BLOCK_BYTES) + lane;

@@ -1,8 +1,8 @@
-// Up to 64 rows of x: a block of threads multiplies TM tiles of 16 outputs by all rows, 256 inputs at a time, with x and
+// Up to 64 rows of x at a time: a block of threads multiplies TM tiles of 16 outputs by all rows, 256 inputs at a time, with x and
 // the weight in a ring of STAGES asynchronous copies. SPLIT blocks of a cluster share the inputs of the same outputs and
 // add their parts through each other's shared memory, always in the same order.
 //
-//   ROWS rows of x, NT = ceil(ROWS / 8); TM tiles per block of threads, one warp for MT of them
+//   ROWS rows of x at a time, NT = ceil(ROWS / 8); TM tiles per block of threads, one warp for MT of them
 
 #define NT ((ROWS + 7) / 8)
 #define WARPS (TM / MT)
@@ -30,10 +30,12 @@ tiles(const char* __restrict__ values, const char* __restrict__ places, const u1
     __shared__ u64 barriers[2 * STAGES];
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES, ring = shared_address(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int rank = blockIdx.x % SPLIT, first_tile = blockIdx.x / SPLIT * TM;
+    // Blocks of threads that need the same weights for other rows are neighbours, so that the cache serves all but one.
+    const int passes = (rows + NT * 8 - 1) / (NT * 8), pass = blockIdx.x / SPLIT % passes;
+    const int rank = blockIdx.x % SPLIT, first_tile = blockIdx.x / SPLIT / passes * TM;
     const int first = rank * SPAN, last = min(first + SPAN, BLOCKS);
-    x += (size_t)blockIdx.y * (NT * 8) * COLUMNS, y += (size_t)blockIdx.y * (NT * 8) * OUT;
-    rows = min(rows - (int)blockIdx.y * NT * 8, NT * 8);
+    x += (size_t)pass * (NT * 8) * COLUMNS, y += (size_t)pass * (NT * 8) * OUT;
+    rows = min(rows - pass * NT * 8, NT * 8);
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, WARPS);
