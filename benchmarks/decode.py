@@ -12,6 +12,7 @@ reference path, which is for trying the script. Results are merged by measure in
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -29,7 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.decode_models import (
-    MODELS, Swappable, dense_side, random_parts, sparse_side, use_fastest,
+    MODELS,
+    Swappable,
+    dense_side,
+    random_parts,
+    sparse_side,
+    use_fastest,
 )  # fmt: skip
 from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.loop import Decoder
@@ -95,7 +101,7 @@ class Report:
         began = time.perf_counter()
         try:
             work()
-        except Exception:
+        except Exception:  # noqa: BLE001 - one part must not cost the others their results
             traceback.print_exc()
             self.failed.append(name)
         print(f"[{name}: {time.perf_counter() - began:.1f} s]", flush=True)
@@ -181,9 +187,19 @@ def each_product(report: Report, machine: Machine, parts: Parts, side: str, band
     """Seconds of each product at one row, over the weights of all layers, and the share of bandwidth it reaches."""
     for name, products in by_name(parts).items():
         x = torch.randn(1, products[0].inputs, device=machine.device, dtype=parts.embedding.dtype)
-        took = machine.graphed(lambda products=products, x=x: [product(x) for product in products]) / len(products)
+        took = machine.graphed(functools.partial(_all, products, x)) / len(products)
         report.add(f"product_us.{side}.{name}", 1e6 * took, "us")
         report.add(f"product_bandwidth_share.{side}.{name}", products[0].nbytes / took / bandwidth, "of copy bandwidth")
+
+
+def _all(products: Sequence[Product], x: torch.Tensor) -> None:
+    for product in products:
+        product(x)
+
+
+def _steps(decoder: Decoder, count: int) -> None:
+    for _ in range(count):
+        decoder.step()
 
 
 def by_name(parts: Parts) -> dict[str, list[Product]]:
@@ -202,13 +218,17 @@ def choose_dense(machine: Machine, parts: Parts, names: Sequence[str], *, compil
         if not machine.cuda or not products:
             continue
         x = torch.randn(1, products[0].inputs, device=machine.device, dtype=parts.embedding.dtype)
-        work = (lambda products=products, x=x: [product(x) for product in products])  # fmt: skip
-        found = use_fastest(products, lambda work=work: machine.graphed(work), compile_too=compile_too)
-        tried = ", ".join(f"{way} {1e6 * took / len(products):.1f}" for way, took in sorted(found.items(), key=lambda i: i[1]))
+        call = functools.partial(_all, products, x)
+        found = use_fastest(products, functools.partial(machine.graphed, call), compile_too=compile_too)
+        tried = ", ".join(
+            f"{way} {1e6 * took / len(products):.1f}" for way, took in sorted(found.items(), key=lambda i: i[1])
+        )
         print(f"  {name}: {tried} us", flush=True)
 
 
-def run_pairs(report: Report, machine: Machine, parts: Parts, side: str, pairs: Sequence[tuple[int, int]], repeats: int) -> None:
+def run_pairs(
+    report: Report, machine: Machine, parts: Parts, side: str, pairs: Sequence[tuple[int, int]], repeats: int
+) -> None:
     """Run each length pair in full at batch 1: a prompt, then one step for each token of output."""
     prefix = {"sparse": "", "dense": "dense_"}[side]
     for prompt, output in pairs:
@@ -216,9 +236,9 @@ def run_pairs(report: Report, machine: Machine, parts: Parts, side: str, pairs: 
         tokens = torch.randint(0, parts.sizes.vocabulary, (1, prompt), device=machine.device)
         whole, steps = [], []
         for turn in range(1 + (repeats if output <= 128 else 1)):
-            first = machine.seconds(lambda: decoder.prefill(tokens))  # noqa: B023 - called at once
+            first = machine.seconds(functools.partial(decoder.prefill, tokens))
             count = output if turn else 2  # the first turn warms up and captures
-            then = machine.seconds(lambda: [decoder.step() for _ in range(count)])  # noqa: B023
+            then = machine.seconds(functools.partial(_steps, decoder, count))
             if turn:
                 steps.append(output / then)
                 whole.append(output / (first + then))
@@ -236,11 +256,13 @@ def step_seconds(machine: Machine, decoder: Decoder, context: int, count: int = 
     took = []
     for _ in range(4):
         decoder.cache.position.fill_(context)
-        took.append(machine.seconds(lambda: [decoder.step() for _ in range(count)]) / count)
+        took.append(machine.seconds(functools.partial(_steps, decoder, count)) / count)
     return statistics.median(took[1:])
 
 
-def run_batches(report: Report, machine: Machine, parts: Parts, side: str, batches: Sequence[int], label: str = "") -> None:
+def run_batches(
+    report: Report, machine: Machine, parts: Parts, side: str, batches: Sequence[int], label: str = ""
+) -> None:
     """Milliseconds of a step at each batch size, behind CONTEXT tokens."""
     context = min(CONTEXT, parts.sizes.positions // 2)
     for batch in batches:
@@ -251,12 +273,14 @@ def run_batches(report: Report, machine: Machine, parts: Parts, side: str, batch
         machine.free()
 
 
-def run_prefill(report: Report, machine: Machine, parts: Parts, side: str, lengths: Sequence[int], repeats: int) -> None:
+def run_prefill(
+    report: Report, machine: Machine, parts: Parts, side: str, lengths: Sequence[int], repeats: int
+) -> None:
     """Milliseconds of a prompt."""
     for length in lengths:
         decoder = Decoder(parts, capacity=length, steps=machine.steps)
         tokens = torch.randint(0, parts.sizes.vocabulary, (1, length), device=machine.device)
-        took = [machine.seconds(lambda: decoder.prefill(tokens)) for _ in range(repeats + 1)]  # noqa: B023
+        took = [machine.seconds(functools.partial(decoder.prefill, tokens)) for _ in range(repeats + 1)]
         report.add(f"prefill_ms.{side}.{length}", 1e3 * statistics.median(took[1:]), "ms", [1e3 * t for t in took[1:]])
         del decoder
         machine.free()
@@ -348,7 +372,9 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
     for batch in options.batches:
         dense, sparse = f"step_ms.dense.batch_{batch}", f"step_ms.sparse.batch_{batch}"
         report.ratio(f"step_over_strong_dense.batch_{batch}", dense, sparse)
-    report.ratio("step_over_strong_dense.slorb", "step_ms.dense.batch_1", f"step_ms.sparse_slorb{options.block}.batch_1")
+    report.ratio(
+        "step_over_strong_dense.slorb", "step_ms.dense.batch_1", f"step_ms.sparse_slorb{options.block}.batch_1"
+    )
     for length in options.prefill:
         report.ratio(f"prefill_over_dense.{length}", f"prefill_ms.dense.{length}", f"prefill_ms.sparse.{length}")
     found = [report.value(f"prefill_over_dense.{length}") for length in options.prefill]
@@ -450,8 +476,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=64, help="inputs that share a value of the SLoRB branch")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--repeats", type=int, default=3, help="of what takes a second or less")
-    parser.add_argument("--tune", nargs="*", type=int, default=[], help="rows that the kernels measure choices for first")
+    parser.add_argument(
+        "--tune", nargs="*", type=int, default=[], help="rows that the kernels measure choices for first"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out of dense")
+    parser.add_argument("--no-early", dest="early", action="store_false", help="small kernels wait for those ahead")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")
     parser.add_argument("--out", type=Path, help="file of results, merged by measure")
@@ -459,6 +488,8 @@ def main(arguments: list[str] | None = None) -> int:
     machine = Machine(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python benchmarks/decode.py", *_without_places(given)])
+    if machine.cuda:
+        machine.steps.EARLY = options.early  # type: ignore[attr-defined]
     report = Report(machine.hardware, command, options.commit)
     measure(options, report, machine)
     if report.failed:

@@ -13,7 +13,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-def one_row(x: Tensor, weight: Tensor, residual: Tensor | None, rows: int, width: int, warps: int, early: bool) -> Tensor:
+def one_row(
+    x: Tensor, weight: Tensor, residual: Tensor | None, rows: int, width: int, warps: int, early: bool
+) -> Tensor:
     """residual + W x for x `[in]` and W `[out, in]`: `rows` outputs a program, `width` inputs at a time."""
     out, inputs = weight.shape
     y = torch.empty(out, dtype=x.dtype, device=x.device)

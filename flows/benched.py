@@ -1,7 +1,7 @@
 """Results of `benchmarks/decode.py`, made on a machine without a store, into the store and so into Table 7.
 
-They become a grid of two cells, dense and 2:4, whose keys hash what was measured, where and at which commit: ingesting a
-file twice adds nothing, and newer results take the rows of older ones, which stay in the store.
+They become a grid of two cells, dense and 2:4, whose keys hash what was measured, where and at which commit: a file
+ingested twice adds nothing, and newer results take the rows of older ones, which stay in the store.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def ingest_decode(store: ResultStore, path: Path) -> int:
     pairs = sorted({(int(m["prompt"]), int(m["output"])) for m in map(RATE.fullmatch, rows) if m})
     whole = [pair for pair in pairs if all(_rate(prefix, pair) in rows for prefix, _, _ in SIDES.values())]
     if not whole:
-        raise DataError(f"{path} has no length pair that was measured dense and 2:4; run benchmarks/decode.py with both")
+        raise DataError(
+            f"{path} has no length pair that was measured dense and 2:4; run benchmarks/decode.py with both"
+        )
     repeats = int(rows[_rate("", whole[0])].get("n", 1))
     suite = ThroughputSuite(name="decode-benchmark", prompt_output=tuple(whole), repeats=repeats)
     cells = {row: _cell(row, about) for row in SIDES}
@@ -125,9 +127,15 @@ def _plan(store: ResultStore, suite: ThroughputSuite, cells: dict[str, PlannedCe
     for position, (row, (_, _, label)) in enumerate(SIDES.items()):
         slots.append(
             PlannedSlot(
-                grid=GRID, exhibit="table-7", row=f"{model}/{row}", label=f"{model} {label}", position=position,
-                recipe_key=cells[row].recipe_key, seeds=(0,), suite_keys=(key,),
-            )  # fmt: skip
+                grid=GRID,
+                exhibit="table-7",
+                row=f"{model}/{row}",
+                label=f"{model} {label}",
+                position=position,
+                recipe_key=cells[row].recipe_key,
+                seeds=(0,),
+                suite_keys=(key,),
+            )
         )
     store.plan(
         GRID,

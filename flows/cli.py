@@ -149,7 +149,8 @@ def _ingest(options: argparse.Namespace, home: Home) -> int:
         from sparseforge_core.store.store import ResultStore
 
         results = ResultStore(home.store_url)
-        print(f"{GRID}: {ingest_decode(results, Path(options.grid))} stages recorded; see `sparseforge tables --grid {GRID}`")
+        count = ingest_decode(results, Path(options.grid))
+        print(f"{GRID}: {count} stages recorded; see `sparseforge tables --grid {GRID}`")
         return OK
     from flows.bundle import ingest
     from flows.local import open_grid

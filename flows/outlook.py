@@ -93,8 +93,8 @@ def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[st
     found = []
     if gpu["name"] is None:
         found.append(
-            "this machine has no GPU: here 2:4 saves memory and not time, and the figures are those of the GPU that was "
-            "measured"
+            "this machine has no GPU: here 2:4 saves memory and not time, and the figures are those of the GPU that "
+            "was measured"
         )
     elif gpu["refused"]:
         name, why = next(iter(gpu["refused"].items()))
@@ -115,10 +115,10 @@ def lines(body: dict[str, Any]) -> list[str]:
     gpu, gib = body["gpu"], 2**30
     bandwidth = gpu["copy_bandwidth"]
     here = f"{gpu['name']}, {bandwidth / 1e12:.2f} TB/s copied" if bandwidth else "no GPU"
-    shown = ", ".join(gpu["refused"]) or "none"
+    refused = f"; products that the 2:4 kernels refuse: {', '.join(gpu['refused']) or 'none'}" if bandwidth else ""
     return [
         f"model     {body['model']}, batch {body['batch']}, behind {body['context']:,} tokens",
-        f"machine   {here}; products that the 2:4 kernels refuse: {shown}",
+        f"machine   {here}{refused}",
         f"speed     {body['sparse_tokens_per_second']:,.0f} tokens/s with 2:4, {body['dense_tokens_per_second']:,.0f} "
         f"dense: {body['gain']:.2f} times (predicted from {body['measured_on']})",
         f"memory    {body['sparse_bytes'] / gib:.2f} GiB with 2:4, {body['dense_bytes'] / gib:.2f} dense, and "

@@ -71,6 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.cycle": SPECS | core("store run files tracking.tracker") | {"flows"},
     "flows.worker": core("store run") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
+    "flows.serving": core("runtime") | {"flows"},
+    "flows.outlook": core("runtime") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
     "analysis": core("store.results store.rows store.outcomes"),
@@ -87,7 +89,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "scipy": ("analysis/",),
     "matplotlib": ("analysis/", "sparseforge_core/tracking/"),
     "lm_eval": tuple(f"sparseforge_core/evaluate/{file}.py" for file in ("harness", "packed_lm", "stock_tasks")),
-    "transformers": ("sparseforge_core/models/",),
+    "transformers": ("sparseforge_core/models/", "flows/serving.py"),  # the server around our model is theirs
+    "fastapi": ("flows/serving.py",),
+    "uvicorn": ("flows/serving.py",),
+    "triton": ("sparseforge_core/runtime/",),
     "datasets": ("sparseforge_core/data/corpora.py", "sparseforge_core/evaluate/"),
     "pyarrow": ("sparseforge_core/data/",),
     "tokenizers": ("sparseforge_core/data/vocabulary.py",),
@@ -101,6 +106,7 @@ DOORS: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "run", "distributed")),
+        "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
     ),
 }

@@ -72,7 +72,8 @@ class Speaker:
     ) -> Iterator[list[int]]:
         """Continue `[1, length]` by at most so many tokens, some at a time, without the one that ends it.
 
-        Without a seed the device's own generator draws. Raises ExportError, before any work, for a request that does not fit the model, or if a logit is not finite.
+        Without a seed the device's own generator draws. Raises ExportError, before any work, for a request that does
+        not fit the model, or if a logit is not finite.
         """
         check_request(tokens, temperature)
         if ids.shape[1] == 0:

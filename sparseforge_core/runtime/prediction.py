@@ -156,7 +156,7 @@ def interpolated(growth: Mapping[int, float], batch: int) -> float:
     if above == below:
         return growth[batch]
     share = math.log(batch / below) / math.log(above / below)
-    return growth[below] ** (1.0 - share) * growth[above] ** share
+    return float(growth[below] ** (1.0 - share) * growth[above] ** share)
 
 
 def _value(results: Mapping[str, float], name: str) -> float:

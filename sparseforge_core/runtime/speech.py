@@ -112,5 +112,7 @@ def place_named(name: str) -> torch.device:
         raise ExportError(f"--device {name}: give cpu, cuda, cuda:N or auto") from error
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ExportError(f"--device {name}: torch sees {count} CUDA devices; use cpu, or install a CUDA build of torch")
+        raise ExportError(
+            f"--device {name}: torch sees {count} CUDA devices; use cpu, or install a CUDA build of torch"
+        )
     return device

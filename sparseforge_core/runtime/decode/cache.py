@@ -1,4 +1,4 @@
-"""Keys and values of a fixed number of tokens, and where the next one goes: all on the device, so that a graph sees it."""
+"""Keys and values of a fixed number of tokens, and where the next one goes: on the device, so that a graph sees it."""
 
 from __future__ import annotations
 

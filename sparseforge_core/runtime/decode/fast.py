@@ -4,8 +4,12 @@ A decode step attends in one launch a layer: each program turns its queries, rea
 last to finish of a head adds the stretches up; the program of the first stretch turns the new key and stores it.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton reads the arguments of its functions itself, and has no types for them.
+
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,9 +43,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, width = out.numel() // out.shape[-1], out.shape[-1]
     flat = x.reshape(rows, width)
     block = triton.next_power_of_2(width)
-    _norm[(rows,)](
-        flat, weight, out, width, flat.stride(0), eps, BLOCK=block, num_warps=_warps(block), **_early(x)
-    )
+    _norm[(rows,)](flat, weight, out, width, flat.stride(0), eps, BLOCK=block, num_warps=_warps(block), **_early(x))
     return out
 
 
@@ -56,7 +58,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 def through_branch(x: Tensor, branch: Tensor, added: Tensor | None) -> Tensor:
-    """added + B P x of one row x `[in]`, B `[out, blocks]` and P the sums of blocks of inputs: eq. (1)'s side branch."""
+    """added + B P x of one row x `[in]`: eq. (1)'s side branch B `[out, blocks]`, P the sums of blocks of inputs."""
     out, blocks = branch.shape
     y = branch.new_empty(out)
     block, rows = x.numel() // blocks, 32
@@ -99,7 +101,9 @@ def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tenso
     )  # fmt: skip
     query = qkv[..., : sizes.heads * sizes.head].unflatten(-1, (sizes.heads, sizes.head)).transpose(1, 2)
     seen = cache.keys[layer][:, :, :length], cache.values[layer][:, :, :length]
-    out = functional.scaled_dot_product_attention(query, *seen, is_causal=True, enable_gqa=True)
+    out = functional.scaled_dot_product_attention(
+        query, *seen, is_causal=True, enable_gqa=sizes.heads != sizes.kv_heads
+    )
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
@@ -121,8 +125,14 @@ def _scratch(cache: Cache, pairs: int, stretches: int, padded: int) -> tuple[Ten
 
 def _early(x: Tensor) -> dict[str, bool]:
     """The options of a launch that may begin early."""
-    early = EARLY and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    early = EARLY and x.is_cuda and _generation(x.device) >= 9
     return {"EARLY": early, "launch_pdl": early}
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    major, _ = torch.cuda.get_device_capability(device)
+    return major
 
 
 def _warps(block: int) -> int:

@@ -153,4 +153,3 @@ def rotary(module: Any, positions: int, device: torch.device) -> tuple[Tensor, T
     frequencies = module.inv_freq.to(device, torch.float32)
     angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequencies[None, :]
     return angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
-

@@ -25,7 +25,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 def through_branch(x: Tensor, branch: Tensor, added: Tensor | None) -> Tensor:
-    """added + B P x of one row x `[in]`, B `[out, blocks]` and P the sums of blocks of inputs: eq. (1)'s side branch."""
+    """added + B P x of one row x `[in]`: eq. (1)'s side branch B `[out, blocks]`, P the sums of blocks of inputs."""
     found = branch @ x.view(branch.shape[1], -1).sum(-1)
     return found if added is None else added + found
 
@@ -52,9 +52,7 @@ def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tenso
     return out.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 
-def split_heads(
-    qkv: Tensor, cache: Cache, head_norms: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, cache: Cache, head_norms: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """`[batch, length, qkv]` -> queries, keys and values `[batch, heads, length, head]`."""
     sizes = cache.sizes
     shaped = qkv.view(*qkv.shape[:2], -1, sizes.head)

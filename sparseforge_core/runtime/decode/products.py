@@ -66,7 +66,7 @@ class Dense(Product):
     """A dense weight `[out, in]` by whatever torch calls for it: cuBLAS on a GPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, name: str, steps: ModuleType = plain) -> None:
-        super().__init__(name, *weight.shape, steps)
+        super().__init__(name, weight.shape[0], weight.shape[1], steps)
         self.weight, self.bias = weight, bias
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 

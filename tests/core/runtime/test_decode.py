@@ -166,7 +166,7 @@ def test_requests_that_do_not_fit_are_refused() -> None:
     for cache in ("static", "ordinary"):
         with pytest.raises(ExportError, match="60 prompt tokens and 5 more exceed"):
             Speaker(model, cache).speak(tokens(1, 60), 5, ends=set())  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="unknown cache 'statik'. Did you mean 'static'"):
+    with pytest.raises(ExportError, match="unknown cache 'statik'"):
         Speaker(model, "statik")  # type: ignore[arg-type]
 
 
