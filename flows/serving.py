@@ -99,11 +99,15 @@ def application(voice: Voice, name: str) -> FastAPI:
     )
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
 
-    @app.exception_handler(SparseForgeError)
-    async def say(_request: Request, error: SparseForgeError) -> JSONResponse:
-        return JSONResponse({"error": {"message": str(error), "type": type(error).__name__}}, status_code=400)
-
+    app.add_exception_handler(SparseForgeError, _said)
+    app.add_exception_handler(HTTPException, _said)
     return app
+
+
+async def _said(_request: Request, error: Exception) -> JSONResponse:
+    """An error in the form in which clients of OpenAI's API look for its sentence."""
+    message, code = (error.detail, error.status_code) if isinstance(error, HTTPException) else (str(error), 400)
+    return JSONResponse({"error": {"message": message, "type": type(error).__name__}}, status_code=code)
 
 
 def serve(options: argparse.Namespace) -> None:

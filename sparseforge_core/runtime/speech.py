@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseforge_core.errors import ExportError
+from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.models.folders import tokenizer_in
-from sparseforge_core.runtime.generate import CacheKind, Speaker
+from sparseforge_core.runtime.generate import CACHES, CacheKind, Speaker
 from sparseforge_core.runtime.loading import LoadReport, arm, load_packed
+from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
@@ -41,7 +42,10 @@ class Voice:
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu", dense: bool = False, cache: CacheKind = "auto") -> Voice:
         """From a packed export. Raises as `load_packed` and `arm` do, and ExportError where there is no tokenizer."""
+        if cache not in CACHES:
+            raise ExportError(unknown("cache", cache, CACHES))
         place = place_named(device)
+        read_manifest(folder, skip=(WEIGHTS,))  # what is no export at all is not asked for its tokenizer
         tokenizer = tokenizer_in(folder)
         if tokenizer is None:
             raise ExportError(f"{folder} holds no tokenizer; copy its tokenizer.json into the source and export")
