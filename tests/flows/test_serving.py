@@ -101,9 +101,7 @@ def test_chat(client: openai.OpenAI, voice: Voice) -> None:
     said = generate(voice.speaker, voice.tokenizer, prompt, tokens=8)
     answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
     assert answer.choices[0].message.content == said.text
-    stream = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True
-    )
+    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True)
     assert "".join(event.choices[0].delta.content or "" for event in stream) == said.text
 
 
