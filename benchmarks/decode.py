@@ -170,8 +170,8 @@ class Machine:
 
     def free(self) -> None:
         """Let go of what nothing holds any more."""
-        gc.collect()
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
 

@@ -91,7 +91,7 @@ class Law:
     efficiency: float
     """Share of copy bandwidth that a large product reaches."""
     head: float
-    """Seconds of a byte of the head, which is dense."""
+    """Share of copy bandwidth that the head reaches, which is dense."""
     beside: float
     """Seconds of a layer beyond its products and its cache; below zero where they overlap."""
     growth: Mapping[int, float]
@@ -100,7 +100,7 @@ class Law:
     def seconds(self, sizes: Sizes, side: Side, bandwidth: float, *, batch: int = 1, context: int = 0) -> float:
         """Of one decode step behind `context` tokens."""
         layer = sum(self._product(weight_bytes(shape, side), bandwidth) for shape in product_shapes(sizes).values())
-        head = self.head * weight_bytes(head_shape(sizes), "dense")
+        head = weight_bytes(head_shape(sizes), "dense") / (self.head * bandwidth)
         step = (sizes.layers * (layer + self.beside) + head) * interpolated(self.growth, batch)
         return step + cache_seconds(sizes, batch, context, bandwidth)
 
@@ -127,8 +127,8 @@ def law(results: Mapping[str, float], side: Side, context: int) -> Law:
     inner = {rows: took - cache_seconds(sizes, rows, context, bandwidth) for rows, took in steps.items()}
     beside = (inner[1] - head - sizes.layers * sum(took for _, took in points)) / sizes.layers
     growth = {rows: took / inner[1] for rows, took in inner.items()}
-    per_byte = head / weight_bytes(head_shape(sizes), "dense")
-    return Law(floor, 1.0 / (slope * bandwidth), per_byte, beside, growth)
+    share = weight_bytes(head_shape(sizes), "dense") / (head * bandwidth)
+    return Law(floor, 1.0 / (slope * bandwidth), share, beside, growth)
 
 
 def line(points: list[tuple[float, float]]) -> tuple[float, float]:
