@@ -68,6 +68,8 @@ class Report:
     command: str
     commit: str
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the file held of this machine and commit, for ratios of what several runs measured."""
     failed: list[str] = field(default_factory=list)
 
     def add(self, measure: str, value: float, unit: str, spread: Sequence[float] = ()) -> None:
@@ -88,7 +90,14 @@ class Report:
 
     def value(self, measure: str) -> float | None:
         """A figure measured before."""
-        return self.rows[measure]["value"] if measure in self.rows else None
+        row = self.rows.get(measure, self.earlier.get(measure))
+        return None if row is None else float(row["value"])
+
+    def recall(self, path: Path | None) -> None:
+        """Remember what a file holds of this machine and commit."""
+        if path is not None and path.is_file():
+            found = [row for row in json.loads(path.read_text()) if row.get("hardware") == self.hardware]
+            self.earlier = {row["measure"]: row for row in found if row["commit"] == self.commit}
 
     def ratio(self, measure: str, of: str, to: str) -> None:
         """`of` over `to`, where both were measured."""
@@ -393,7 +402,7 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
         ("dense", None, "decode"), ("sparse", None, "decode"), ("sparse", options.block, "decode"),
         ("sparse", None, "throughput"),
     ):  # fmt: skip
-        if not wanted(options, sides, block, mode):
+        if not wanted(options, sides, side, block, mode):
             continue
         report.part(
             f"{side}, {mode}{'' if block is None else f', SLoRB of {block}'}",
@@ -414,8 +423,10 @@ def tune(machine: Machine, parts: Parts, dtype: torch.dtype, rows: Sequence[int]
         measure_choices(sorted(shapes), dtype, rows, copies=copies)
 
 
-def wanted(options: argparse.Namespace, sides: Sides, block: int | None, mode: str) -> bool:
+def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None, mode: str) -> bool:
     """Whether a model has anything to run; an export has the side branches that it has, and one form."""
+    if side not in options.sides:
+        return False
     if mode == "throughput":
         return sides.folder is None and bool(options.prefill)
     if block is not None:
@@ -450,6 +461,10 @@ def one_model(
     pairs = [(p, o) for p, o in options.pairs if p + o <= parts.sizes.positions]
     report.part(f"{side}: pairs", lambda: run_pairs(report, machine, parts, side, pairs, options.repeats))
     report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, options.batches))
+    if options.late and machine.cuda:
+        machine.steps.EARLY = False  # type: ignore[attr-defined]
+        report.part(f"{side}: late", lambda: run_batches(report, machine, parts, side, [1], "_late"))
+        machine.steps.EARLY = True  # type: ignore[attr-defined]
     took = report.value(f"step_ms.{side}.batch_1")
     if took:
         report.add(f"step_bytes_per_second.{side}", parts.step_bytes / took / 1e9, "TB/s")
@@ -480,7 +495,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--tune", nargs="*", type=int, default=[], help="rows that the kernels measure choices for first"
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out of dense")
-    parser.add_argument("--no-early", dest="early", action="store_false", help="small kernels wait for those ahead")
+    parser.add_argument("--sides", nargs="*", default=["dense", "sparse"], choices=("dense", "sparse"), help="to run")
+    parser.add_argument("--late", action="store_true", help="also time a step whose small kernels do not begin early")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")
     parser.add_argument("--out", type=Path, help="file of results, merged by measure")
@@ -488,9 +504,8 @@ def main(arguments: list[str] | None = None) -> int:
     machine = Machine(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python benchmarks/decode.py", *_without_places(given)])
-    if machine.cuda:
-        machine.steps.EARLY = options.early  # type: ignore[attr-defined]
     report = Report(machine.hardware, command, options.commit)
+    report.recall(options.out)
     measure(options, report, machine)
     if report.failed:
         print(f"failed: {', '.join(report.failed)}", file=sys.stderr)
