@@ -37,6 +37,7 @@ from benchmarks.decode_models import (
     sparse_side,
     use_fastest,
 )  # fmt: skip
+from sparseforge_core.runtime import prediction
 from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.loop import Decoder
 from sparseforge_core.runtime.decode.parts import Block, Parts
@@ -47,6 +48,9 @@ PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 
 CONTEXT = 256
 """Tokens in the cache when batches are compared."""
+
+COMMITTED = Path(__file__).parent / "results" / "decode.json"
+"""What was measured before, with the code."""
 
 BARS = {
     "decode_over_strong_dense.128_128": 1.52,
@@ -392,6 +396,33 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
     report.ratio("resident_memory_ratio", "resident_bytes.sparse", "resident_bytes.dense")
 
 
+def compare_prediction(report: Report, options: argparse.Namespace) -> None:
+    """What `doctor --model` predicts from the results committed before this run, over what this run measured."""
+    if options.model != prediction.MEASURED or not COMMITTED.is_file():
+        return
+    before = {row["measure"]: float(row["value"]) for row in json.loads(COMMITTED.read_text())}
+    for prompt, output in options.pairs:
+        expected = prediction.forecast(
+            prediction.KNOWN[options.model],
+            before,
+            measured_at=prediction.CONTEXT,
+            bandwidth=1e12 * (report.value("copy_bandwidth") or 0.0),
+            context=prompt + output // 2,
+        )
+        name = f"decode_tokens_per_second.{prompt}_{output}"
+        for label, measured, value in (
+            ("sparse", name, expected.sparse_tokens_per_second),
+            ("dense", f"dense_{name}", expected.dense_tokens_per_second),
+        ):
+            found = report.value(measured)
+            print(f"doctor: {label} {prompt}x{output}: {value:,.1f} tokens/s predicted, {found} measured")
+            if found:
+                report.add(f"doctor_over_measured.{label}.{prompt}_{output}", value / found, "times")
+    held, sizes = (report.value("resident_bytes.sparse") or 0.0) / 2**30, prediction.KNOWN[options.model]
+    expected_gib = prediction.resident_bytes(sizes, "sparse") / 2**30
+    print(f"doctor: {expected_gib:.3f} GiB of weights predicted, {held:.3f} measured")
+
+
 def measure(options: argparse.Namespace, report: Report, machine: Machine) -> None:
     """Everything, a part at a time; results are saved after each model."""
     sides = Sides(options.model, machine, getattr(torch, options.dtype))
@@ -411,6 +442,7 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
         machine.free()
         report.save(options.out)
     ratios(report, options)
+    report.part("prediction", lambda: compare_prediction(report, options))
     report.save(options.out)
 
 

@@ -122,6 +122,7 @@ def serve(options: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         log.warning("%s, %s", name, voice)
         log.warning("serving on http://%s:%d/v1 (stop with Ctrl-C)", host, port)
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # it would write a line for each request
         config = uvicorn.Config(application(voice, name), log_level="warning", server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
     finally:

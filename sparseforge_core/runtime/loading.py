@@ -83,8 +83,8 @@ def arm(model: Any, device: torch.device) -> Any:
     the device has no room.
     """
     sites = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    for name, module in sites.items():
-        layout = module.packed.layout
+    for path, module in sites.items():
+        name, layout = f"{path}.weight", module.packed.layout
         if layout.name != "2:4" or layout.transposed:
             how = "stored transposed" if layout.transposed else f"{layout.name}, not 2:4"
             raise ExportError(f"site {name} is {how}, and the kernels cannot multiply by it; load with dense=True")

@@ -123,7 +123,8 @@ def law(results: Mapping[str, float], side: Side, context: int) -> Law:
     points = [(weight_bytes(shapes[n], side), _value(results, f"product_us.{side}.{n}") / 1e6) for n in shapes]
     floor, slope = line(points)
     head = _value(results, f"product_us.{side}.head") / 1e6
-    steps = {rows: _value(results, f"step_ms.{side}.batch_{rows}") / 1e3 for rows in BATCHES}
+    names = {rows: f"step_ms.{side}.batch_{rows}" for rows in BATCHES}
+    steps = {rows: _value(results, n) / 1e3 for rows, n in names.items() if rows == 1 or n in results}
     inner = {rows: took - cache_seconds(sizes, rows, context, bandwidth) for rows, took in steps.items()}
     beside = (inner[1] - head - sizes.layers * sum(took for _, took in points)) / sizes.layers
     growth = {rows: took / inner[1] for rows, took in inner.items()}

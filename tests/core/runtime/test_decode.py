@@ -24,7 +24,9 @@ from sparseforge_core.runtime.decode.products import reference
 from sparseforge_core.runtime.generate import Speaker
 from sparseforge_core.runtime.kernels import KernelWeight
 from sparseforge_core.runtime.linear import KernelLinear, SparseLinear
+from sparseforge_core.runtime.loading import arm
 from sparseforge_core.runtime.semi_structured import load_semi_structured
+from sparseforge_core.sparsity.patterns import GroupPattern, nm
 from tests.core.runtime.exports import TWO_FOUR, packed_export, pruned_model
 from tests.tiny import tiny_model, tokens
 
@@ -153,6 +155,24 @@ def test_what_it_cannot_drive_is_said(architecture: str, changes: dict[str, Any]
     with pytest.raises(UnsupportedModel, match=sentence):
         Speaker(model, "static")
     assert Speaker(model).cache == f"ordinary ({why})"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "sentence"),
+    [
+        (nm(4, 8), torch.bfloat16, r"site model.layers.0.self_attn.q_proj.weight is 4:8, not 2:4"),
+        (TWO_FOUR, torch.float32, r"site model.layers.0.self_attn.q_proj.weight: .* take bfloat16 and float16"),
+        (TWO_FOUR, torch.bfloat16, r"site .*q_proj.weight: a weight 32x32 does not divide"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused_before_anything_moves(
+    pattern: GroupPattern, dtype: torch.dtype, sentence: str, tmp_path: Path
+) -> None:
+    model: Any = load_sparse(packed_export(pruned_model("llama", pattern, dtype), tmp_path, pattern))
+    with pytest.raises(ExportError, match=sentence):
+        arm(model, torch.device("cuda"))
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert not any(isinstance(module, KernelLinear) for module in model.modules())
 
 
 def test_requests_that_do_not_fit_are_refused() -> None:

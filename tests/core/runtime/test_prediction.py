@@ -106,8 +106,8 @@ def test_a_line_never_begins_below_zero() -> None:
 
 def test_what_was_not_measured_is_named() -> None:
     results = measured(0.0, 1.0, 0.0, 0.0)
-    del results["step_ms.sparse.batch_8"]
-    with pytest.raises(ExportError, match=r"no step_ms\.sparse\.batch_8; run benchmarks/decode\.py"):
+    del results["step_ms.sparse.batch_1"]
+    with pytest.raises(ExportError, match=r"no step_ms\.sparse\.batch_1; run benchmarks/decode\.py"):
         forecast(SEVEN, results, measured_at=CONTEXT, bandwidth=BANDWIDTH)
     for wrong in ({"batch": 0}, {"context": 5000}, {"context": -1}):
         with pytest.raises(ExportError, match="at least 1, and within the model's 4096"):
