@@ -131,7 +131,7 @@ def _early(x: Tensor) -> dict[str, bool]:
 
 @functools.cache
 def _generation(device: torch.device) -> int:
-    major, _ = torch.cuda.get_device_capability(device)
+    major: int = torch.cuda.get_device_capability(device)[0]
     return major
 
 
