@@ -37,11 +37,13 @@ from benchmarks.decode_models import (
     sparse_side,
     use_fastest,
 )  # fmt: skip
+from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.runtime import prediction
 from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.loop import Decoder
 from sparseforge_core.runtime.decode.parts import Block, Parts
 from sparseforge_core.runtime.decode.products import Dense, Product
+from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
@@ -279,7 +281,7 @@ def run_batches(
     """Milliseconds of a step at each batch size, behind CONTEXT tokens."""
     context = min(CONTEXT, parts.sizes.positions // 2)
     for batch in batches:
-        decoder = Decoder(parts, batch=batch, capacity=context + 64, steps=machine.steps)
+        decoder = Decoder(parts, batch=batch, capacity=min(context + 64, parts.sizes.positions), steps=machine.steps)
         took = step_seconds(machine, decoder, context)
         report.add(f"step_ms.{side}{label}.batch_{batch}", 1e3 * took, "ms")
         del decoder
@@ -306,6 +308,8 @@ class Sides:
         self.machine, self.dtype = machine, dtype
         self.folder = None if model in MODELS else Path(model)
         self.sizes = None if self.folder else MODELS[model]
+        if self.folder is not None:
+            read_manifest(self.folder, skip=(WEIGHTS,))
 
     def parts(self, side: str, *, block: int | None = None, mode: str = "decode") -> Parts:
         """One side, on the device."""
@@ -514,7 +518,7 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and save; exit code 1 if a part failed."""
+    """Measure, print and save; exit code 1 if a part failed, 2 for a model that is none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="llama-2-7b", help=f"{', '.join(MODELS)}, or the folder of a packed export")
     parser.add_argument("--pairs", nargs="*", type=pair, default=list(PAIRS), help="prompt x output, such as 128x1024")
@@ -538,7 +542,11 @@ def main(arguments: list[str] | None = None) -> int:
     command = " ".join(["python benchmarks/decode.py", *_without_places(given)])
     report = Report(machine.hardware, command, options.commit)
     report.recall(options.out)
-    measure(options, report, machine)
+    try:
+        measure(options, report, machine)
+    except SparseForgeError as error:
+        print(f"decode: {error}", file=sys.stderr)
+        return 2
     if report.failed:
         print(f"failed: {', '.join(report.failed)}", file=sys.stderr)
     return 1 if report.failed else 0

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import decode
 from flows.benched import GRID
+from tests.core.runtime.exports import packed_export, pruned_model
 from tests.flows.test_cli import run
 
 TINY = ["--model", "tiny", "--dtype", "float32", "--device", "cpu", "--repeats", "2", "--block", "16"]
@@ -54,6 +55,17 @@ def test_results_of_another_run_are_merged_by_measure(results: Path, tmp_path: P
     rows = {row["measure"]: row for row in json.loads(path.read_text())}
     assert rows["of another benchmark"]["value"] == 1
     assert rows["copy_bandwidth"]["value"] > 0
+
+
+def test_a_packed_export_is_measured_with_its_own_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = packed_export(pruned_model("llama"), tmp_path)
+    arguments = ["--dtype", "float32", "--device", "cpu", "--pairs", "8x4", "--batches", "1", "--prefill", "16"]
+    assert decode.main(["--model", str(folder), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "decode_over_strong_dense.8_4" in shown
+    assert "prefill_over_dense.16" in shown
+    assert decode.main(["--model", str(tmp_path / "gone"), *arguments]) == 2
+    assert "is no complete export" in capsys.readouterr().err
 
 
 def test_results_go_into_table_7_once(results: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
