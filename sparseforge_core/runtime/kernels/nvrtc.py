@@ -7,8 +7,11 @@ possible while a graph is captured, so every product is run once before.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import functools
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +142,17 @@ def _compiler() -> ctypes.CDLL:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def compile_ahead(jobs: Iterable[tuple[str, tuple[tuple[str, int], ...]]], device: int) -> None:
+    """Compile kernels (file and constants) side by side, for `load` to find; the compiler needs no lock of Python."""
+    major, minor = torch.cuda.get_device_capability(device)
+
+    def one(job: tuple[str, tuple[tuple[str, int], ...]]) -> None:
+        compile_source(source(job[0]), *job, f"sm_{major}{minor}a")
+
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(one, jobs))
 
 
 def driver_version() -> int:

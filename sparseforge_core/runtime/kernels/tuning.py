@@ -16,6 +16,7 @@ from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, Choice, Table
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import to_fragments
 from sparseforge_core.runtime.kernels.measure import COLD, seconds
+from sparseforge_core.runtime.kernels.nvrtc import compile_ahead
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import random_packed
 from sparseforge_core.runtime.kernels.support import supported
@@ -93,6 +94,8 @@ class _Trial:
         exact = torch.nn.functional.linear(x, self.dense[0])
         y = torch.empty_like(exact)
         plans = candidates(self.out, self.inputs, rows) if rows <= OURS_UP_TO else []
+        shape = (self.out, self.inputs, self.dtype)
+        compile_ahead([(plan.kernel, plan.constants(*shape)) for plan in plans], x.device.index)
         found = [self._best([self._kernel(plan, x, y, exact) for plan in plans])]
         if rows > LARGEST_OURS:
             expanded = [functools.partial(self._expanded, x, pair) for pair in self.fragments]
