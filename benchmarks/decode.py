@@ -288,6 +288,23 @@ def run_batches(
         machine.free()
 
 
+def show_kernels(machine: Machine, parts: Parts) -> None:
+    """Print what one step's kernels take, by name; those that begin early count their waiting too."""
+    decoder = Decoder(parts, capacity=2 * CONTEXT, steps=machine.steps)
+    step_seconds(machine, decoder, CONTEXT)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        decoder.step()
+        machine.synchronize()
+    events = sorted((e for e in profiler.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    by_kernel: dict[str, list[float]] = {}
+    for event in events:
+        by_kernel.setdefault(event.name[:60], []).append(event.time_range.elapsed_us())
+    span = events[-1].time_range.end - events[0].time_range.start if events else 0.0
+    print(f"  {len(events)} kernels within {span:.0f} us")
+    for name, took in sorted(by_kernel.items(), key=lambda item: -sum(item[1])):
+        print(f"  {len(took):>5} x {statistics.mean(took):>8.2f} us  {name}")
+
+
 def run_prefill(
     report: Report, machine: Machine, parts: Parts, side: str, lengths: Sequence[int], repeats: int
 ) -> None:
@@ -501,6 +518,8 @@ def one_model(
         machine.steps.EARLY = False  # type: ignore[attr-defined]
         report.part(f"{side}: late", lambda: run_batches(report, machine, parts, side, [1], "_late"))
         machine.steps.EARLY = True  # type: ignore[attr-defined]
+    if options.kernels and machine.cuda:
+        report.part(f"{side}: kernels", lambda: show_kernels(machine, parts))
     took = report.value(f"step_ms.{side}.batch_1")
     if took:
         report.add(f"step_bytes_per_second.{side}", parts.step_bytes / took / 1e9, "TB/s")
@@ -532,6 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out of dense")
     parser.add_argument("--sides", nargs="*", default=["dense", "sparse"], choices=("dense", "sparse"), help="to run")
+    parser.add_argument("--kernels", action="store_true", help="print what the kernels of one step take")
     parser.add_argument("--late", action="store_true", help="also time a step whose small kernels do not begin early")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")
