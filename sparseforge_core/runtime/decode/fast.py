@@ -109,7 +109,7 @@ def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tenso
 
 def stretch_of(pairs: int, capacity: int) -> int:
     """Tokens that one program reads: all programs together fill the device."""
-    wanted = triton.next_power_of_2(triton.cdiv(capacity * pairs, PROGRAMS))
+    wanted: int = triton.next_power_of_2(triton.cdiv(capacity * pairs, PROGRAMS))
     return max(SHORTEST, min(LONGEST, wanted))
 
 
