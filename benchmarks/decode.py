@@ -37,12 +37,14 @@ from benchmarks.decode_models import (
     sparse_side,
     use_fastest,
 )  # fmt: skip
-from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.errors import ExportError, SparseForgeError
 from sparseforge_core.runtime import prediction
 from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.loop import Decoder
 from sparseforge_core.runtime.decode.parts import Block, Parts
 from sparseforge_core.runtime.decode.products import Dense, Product
+from sparseforge_core.runtime.kernels.choices import Choice, Table, record
+from sparseforge_core.runtime.kernels.measure import copy_bandwidth
 from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
@@ -179,7 +181,9 @@ class Machine:
 
     def copy_bandwidth(self) -> float:
         """Bytes a second, read and written, of a large copy."""
-        source = torch.empty(2**29 if self.cuda else 2**21, dtype=torch.int32, device=self.device)
+        if self.cuda:
+            return copy_bandwidth()
+        source = torch.empty(2**21, dtype=torch.int32, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.graphed(lambda: target.copy_(source))
 
@@ -359,14 +363,15 @@ def same_numbers(report: Report, sides: Sides, machine: Machine) -> None:
     """The kernels' step against plain torch on the unpacked weights, in one model of two layers."""
     if sides.sizes is None:
         return
-    sizes = replace(sides.sizes, layers=2, positions=512)
+    sizes = replace(sides.sizes, layers=2, positions=min(1024, sides.sizes.positions))
     make = sparse_side(machine.device, sides.dtype, machine.steps, block=None, mode="decode")
     parts = random_parts(sizes, make, machine.device, sides.dtype)
     plainly = replace(parts, blocks=[unpacked(block) for block in parts.blocks], head=unpacked_product(parts.head))
-    for batch in (1, 4):
-        tokens = torch.randint(0, sizes.vocabulary, (batch, 100), device=machine.device)
-        fast = Decoder(parts, batch=batch, capacity=256, steps=machine.steps)
-        slow = Decoder(plainly, batch=batch, capacity=256, graph=False)
+    for name, batch, length in (("batch_1", 1, 100), ("long", 1, 2 * sizes.positions // 3), ("batch_4", 4, 100)):
+        tokens = torch.randint(0, sizes.vocabulary, (batch, length), device=machine.device)
+        capacity = sizes.positions if name == "long" else 256
+        fast = Decoder(parts, batch=batch, capacity=capacity, steps=machine.steps)
+        slow = Decoder(plainly, batch=batch, capacity=capacity, graph=False)
         worst = 0.0
         for step in range(12):
             for decoder in (fast, slow):
@@ -379,9 +384,9 @@ def same_numbers(report: Report, sides: Sides, machine: Machine) -> None:
             following = slow.tokens.clone()
             for decoder in (fast, slow):
                 decoder.put(following)
-        report.add(f"decode_logits_error.batch_{batch}", worst, "of the norm of the logits")
+        report.add(f"decode_logits_error.{name}", worst, "of the norm of the logits")
         if not worst < 2e-2:
-            raise ArithmeticError(f"batch {batch}: the kernels' logits are off by {worst:.3g} of their norm")
+            raise ArithmeticError(f"{name}: the kernels' logits are off by {worst:.3g} of their norm")
 
 
 def unpacked(block: Block) -> Block:
@@ -447,9 +452,13 @@ def compare_prediction(report: Report, options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace, report: Report, machine: Machine) -> None:
     """Everything, a part at a time; results are saved after each model."""
     sides = Sides(options.model, machine, getattr(torch, options.dtype))
+    if options.choices is not None and machine.cuda:
+        record(torch.cuda.current_device(), read_choices(options.choices))
     bandwidth = machine.copy_bandwidth()
     report.add("copy_bandwidth", bandwidth / 1e12, "TB/s")
     report.part("same numbers", lambda: same_numbers(report, sides, machine))
+    if report.failed:
+        return  # the speed of wrong numbers is no result
     for side, block, mode in (
         ("dense", None, "decode"), ("sparse", None, "decode"), ("sparse", options.block, "decode"),
         ("sparse", None, "throughput"),
@@ -461,6 +470,8 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
             lambda side=side, block=block, mode=mode: one_model(options, report, machine, sides, side, block, mode),  # type: ignore[misc]
         )
         machine.free()
+        if side == "sparse" and block is None and mode == "decode":
+            ratios(report, options)  # what there is so far, should the rest not come
         report.save(options.out)
     ratios(report, options)
     report.part("prediction", lambda: compare_prediction(report, options))
@@ -469,11 +480,20 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
 
 def tune(machine: Machine, parts: Parts, dtype: torch.dtype, rows: Sequence[int], *, copies: bool) -> None:
     """Let the kernels measure their choices for these numbers of rows, where that was not done before."""
-    if machine.cuda:
+    if machine.cuda and rows:
         from sparseforge_core.runtime.kernels.tuning import tune as measure_choices
 
         shapes = {(p.out, p.inputs) for p in parts.products if p.name != "head"}
         measure_choices(sorted(shapes), dtype, rows, copies=copies)
+
+
+def read_choices(path: Path) -> Table:
+    """Choices of kernels from a file. Raises ExportError if it holds none."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))["choices"]
+        return {line: tuple(Choice.from_json(choice) for choice in found) for line, found in body.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} holds no choices of kernels: {error}") from error
 
 
 def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None, mode: str) -> bool:
@@ -494,7 +514,8 @@ def one_model(
     before = torch.cuda.memory_allocated() if machine.cuda else 0
     parts = sides.parts(side, block=block, mode=mode)
     if mode == "throughput":
-        tune(machine, parts, sides.dtype, options.prefill, copies=True)
+        if options.choices is None:
+            tune(machine, parts, sides.dtype, options.prefill, copies=True)
         run_prefill(report, machine, parts, side, options.prefill, options.repeats)
         report.add("resident_bytes.sparse_throughput", resident_bytes(parts), "bytes")
         return
@@ -517,7 +538,11 @@ def one_model(
     if options.late and machine.cuda:
         machine.steps.EARLY = False  # type: ignore[attr-defined]
         report.part(f"{side}: late", lambda: run_batches(report, machine, parts, side, [1], "_late"))
-        machine.steps.EARLY = True  # type: ignore[attr-defined]
+        machine.steps.EARLY, usual = True, machine.steps.CROWDED  # type: ignore[attr-defined]
+        for name, limit in (("_crowded", 0), ("_uncrowded", 2**30)):
+            machine.steps.CROWDED = limit  # type: ignore[attr-defined]
+            report.part(f"{side}: {name}", lambda name=name: run_batches(report, machine, parts, side, [1, 16], name))  # type: ignore[misc]
+        machine.steps.CROWDED = usual  # type: ignore[attr-defined]
     if options.kernels and machine.cuda:
         report.part(f"{side}: kernels", lambda: show_kernels(machine, parts))
     took = report.value(f"step_ms.{side}.batch_1")
@@ -546,13 +571,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=64, help="inputs that share a value of the SLoRB branch")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--repeats", type=int, default=3, help="of what takes a second or less")
+    parser.add_argument("--choices", type=Path, help="choices that the kernels measured on such a GPU, to spare tuning")
     parser.add_argument(
         "--tune", nargs="*", type=int, default=[], help="rows that the kernels measure choices for first"
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out of dense")
     parser.add_argument("--sides", nargs="*", default=["dense", "sparse"], choices=("dense", "sparse"), help="to run")
     parser.add_argument("--kernels", action="store_true", help="print what the kernels of one step take")
-    parser.add_argument("--late", action="store_true", help="also time a step whose small kernels do not begin early")
+    parser.add_argument(
+        "--late",
+        action="store_true",
+        help="also time steps whose small kernels do not begin early, and either kernel of attention",
+    )
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")
     parser.add_argument("--out", type=Path, help="file of results, merged by measure")

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sparseforge_core.runtime.decode import crowded
+
 if TYPE_CHECKING:
     from sparseforge_core.runtime.decode.cache import Cache
 
@@ -29,6 +31,9 @@ PROGRAMS = 1056
 
 SHORTEST, LONGEST = 64, 1024
 """Tokens in a stretch."""
+
+CROWDED = 264
+"""Programs that still run side by side, two on a multiprocessor: beyond, each must cost little beside its reading."""
 
 EARLY = True
 """Whether a kernel is launched before the one ahead of it has ended and waits by itself (GPUs of generation 9 on).
@@ -79,13 +84,21 @@ def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tens
     partial, counters = _scratch(cache, pairs, stretches, padded)
     out = qkv.new_empty(batch, sizes.heads * sizes.head)
     norms: Any = head_norms or (qkv, qkv)  # not read where there are none
-    _attend[(pairs, stretches)](
+    given = (
         qkv, cache.keys[layer], cache.values[layer], cache.cos, cache.sin, cache.position, out, partial, counters,
         *norms, sizes.eps, LOG2_E * sizes.head**-0.5, cache.capacity,
-        KV=sizes.kv_heads, GROUP=group, PADDED=padded, HEAD=sizes.head, STRETCH=stretch, STRETCHES=stretches,
-        BLOCK=min(stretch, max(8, 64 // padded)), TOGETHER=min(max(1, 8 // padded), triton.next_power_of_2(stretches)),
-        NORMED=head_norms is not None, num_warps=8, **_early(qkv),
     )  # fmt: skip
+    sizes_of = {
+        "KV": sizes.kv_heads, "GROUP": group, "PADDED": padded, "HEAD": sizes.head, "STRETCH": stretch,
+        "STRETCHES": stretches, "TOGETHER": min(max(1, 8 // padded), triton.next_power_of_2(stretches)),
+        "NORMED": head_norms is not None, **_early(qkv),
+    }  # fmt: skip
+    grid = (pairs, stretches)
+    if pairs * stretches > CROWDED:
+        rows, block = max(16, padded), min(stretch, 32)
+        crowded.attend[grid](*given, **sizes_of, ROWS=rows, BLOCK=block, num_warps=4, num_stages=3)
+    else:
+        _attend[grid](*given, **sizes_of, BLOCK=min(stretch, max(8, 64 // padded)), num_warps=8)
     return out
 
 
@@ -110,7 +123,7 @@ def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tenso
 def stretch_of(pairs: int, capacity: int) -> int:
     """Tokens that one program reads: all programs together fill the device."""
     wanted: int = triton.next_power_of_2(triton.cdiv(capacity * pairs, PROGRAMS))
-    return max(SHORTEST, min(LONGEST, wanted))
+    return max(SHORTEST, min(LONGEST, wanted, triton.next_power_of_2(capacity)))
 
 
 def _scratch(cache: Cache, pairs: int, stretches: int, padded: int) -> tuple[Tensor, Tensor]:

@@ -219,7 +219,7 @@ branch, row, added = torch.randn(40, 6), torch.randn(96), torch.randn(40)
 for more in (added, None):
     torch.testing.assert_close(fast.through_branch(row, branch, more), plain.through_branch(row, branch, more))
 fast.SHORTEST = 16  # so that a short text has several stretches, and the last of them adds up
-for name in ("qwen3", "llama-grouped"):
+for name, fast.CROWDED in (("qwen3", 264), ("llama-grouped", 264), ("qwen3", 0), ("llama-grouped", 0)):
     parts = parts_of(lively(name), reference)
     sides = [Decoder(parts, batch=2, capacity=40, steps=steps) for steps in (plain, fast)]
     prompt = torch.randint(0, 64, (2, 18))
