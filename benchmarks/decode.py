@@ -34,12 +34,14 @@ from benchmarks.decode_models import (
     Swappable,
     dense_side,
     random_parts,
+    rotations,
     sparse_side,
     use_fastest,
 )  # fmt: skip
 from sparseforge_core.errors import ExportError, SparseForgeError
 from sparseforge_core.runtime import prediction
 from sparseforge_core.runtime.decode import plain
+from sparseforge_core.runtime.decode.cache import Cache
 from sparseforge_core.runtime.decode.loop import Decoder
 from sparseforge_core.runtime.decode.parts import Block, Parts
 from sparseforge_core.runtime.decode.products import Dense, Product
@@ -389,6 +391,35 @@ def same_numbers(report: Report, sides: Sides, machine: Machine) -> None:
             raise ArithmeticError(f"{name}: the kernels' logits are off by {worst:.3g} of their norm")
 
 
+@torch.no_grad()
+def same_attention(report: Report, sides: Sides, machine: Machine) -> None:
+    """Both kernels of attention against plain torch in float32, where queries look at few keys; and what they store."""
+    if sides.sizes is None or not machine.cuda:
+        return
+    sizes, usual = replace(sides.sizes, layers=1, positions=2048), machine.steps.CROWDED
+    cos, sin = rotations(sizes, machine.device)
+    for batch, place, capacity in ((1, 200, 256), (1, 1000, 1024), (1, 64, 1024), (4, 100, 256), (16, 300, 320)):
+        like = torch.empty(batch, sizes.kv_heads, capacity, sizes.head, device=machine.device, dtype=sides.dtype)
+        qkv = 2.0 * torch.randn(batch, sizes.qkv, device=machine.device, dtype=sides.dtype)
+        keys, values = torch.randn_like(like), torch.randn_like(like)
+        found = []
+        for limit in (None, 0, 2**30):
+            position = torch.full((1,), place, dtype=torch.int32, device=machine.device)
+            kind = torch.float32 if limit is None else sides.dtype
+            cache = Cache(sizes, [keys.to(kind, copy=True)], [values.to(kind, copy=True)], cos, sin, position)
+            if limit is not None:
+                machine.steps.CROWDED = limit  # type: ignore[attr-defined]
+            out = (plain if limit is None else machine.steps).attend(qkv.to(kind), cache, 0, None)
+            seen = slice(0, place + 1)
+            found.append((out, cache.keys[0][:, :, seen], cache.values[0][:, :, seen]))
+        machine.steps.CROWDED = usual  # type: ignore[attr-defined]
+        for name, other in (("crowded", found[1]), ("uncrowded", found[2])):
+            errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(other, found[0])]
+            report.add(f"attention_error.{name}.{batch}x{place}", max(errors), "of the norm")
+            if not max(errors) < 1.5e-2:
+                raise ArithmeticError(f"{name} attention, {batch} x {place}: off by {errors}")
+
+
 def unpacked(block: Block) -> Block:
     """A layer with plain dense products of the same weights."""
     named = {name: unpacked_product(getattr(block, name)) for name in ("qkv", "out", "gate_up", "down")}
@@ -456,6 +487,7 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
         record(torch.cuda.current_device(), read_choices(options.choices))
     bandwidth = machine.copy_bandwidth()
     report.add("copy_bandwidth", bandwidth / 1e12, "TB/s")
+    report.part("same attention", lambda: same_attention(report, sides, machine))
     report.part("same numbers", lambda: same_numbers(report, sides, machine))
     if report.failed:
         return  # the speed of wrong numbers is no result

@@ -99,9 +99,14 @@ def random_parts(sizes: Sizes, make: Choose, device: torch.device, dtype: torch.
         qkv, out, gate_up, down = (make(name, *shapes[name]) for name in ("qkv", "o", "gate_up", "down"))
         blocks.append(Block(ones(), qkv, out, ones(), gate_up, down))
     embedding = torch.randn(sizes.vocabulary, sizes.width, device=device, dtype=dtype)
+    return Parts(sizes, embedding, blocks, ones(), make("head", *shapes["head"]), *rotations(sizes, device))
+
+
+def rotations(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of LLaMA-2's rotary positions."""
     frequencies = 10000.0 ** -(torch.arange(0, sizes.head, 2, device=device, dtype=torch.float32) / sizes.head)
     angles = torch.arange(sizes.positions, device=device, dtype=torch.float32)[:, None] * frequencies
-    return Parts(sizes, embedding, blocks, ones(), make("head", *shapes["head"]), angles.cos(), angles.sin())
+    return angles.cos(), angles.sin()
 
 
 class Swappable(Dense):
