@@ -12,424 +12,39 @@ reference path, which is for trying the script. Results are merged by measure in
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
 import json
 import statistics
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.decode_models import (
-    MODELS,
-    Swappable,
-    dense_side,
-    random_parts,
-    rotations,
-    sparse_side,
-    use_fastest,
-)  # fmt: skip
-from sparseforge_core.errors import ExportError, SparseForgeError
+from benchmarks.decode_checks import same_attention, same_numbers
+from benchmarks.decode_models import MODELS, Sides
+from benchmarks.decode_report import Machine, Report
+from benchmarks.decode_runs import (
+    by_name,
+    choose_dense,
+    each_product,
+    read_choices,
+    resident_bytes,
+    run_batches,
+    run_pairs,
+    run_prefill,
+    show_kernels,
+    tune,
+)
+from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.runtime import prediction
-from sparseforge_core.runtime.decode import plain
-from sparseforge_core.runtime.decode.cache import Cache
-from sparseforge_core.runtime.decode.loop import Decoder
-from sparseforge_core.runtime.decode.parts import Block, Parts
-from sparseforge_core.runtime.decode.products import Dense, Product
-from sparseforge_core.runtime.kernels.choices import Choice, Table, record
-from sparseforge_core.runtime.kernels.measure import copy_bandwidth
-from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
+from sparseforge_core.runtime.kernels.choices import record
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
 
-CONTEXT = 256
-"""Tokens in the cache when batches are compared."""
-
 COMMITTED = Path(__file__).parent / "results" / "decode.json"
 """What was measured before, with the code."""
-
-BARS = {
-    "decode_over_strong_dense.128_128": 1.52,
-    "decode_over_strong_dense.128_1024": 1.52,
-    "decode_over_strong_dense.1024_128": 1.52,
-    "decode_over_strong_dense.1024_1024": 1.52,
-    "decode_tokens_per_second.128_128": 320.0,
-    "prefill_over_dense.end_to_end": 1.20,
-    "resident_memory_ratio": 0.585,
-}
-"""What issue 8 asks for; the last is a bound from above."""
-
-
-@dataclass
-class Report:
-    """Rows of the results, in the order in which they were measured."""
-
-    hardware: str
-    command: str
-    commit: str
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What the file held of this machine and commit, for ratios of what several runs measured."""
-    failed: list[str] = field(default_factory=list)
-
-    def add(self, measure: str, value: float, unit: str, spread: Sequence[float] = ()) -> None:
-        """One figure; `spread` are the repeats that it is the median of."""
-        row = {
-            "measure": measure,
-            "value": float(f"{value:.6g}"),
-            "unit": unit,
-            "bar": BARS.get(measure),
-            "hardware": self.hardware,
-            "command": self.command,
-            "commit": self.commit,
-        }
-        if len(spread) > 1:
-            row |= {"n": len(spread), "stderr": float(f"{statistics.stdev(spread) / len(spread) ** 0.5:.3g}")}
-        self.rows[measure] = row
-        print(f"{measure:<52}{row['value']:>14,.5g} {unit}", flush=True)
-
-    def value(self, measure: str) -> float | None:
-        """A figure measured before."""
-        row = self.rows.get(measure, self.earlier.get(measure))
-        return None if row is None else float(row["value"])
-
-    def recall(self, path: Path | None) -> None:
-        """Remember what a file holds of this machine and commit."""
-        if path is not None and path.is_file():
-            found = [row for row in json.loads(path.read_text()) if row.get("hardware") == self.hardware]
-            self.earlier = {row["measure"]: row for row in found if row["commit"] == self.commit}
-
-    def ratio(self, measure: str, of: str, to: str) -> None:
-        """`of` over `to`, where both were measured."""
-        above, below = self.value(of), self.value(to)
-        if above is not None and below:
-            self.add(measure, above / below, "times")
-
-    def part(self, name: str, work: Callable[[], None]) -> None:
-        """Do a part; what goes wrong in it is printed and remembered, and the others go on."""
-        began = time.perf_counter()
-        try:
-            work()
-        except Exception:  # noqa: BLE001 - one part must not cost the others their results
-            traceback.print_exc()
-            self.failed.append(name)
-        print(f"[{name}: {time.perf_counter() - began:.1f} s]", flush=True)
-
-    def save(self, path: Path | None) -> None:
-        """Merge into a file: rows of the same measure are replaced, others stay."""
-        if path is None:
-            return
-        there = {row["measure"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list((there | self.rows).values()), indent=1) + "\n")
-
-
-class Machine:
-    """Where it runs: how time is taken, and which small operations are used."""
-
-    def __init__(self, name: str) -> None:
-        self.device = torch.device(name)
-        self.cuda = self.device.type == "cuda"
-        self.steps: ModuleType = plain
-        if self.cuda:
-            from sparseforge_core.runtime.decode import fast
-
-            self.steps = fast
-
-    @property
-    def hardware(self) -> str:
-        """As it stands in results."""
-        found = torch.cuda.get_device_name(self.device) if self.cuda else f"CPU, {torch.get_num_threads()} threads"
-        return f"{found}, torch {torch.__version__}"
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Wall time of `work` and everything that it queues."""
-        self.synchronize()
-        began = time.perf_counter()
-        work()
-        self.synchronize()
-        return time.perf_counter() - began
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
-    def graphed(self, work: Callable[[], Any], replays: int = 5) -> float:
-        """Median seconds of `work` without the host: as a CUDA graph where there is one."""
-        work()
-        if not self.cuda:
-            return statistics.median(self.seconds(work) for _ in range(replays))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        graph.replay()
-        return statistics.median(self.seconds(graph.replay) for _ in range(replays))
-
-    def copy_bandwidth(self) -> float:
-        """Bytes a second, read and written, of a large copy."""
-        if self.cuda:
-            return copy_bandwidth()
-        source = torch.empty(2**21, dtype=torch.int32, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * source.nbytes / self.graphed(lambda: target.copy_(source))
-
-    def free(self) -> None:
-        """Let go of what nothing holds any more."""
-        if self.cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-def resident_bytes(parts: Parts) -> int:
-    """All tensors of a model, each once."""
-    found = {id(t): t for b in parts.blocks for t in (b.norm, b.mlp_norm, *(b.head_norms or ()))}
-    found |= {id(t): t for t in (parts.embedding, parts.norm)}
-    return sum(t.nbytes for t in found.values()) + sum(product.nbytes for product in parts.products)
-
-
-@torch.no_grad()
-def each_product(report: Report, machine: Machine, parts: Parts, side: str, bandwidth: float) -> None:
-    """Seconds of each product at one row, over the weights of all layers, and the share of bandwidth it reaches."""
-    for name, products in by_name(parts).items():
-        x = torch.randn(1, products[0].inputs, device=machine.device, dtype=parts.embedding.dtype)
-        took = machine.graphed(functools.partial(_all, products, x)) / len(products)
-        report.add(f"product_us.{side}.{name}", 1e6 * took, "us")
-        report.add(f"product_bandwidth_share.{side}.{name}", products[0].nbytes / took / bandwidth, "of copy bandwidth")
-
-
-def _all(products: Sequence[Product], x: torch.Tensor) -> None:
-    for product in products:
-        product(x)
-
-
-def _steps(decoder: Decoder, count: int) -> None:
-    for _ in range(count):
-        decoder.step()
-
-
-def by_name(parts: Parts) -> dict[str, list[Product]]:
-    """The products of all layers by what they are."""
-    found: dict[str, list[Product]] = {}
-    for product in parts.products:
-        found.setdefault(product.name, []).append(product)
-    return found
-
-
-@torch.no_grad()
-def choose_dense(machine: Machine, parts: Parts, names: Sequence[str], *, compile_too: bool) -> None:
-    """Set every dense product of these names to the fastest way, and print what was tried."""
-    for name in names:
-        products = [p for p in by_name(parts).get(name, []) if isinstance(p, Swappable)]
-        if not machine.cuda or not products:
-            continue
-        x = torch.randn(1, products[0].inputs, device=machine.device, dtype=parts.embedding.dtype)
-        call = functools.partial(_all, products, x)
-        found = use_fastest(products, functools.partial(machine.graphed, call), compile_too=compile_too)
-        tried = ", ".join(
-            f"{way} {1e6 * took / len(products):.1f}" for way, took in sorted(found.items(), key=lambda i: i[1])
-        )
-        print(f"  {name}: {tried} us", flush=True)
-
-
-def run_pairs(
-    report: Report, machine: Machine, parts: Parts, side: str, pairs: Sequence[tuple[int, int]], repeats: int
-) -> None:
-    """Run each length pair in full at batch 1: a prompt, then one step for each token of output."""
-    prefix = {"sparse": "", "dense": "dense_"}[side]
-    for prompt, output in pairs:
-        decoder = Decoder(parts, capacity=prompt + output, steps=machine.steps)
-        tokens = torch.randint(0, parts.sizes.vocabulary, (1, prompt), device=machine.device)
-        whole, steps = [], []
-        for turn in range(1 + (repeats if output <= 128 else 1)):
-            first = machine.seconds(functools.partial(decoder.prefill, tokens))
-            count = output if turn else 2  # the first turn warms up and captures
-            then = machine.seconds(functools.partial(_steps, decoder, count))
-            if turn:
-                steps.append(output / then)
-                whole.append(output / (first + then))
-        if not bool(decoder.finite):
-            raise ArithmeticError(f"{side}, {prompt} x {output}: a logit was not finite")
-        name = f"{prompt}_{output}"
-        report.add(f"{prefix}decode_tokens_per_second.{name}", statistics.median(steps), "tokens/s", steps)
-        report.add(f"{prefix}whole_tokens_per_second.{name}", statistics.median(whole), "tokens/s", whole)
-        del decoder
-        machine.free()
-
-
-def step_seconds(machine: Machine, decoder: Decoder, context: int) -> float:
-    """Median of three runs of some steps behind `context` tokens."""
-    took, count = [], 24 if machine.cuda else 2
-    for _ in range(4):
-        decoder.cache.position.fill_(context)
-        took.append(machine.seconds(functools.partial(_steps, decoder, count)) / count)
-    return statistics.median(took[1:])
-
-
-def run_batches(
-    report: Report, machine: Machine, parts: Parts, side: str, batches: Sequence[int], label: str = ""
-) -> None:
-    """Milliseconds of a step at each batch size, behind CONTEXT tokens."""
-    context = min(CONTEXT, parts.sizes.positions // 2)
-    for batch in batches:
-        decoder = Decoder(parts, batch=batch, capacity=min(context + 64, parts.sizes.positions), steps=machine.steps)
-        took = step_seconds(machine, decoder, context)
-        report.add(f"step_ms.{side}{label}.batch_{batch}", 1e3 * took, "ms")
-        del decoder
-        machine.free()
-
-
-def show_kernels(machine: Machine, parts: Parts) -> None:
-    """Print what one step's kernels take, by name; those that begin early count their waiting too."""
-    decoder = Decoder(parts, capacity=2 * CONTEXT, steps=machine.steps)
-    step_seconds(machine, decoder, CONTEXT)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        decoder.step()
-        machine.synchronize()
-    events = sorted((e for e in profiler.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
-    by_kernel: dict[str, list[float]] = {}
-    for event in events:
-        by_kernel.setdefault(event.name[:60], []).append(event.time_range.elapsed_us())
-    span = events[-1].time_range.end - events[0].time_range.start if events else 0.0
-    print(f"  {len(events)} kernels within {span:.0f} us")
-    for name, took in sorted(by_kernel.items(), key=lambda item: -sum(item[1])):
-        print(f"  {len(took):>5} x {statistics.mean(took):>8.2f} us  {name}")
-
-
-def run_prefill(
-    report: Report, machine: Machine, parts: Parts, side: str, lengths: Sequence[int], repeats: int
-) -> None:
-    """Milliseconds of a prompt."""
-    for length in lengths:
-        decoder = Decoder(parts, capacity=length, steps=machine.steps)
-        tokens = torch.randint(0, parts.sizes.vocabulary, (1, length), device=machine.device)
-        took = [machine.seconds(functools.partial(decoder.prefill, tokens)) for _ in range(repeats + 1)]
-        report.add(f"prefill_ms.{side}.{length}", 1e3 * statistics.median(took[1:]), "ms", [1e3 * t for t in took[1:]])
-        del decoder
-        machine.free()
-
-
-class Sides:
-    """Makes the models that are compared, one at a time."""
-
-    def __init__(self, model: str, machine: Machine, dtype: torch.dtype) -> None:
-        self.machine, self.dtype = machine, dtype
-        self.folder = None if model in MODELS else Path(model)
-        self.sizes = None if self.folder else MODELS[model]
-        if self.folder is not None:
-            read_manifest(self.folder, skip=(WEIGHTS,))
-
-    def parts(self, side: str, *, block: int | None = None, mode: str = "decode") -> Parts:
-        """One side, on the device."""
-        device, steps = self.machine.device, self.machine.steps
-        if self.folder is not None:
-            return self._real(side)
-        assert self.sizes is not None
-        if side == "dense":
-            return random_parts(self.sizes, dense_side(device, self.dtype, steps), device, self.dtype)
-        return random_parts(
-            self.sizes, sparse_side(device, self.dtype, steps, block=block, mode=mode), device, self.dtype
-        )
-
-    def _real(self, side: str) -> Parts:
-        """Of a packed export, its dense side unpacked once."""
-        from sparseforge_core.runtime import load_sparse
-        from sparseforge_core.runtime.decode.on_kernels import on_kernels
-        from sparseforge_core.runtime.decode.parts import parts_of
-        from sparseforge_core.runtime.decode.products import joined, reference
-
-        assert self.folder is not None
-        model = load_sparse(self.folder, dense=side == "dense", device=str(self.machine.device))
-        if side == "dense":
-            return parts_of(model, lambda modules, name: Swappable(*joined(modules), name, self.machine.steps))
-        return parts_of(model, on_kernels(self.machine.steps) if self.machine.cuda else reference)
-
-
-@torch.no_grad()
-def same_numbers(report: Report, sides: Sides, machine: Machine) -> None:
-    """The kernels' step against plain torch on the unpacked weights, in one model of two layers."""
-    if sides.sizes is None:
-        return
-    sizes = replace(sides.sizes, layers=2, positions=min(1024, sides.sizes.positions))
-    make = sparse_side(machine.device, sides.dtype, machine.steps, block=None, mode="decode")
-    parts = random_parts(sizes, make, machine.device, sides.dtype)
-    plainly = replace(parts, blocks=[unpacked(block) for block in parts.blocks], head=unpacked_product(parts.head))
-    for name, batch, length in (("batch_1", 1, 100), ("long", 1, 2 * sizes.positions // 3), ("batch_4", 4, 100)):
-        tokens = torch.randint(0, sizes.vocabulary, (batch, length), device=machine.device)
-        capacity = sizes.positions if name == "long" else 256
-        fast = Decoder(parts, batch=batch, capacity=capacity, steps=machine.steps)
-        slow = Decoder(plainly, batch=batch, capacity=capacity, graph=False)
-        worst = 0.0
-        for step in range(12):
-            for decoder in (fast, slow):
-                if step == 0:
-                    decoder.prefill(tokens)
-                else:
-                    decoder.step()
-            error = (fast.logits.double() - slow.logits.double()).norm() / slow.logits.double().norm()
-            worst = max(worst, float(error))
-            following = slow.tokens.clone()
-            for decoder in (fast, slow):
-                decoder.put(following)
-        report.add(f"decode_logits_error.{name}", worst, "of the norm of the logits")
-        if not worst < 2e-2:
-            raise ArithmeticError(f"{name}: the kernels' logits are off by {worst:.3g} of their norm")
-
-
-@torch.no_grad()
-def same_attention(report: Report, sides: Sides, machine: Machine) -> None:
-    """Both kernels of attention against plain torch in float32, where queries look at few keys; and what they store."""
-    if sides.sizes is None or not machine.cuda:
-        return
-    sizes, usual = replace(sides.sizes, layers=1, positions=2048), machine.steps.CROWDED
-    cos, sin = rotations(sizes, machine.device)
-    for batch, place, capacity in ((1, 200, 256), (1, 1000, 1024), (1, 64, 1024), (4, 100, 256), (16, 300, 320)):
-        like = torch.empty(batch, sizes.kv_heads, capacity, sizes.head, device=machine.device, dtype=sides.dtype)
-        qkv = 2.0 * torch.randn(batch, sizes.qkv, device=machine.device, dtype=sides.dtype)
-        keys, values = torch.randn_like(like), torch.randn_like(like)
-        found = []
-        for limit in (None, 0, 2**30):
-            position = torch.full((1,), place, dtype=torch.int32, device=machine.device)
-            kind = torch.float32 if limit is None else sides.dtype
-            cache = Cache(sizes, [keys.to(kind, copy=True)], [values.to(kind, copy=True)], cos, sin, position)
-            if limit is not None:
-                machine.steps.CROWDED = limit  # type: ignore[attr-defined]
-            out = (plain if limit is None else machine.steps).attend(qkv.to(kind), cache, 0, None)
-            seen = slice(0, place + 1)
-            found.append((out, cache.keys[0][:, :, seen], cache.values[0][:, :, seen]))
-        machine.steps.CROWDED = usual  # type: ignore[attr-defined]
-        for name, other in (("crowded", found[1]), ("uncrowded", found[2])):
-            errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(other, found[0])]
-            report.add(f"attention_error.{name}.{batch}x{place}", max(errors), "of the norm")
-            if not max(errors) < 1.5e-2:
-                raise ArithmeticError(f"{name} attention, {batch} x {place}: off by {errors}")
-
-
-def unpacked(block: Block) -> Block:
-    """A layer with plain dense products of the same weights."""
-    named = {name: unpacked_product(getattr(block, name)) for name in ("qkv", "out", "gate_up", "down")}
-    return replace(block, **named)
-
-
-def unpacked_product(product: Product) -> Product:
-    """One of them."""
-    weight = product.weight if isinstance(product, Dense) else product.kernel.dense()  # type: ignore[attr-defined]
-    return Dense(weight, None, product.name)
 
 
 def ratios(report: Report, options: argparse.Namespace) -> None:
@@ -508,24 +123,6 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
     ratios(report, options)
     report.part("prediction", lambda: compare_prediction(report, options))
     report.save(options.out)
-
-
-def tune(machine: Machine, parts: Parts, dtype: torch.dtype, rows: Sequence[int], *, copies: bool) -> None:
-    """Let the kernels measure their choices for these numbers of rows, where that was not done before."""
-    if machine.cuda and rows:
-        from sparseforge_core.runtime.kernels.tuning import tune as measure_choices
-
-        shapes = {(p.out, p.inputs) for p in parts.products if p.name != "head"}
-        measure_choices(sorted(shapes), dtype, rows, copies=copies)
-
-
-def read_choices(path: Path) -> Table:
-    """Choices of kernels from a file. Raises ExportError if it holds none."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))["choices"]
-        return {line: tuple(Choice.from_json(choice) for choice in found) for line, found in body.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path} holds no choices of kernels: {error}") from error
 
 
 def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None, mode: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparseforge_core.runtime.decode.on_kernels import Sparse
-from sparseforge_core.runtime.decode.parts import Block, Parts, Sizes
-from sparseforge_core.runtime.decode.products import Dense, Norm, Product
+from benchmarks.decode_report import Machine
+from sparseforge_core.runtime import load_sparse
+from sparseforge_core.runtime.decode.on_kernels import Sparse, on_kernels
+from sparseforge_core.runtime.decode.parts import Block, Parts, Sizes, parts_of
+from sparseforge_core.runtime.decode.products import Dense, Norm, Product, joined, reference
 from sparseforge_core.runtime.kernels import KernelWeight
 from sparseforge_core.runtime.linear import PackedWeight
+from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
 from sparseforge_core.runtime.packed import Layout, Packed
 
 MODELS = {
@@ -163,3 +167,34 @@ def use_fastest(products: Sequence[Swappable], time: Callable[[], float], *, com
     for product in products:
         product.way = best[1]
     return found
+
+
+class Sides:
+    """Makes the models that are compared, one at a time."""
+
+    def __init__(self, model: str, machine: Machine, dtype: torch.dtype) -> None:
+        self.machine, self.dtype = machine, dtype
+        self.folder = None if model in MODELS else Path(model)
+        self.sizes = None if self.folder else MODELS[model]
+        if self.folder is not None:
+            read_manifest(self.folder, skip=(WEIGHTS,))
+
+    def parts(self, side: str, *, block: int | None = None, mode: str = "decode") -> Parts:
+        """One side, on the device."""
+        device, steps = self.machine.device, self.machine.steps
+        if self.folder is not None:
+            return self._real(side)
+        assert self.sizes is not None
+        if side == "dense":
+            return random_parts(self.sizes, dense_side(device, self.dtype, steps), device, self.dtype)
+        return random_parts(
+            self.sizes, sparse_side(device, self.dtype, steps, block=block, mode=mode), device, self.dtype
+        )
+
+    def _real(self, side: str) -> Parts:
+        """Of a packed export, its dense side unpacked once."""
+        assert self.folder is not None
+        model = load_sparse(self.folder, dense=side == "dense", device=str(self.machine.device))
+        if side == "dense":
+            return parts_of(model, lambda modules, name: Swappable(*joined(modules), name, self.machine.steps))
+        return parts_of(model, on_kernels(self.machine.steps) if self.machine.cuda else reference)

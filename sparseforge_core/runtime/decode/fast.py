@@ -123,7 +123,8 @@ def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tenso
 def stretch_of(pairs: int, capacity: int) -> int:
     """Tokens that one program reads: all programs together fill the device."""
     wanted: int = triton.next_power_of_2(triton.cdiv(capacity * pairs, PROGRAMS))
-    return max(SHORTEST, min(LONGEST, wanted, triton.next_power_of_2(capacity)))
+    whole: int = triton.next_power_of_2(capacity)
+    return max(SHORTEST, min(LONGEST, wanted, whole))
 
 
 def _scratch(cache: Cache, pairs: int, stretches: int, padded: int) -> tuple[Tensor, Tensor]:
