@@ -26,9 +26,10 @@ def load_sparse(path: str | Path, *, dense: bool = False, device: str = "cpu") -
     """
     import torch
 
-    from sparseforge_core.runtime.loading import arm, load_packed
+    from sparseforge_core.runtime.loading import arm, check_device, load_packed
 
     place = torch.device(device)
+    check_device(Path(path), place, dense=dense)
     model, _ = load_packed(Path(path), dense=dense)
     if place.type == "cuda":
         return arm(model, place)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.models.folders import tokenizer_in
 from sparseforge_core.runtime.generate import CACHES, CacheKind, Speaker
-from sparseforge_core.runtime.loading import LoadReport, arm, load_packed
+from sparseforge_core.runtime.loading import LoadReport, arm, check_device, load_packed
 from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,6 +49,7 @@ class Voice:
         tokenizer = tokenizer_in(folder)
         if tokenizer is None:
             raise ExportError(f"{folder} holds no tokenizer; copy its tokenizer.json into the source and export")
+        check_device(folder, place, dense=dense)
         model, report = load_packed(folder, dense=dense)
         loaded: Any = arm(model, place) if place.type == "cuda" else model.to(place)  # type: ignore[arg-type]
         speaker = Speaker(loaded, cache)

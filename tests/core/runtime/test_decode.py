@@ -168,7 +168,10 @@ def test_what_it_cannot_drive_is_said(architecture: str, changes: dict[str, Any]
 def test_what_the_kernels_do_not_take_is_refused_before_anything_moves(
     pattern: GroupPattern, dtype: torch.dtype, sentence: str, tmp_path: Path
 ) -> None:
-    model: Any = load_sparse(packed_export(pruned_model("llama", pattern, dtype), tmp_path, pattern))
+    folder = packed_export(pruned_model("llama", pattern, dtype), tmp_path, pattern)
+    with pytest.raises(ExportError, match=sentence):
+        load_sparse(folder, device="cuda")
+    model: Any = load_sparse(folder)
     with pytest.raises(ExportError, match=sentence):
         arm(model, torch.device("cuda"))
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
