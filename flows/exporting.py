@@ -46,12 +46,12 @@ def verification(options: argparse.Namespace) -> str:
 
 def generation(options: argparse.Namespace) -> tuple[str, str]:
     """Continue a prompt: (the continuation, or all of it as JSON; how it was made)."""
-    from sparseforge_core.runtime.generate import check_request, generate
+    from sparseforge_core.runtime.generate import check_request, say
     from sparseforge_core.runtime.speech import Voice
 
     check_request(options.tokens, options.temperature)
     voice = Voice.load(options.folder, device=options.device, dense=options.dense, cache=options.cache)
-    made = generate(
+    made = say(
         voice.speaker,
         voice.tokenizer,
         options.prompt,

@@ -132,6 +132,21 @@ def ordinary(
 
 
 def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    cache: CacheKind = "auto",
+) -> Generated:
+    """As `say`, with a model that is asked once. Raises as `say` and `Speaker` do."""
+    check_request(tokens, temperature)
+    return say(Speaker(model, cache), tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
+
+
+def say(
     speaker: Speaker, tokenizer: Any, prompt: str, *, tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Generated:
     """Continue `prompt` by at most `tokens` tokens, fewer where the model ends its text.

@@ -19,7 +19,7 @@ import uvicorn
 from flows.serving import ROUTES, application, bound
 from sparseforge_core.models.hub import load_model, load_tokenizer
 from sparseforge_core.models.sites import assign_patterns
-from sparseforge_core.runtime.generate import generate
+from sparseforge_core.runtime.generate import say
 from sparseforge_core.runtime.speech import Voice
 from sparseforge_core.sparsity.patterns import nm, top_mask
 from tests.core.runtime.exports import packed_export
@@ -75,7 +75,7 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
 
 
 def test_a_completion_is_what_generate_says(client: openai.OpenAI, voice: Voice) -> None:
-    said = generate(voice.speaker, voice.tokenizer, "the cat", tokens=12)
+    said = say(voice.speaker, voice.tokenizer, "the cat", tokens=12)
     answer = client.completions.create(model="tiny", prompt="the cat", max_tokens=12, temperature=0)
     assert answer.choices[0].text == said.text
     assert answer.choices[0].finish_reason == "length"
@@ -98,7 +98,7 @@ def test_a_seed_repeats_what_was_drawn(client: openai.OpenAI) -> None:
 def test_chat(client: openai.OpenAI, voice: Voice) -> None:
     messages = [{"role": "user", "content": "hello"}]
     prompt = voice.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    said = generate(voice.speaker, voice.tokenizer, prompt, tokens=8)
+    said = say(voice.speaker, voice.tokenizer, prompt, tokens=8)
     answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
     assert answer.choices[0].message.content == said.text
     stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True)
