@@ -1,6 +1,7 @@
 """Plans worth measuring for a shape and a number of rows: those that won somewhere in a sweep of all, with a few spare.
 
-`benchmarks/kernel_sweep.py` measures them; what it found on an H100 is why the lists are as short as they are.
+The sweep had three times as many, on one H100, at LLaMA-2-7B's shapes; `benchmarks/kernel_sweep.py` measures what is
+left of them, with the switches of the kernels on and off.
 """
 
 from __future__ import annotations
