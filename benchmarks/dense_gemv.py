@@ -55,6 +55,8 @@ def _dense_rows(
     row, column = tl.arange(0, N), tl.arange(0, K)
     inside = (outputs < out)[:, None]
     total = tl.zeros((M, N), dtype=tl.float32)
+    gdc_launch_dependents()
+    gdc_wait()
     for first in range(0, INPUTS, K):
         here = first + column < INPUTS
         tile = tl.load(
@@ -83,7 +85,18 @@ def dense_rows(x: Tensor, weight: Tensor, out: Tensor, config: tuple[int, int, i
     n = max(16, triton.next_power_of_2(x.shape[0]))
     grid = (triton.cdiv(count, m),)
     _dense_rows[grid](
-        x, weight, out, count, x.shape[0], INPUTS=inputs, M=m, K=k, N=n, num_warps=warps, num_stages=stages
+        x,
+        weight,
+        out,
+        count,
+        x.shape[0],
+        INPUTS=inputs,
+        M=m,
+        K=k,
+        N=n,
+        num_warps=warps,
+        num_stages=stages,
+        launch_pdl=True,
     )
 
 
