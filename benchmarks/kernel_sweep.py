@@ -9,7 +9,6 @@ $OUT/sweep-PART.json if OUT is set.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import os
 import sys
@@ -26,17 +25,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense_gemv import CONFIGS, dense_gemv
+from benchmarks.kernels import SHAPES
 from sparseforge_core.runtime.kernels import cusparselt, triton_products
 from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
 from sparseforge_core.runtime.kernels.measure import COLD, copy_bandwidth, seconds
-from sparseforge_core.runtime.kernels.nvrtc import compile_source, source
+from sparseforge_core.runtime.kernels.nvrtc import compile_ahead
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import random_packed
-
-SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
-"""[out, in] of LLaMA-2-7B."""
 
 PARTS = ("check", "vector", "rows", "large")
 
@@ -60,15 +57,9 @@ def error(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> fl
 
 
 def prepare(jobs: list[tuple[Plan, int, int, torch.dtype]]) -> None:
-    """Compile many kernels at once; the compiler works outside Python's lock."""
+    """Compile many kernels at once."""
     began = time.perf_counter()
-
-    def one(job: tuple[Plan, int, int, torch.dtype]) -> None:
-        plan, out, inputs, dtype = job
-        compile_source(source(plan.kernel), plan.kernel, plan.constants(out, inputs, dtype), "sm_90a")
-
-    with concurrent.futures.ThreadPoolExecutor(14) as pool:
-        list(pool.map(one, jobs))
+    compile_ahead([(plan.kernel, plan.constants(out, inputs, dtype)) for plan, out, inputs, dtype in jobs], 0)
     print(f"compiled {len(jobs)} kernels in {time.perf_counter() - began:.1f} s", flush=True)
 
 

@@ -35,6 +35,10 @@ LARGEST_OURS = 64
 """Rows up to which our kernels are the default."""
 
 
+MARGIN = 1.02
+"""How much faster than dense another way must be: two measurements of one product differ by about a percent."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One way to compute a product, and the seconds it took where it was measured."""
@@ -65,7 +69,7 @@ def choose(out: int, inputs: int, rows: int, dtype: torch.dtype, device: int, *,
     measured = table(device).get(key(out, inputs, bucket(rows), dtype), ())
     allowed = [choice for choice in measured if copies or choice.kind in ("kernel", "expand")]
     if allowed:
-        return min(allowed, key=lambda choice: choice.seconds or 0.0)
+        return min(allowed, key=lambda choice: (choice.seconds or 0.0) * (1.0 if choice.kind == "dense" else MARGIN))
     return default(out, inputs, rows, copies=copies)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparseforge_core.errors import ExportError
 
-ALGORITHMS = 16
-"""No version so far has more; the library says which of them exist."""
+ALGORITHMS = 24
+"""Version 0.8 takes the numbers 0 to 20, and refuses what does not exist."""
 
 OPAQUE = 16384
 """Bytes for each of the library's opaque structures, which need at most 11,024."""
@@ -72,9 +72,9 @@ class Plan:
         _call("Matmul", self._handle, self._plan, one_, a, b, zero_, d, d, w, streams, ctypes.c_int32(1))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def plan(out: int, inputs: int, rows: int, dtype: torch.dtype, algorithm: int, device: int) -> Plan:
-    """The plan of these sizes, made when first asked for."""
+    """The plan of these sizes, made when first asked for; those of prompts long ago are let go."""
     return Plan(out, inputs, rows, dtype, algorithm, device)
 
 

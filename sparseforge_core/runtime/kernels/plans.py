@@ -45,7 +45,7 @@ class Plan:
             x = blocks * 512 * self.rows
             return self.depth * (BLOCK_BYTES + 16) + x + 2 * self.warps * 64 * self.rows
         stages = self.depth * (self.rows * STAGE_ROW + self.tiles * BLOCK_BYTES)
-        return max(stages, self.rows * self.tiles * ROWS * 4)
+        return max(stages, self.rows * (self.tiles * ROWS + 4) * 4)
 
     def fits(self, inputs: int) -> bool:
         """Whether a multiprocessor has room for it."""
@@ -70,8 +70,9 @@ class Plan:
         return tuple(found.items())
 
     def threads(self) -> int:
-        """Threads of one block; `stream` and `tiles` have one more warp, which copies."""
-        return 32 * self.warps * self.tiles if self.kernel == "gemv" else 32 * (self.warps + 1)
+        """Threads of one block; in `stream` one more warp copies, in `tiles` four do."""
+        more = {"gemv": 0, "stream": 1, "tiles": 4}[self.kernel]
+        return 32 * (self.warps * (self.tiles if self.kernel == "gemv" else 1) + more)
 
     def grid(self, out: int, rows: int, processors: int) -> tuple[int, int]:
         """Blocks of threads for `rows` rows of x."""

@@ -130,8 +130,8 @@ class _Trial:
         return torch.nn.functional.linear(x, expand(*pair, (self.out, self.inputs)))
 
     def _seconds(self, calls: Sequence[Callable[[], object]]) -> float:
-        first = seconds(calls, replays=2, least=1)
-        return seconds(calls, replays=7, least=max(1, min(24, int(2e-3 / first))))
+        first = seconds(calls[:1], replays=1, least=1)
+        return seconds(calls, replays=5, least=max(1, min(24, int(1e-3 / first))))
 
     @staticmethod
     def _best(found: Sequence[Choice | None]) -> Choice | None:

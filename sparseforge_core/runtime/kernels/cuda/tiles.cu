@@ -1,12 +1,15 @@
 // Up to 64 rows of x at a time: a block of threads multiplies TM tiles of 16 outputs by all rows, 256 inputs at a time, with x and
-// the weight in a ring of STAGES asynchronous copies. SPLIT blocks of a cluster share the inputs of the same outputs and
+// the weight in a ring of STAGES asynchronous copies: the weight in few large ones, x sixteen bytes a thread, as copies
+// of its short rows would wait on each other. SPLIT blocks of a cluster share the inputs of the same outputs and
 // add their parts through each other's shared memory, always in the same order.
 //
 //   ROWS rows of x at a time, NT = ceil(ROWS / 8); TM tiles per block of threads, one warp for MT of them
 
 #define NT ((ROWS + 7) / 8)
 #define WARPS (TM / MT)
-#define THREADS (32 * (WARPS + 1))
+#define HELPERS 128  // threads that copy
+#define THREADS (32 * WARPS + HELPERS)
+#define PART_STRIDE (TM * 16 + 4)
 #define X_STRIDE (512 + 16)
 #define X_BYTES (NT * 8 * X_STRIDE)
 #define STAGE_BYTES (X_BYTES + TM * BLOCK_BYTES)
@@ -14,6 +17,13 @@
 
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_some(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_rows(u32 at) {  // eight rows of x, 32 inputs, as the product takes them
@@ -38,7 +48,7 @@ tiles(const char* __restrict__ values, const char* __restrict__ places, const u1
     rows = min(rows - pass * NT * 8, NT * 8);
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, WARPS);
+        for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1 + HELPERS), barrier_init(empty + 8 * s, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     // Rows that no copy will write, and inputs beyond the last, count as zero.
@@ -51,24 +61,29 @@ tiles(const char* __restrict__ values, const char* __restrict__ places, const u1
     let_next_start();
 
     float d[MT][NT][4] = {};
-    if (warp == WARPS) {
+    if (warp >= WARPS) {
+        const int helper = threadIdx.x - 32 * WARPS;
         for (int k = first; k < last; k++) {
             const int n = k - first, stage = n % STAGES;
             const u32 at = ring + stage * STAGE_BYTES, on = full + 8 * stage;
             const int width = min(256, COLUMNS - k * 256) * 2;
             if (n >= STAGES) barrier_wait(empty + 8 * stage, ((n / STAGES) & 1) ^ 1);
-            if (lane == 0) barrier_expect(on, TM * BLOCK_BYTES + rows * width);
+            if (helper == 0) barrier_expect(on, TM * BLOCK_BYTES);
             __syncwarp();
-            if (lane < TM) {
-                const int tile = min(first_tile + lane, TILES - 1);
+            if (helper < TM) {
+                const int tile = min(first_tile + helper, TILES - 1);
                 const size_t block = (size_t)tile * BLOCKS + k;
-                const u32 to = at + X_BYTES + lane * BLOCK_BYTES;
+                const u32 to = at + X_BYTES + helper * BLOCK_BYTES;
                 copy_bulk(to, values + block * BLOCK_VALUES, BLOCK_VALUES, on);
                 copy_bulk(to + BLOCK_VALUES, places + block * BLOCK_PLACES, BLOCK_PLACES, on);
             }
             if (n == 0) wait_for_previous();
-            for (int r = lane; r < rows; r += 32)
-                copy_bulk(at + r * X_STRIDE, x + (size_t)r * COLUMNS + k * 256, width, on);
+            for (int c = helper; c < rows * 32; c += HELPERS) {
+                const int row = c / 32, byte = c % 32 * 16;
+                if (byte < width)
+                    copy_some(at + row * X_STRIDE + byte, (const char*)(x + (size_t)row * COLUMNS + k * 256) + byte);
+            }
+            arrive_when_copied(on);
         }
     } else {
         const u32 row_at = (lane % 8) * X_STRIDE + lane / 8 * 16;
@@ -105,7 +120,7 @@ tiles(const char* __restrict__ values, const char* __restrict__ places, const u1
         }
     }
 
-    // Parts [NT * 8, TM * 16] in the memory of the ring, whose last copies every warp has waited for.
+    // Parts [NT * 8, TM * 16] of the outputs in the memory of the ring, whose last copies every warp has waited for.
     __syncthreads();
     float* part = (float*)memory;
     const int q = lane / 4, t = lane % 4;
@@ -116,23 +131,24 @@ tiles(const char* __restrict__ values, const char* __restrict__ places, const u1
             for (int j = 0; j < NT; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++)
-                    part[(8 * j + 2 * t + c % 2) * (TM * 16) + (warp * MT + m) * 16 + q + 8 * (c / 2)] = d[m][j][c];
+                    part[(8 * j + 2 * t + c % 2) * PART_STRIDE + (warp * MT + m) * 16 + q + 8 * (c / 2)] = d[m][j][c];
     }
     if (SPLIT > 1) cluster_sync();
     else __syncthreads();
     for (int o = rank * THREADS + threadIdx.x; o < rows * TM * 16; o += SPLIT * THREADS) {
-        const int at = first_tile * 16 + o % (TM * 16);
+        const int row = o / (TM * 16), at = first_tile * 16 + o % (TM * 16);
         if (at >= OUT) continue;
         float sum = bias ? to_float(bias[at]) : 0.0f;
+        const u32 mine = shared_address(part + row * PART_STRIDE + o % (TM * 16));
 #pragma unroll
         for (int r = 0; r < SPLIT; r++) {
             float other;
             u32 there;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(part + o)), "r"(r));
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(mine), "r"(r));
             asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(other) : "r"(there) : "memory");
             sum += other;
         }
-        y[(size_t)(o / (TM * 16)) * OUT + at] = from_float(sum);
+        y[(size_t)row * OUT + at] = from_float(sum);
     }
     if (SPLIT > 1) cluster_sync();  // nobody leaves while another reads its part
 }
