@@ -33,7 +33,7 @@ def value(results: Path, measure: str) -> Any:
 def test_the_benchmark_measures_both_sides(results: Path) -> None:
     rows = {row["measure"]: row for row in json.loads(results.read_text())}
     for measure in (
-        "decode_over_strong_dense.16_8", "whole_over_strong_dense.8_16", "step_over_strong_dense.batch_2",
+        "decode_over_strong_dense.16_8", "whole_over_strong_dense.8_16", "step_over_cublas.batch_2",
         "step_over_strong_dense.slorb", "prefill_over_dense.end_to_end", "product_us.sparse.gate_up",
     ):  # fmt: skip
         assert rows[measure]["value"] > 0, measure
