@@ -69,6 +69,13 @@ __device__ __forceinline__ uint4 load_x(const u16* p) {
     return v;
 }
 
+// A bias, which may be a residual that a kernel a few launches before has written: not through the read-only path.
+__device__ __forceinline__ float load_bias(const u16* p) {
+    u16 bits;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(p) : "memory");
+    return to_float(bits);
+}
+
 // d[16 x 8] += a[16 x 32, 2:4] b[32 x 8], float32; SELECT says which half of each four lanes holds the places.
 #if BF16
 #define MMA_TYPES "f32.bf16.bf16.f32"

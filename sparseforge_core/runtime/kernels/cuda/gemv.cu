@@ -57,7 +57,7 @@ gemv(const uint4* __restrict__ values, const uint4* __restrict__ places, const u
     const int o = threadIdx.x % 16, g = threadIdx.x / 16;
     if (g < GROUP && blockIdx.x * GROUP + g < TILES) {
         const int at = (blockIdx.x * GROUP + g) * 16 + o;
-        float sum = bias ? to_float(bias[at]) : 0.0f;
+        float sum = bias ? load_bias(bias + at) : 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += red[g][w][o];
         y[at] = from_float(sum);

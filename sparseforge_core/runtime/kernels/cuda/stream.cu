@@ -105,7 +105,7 @@ stream(const char* __restrict__ values, const char* __restrict__ places, const u
         if (warp == turn % WARPS) {  // the others go on with the next tile; parts of this one are overwritten two later
             const float* parts = red + (turn & 1) * WARPS * RED_FLOATS;
             for (int o = lane; o < 16 * rows; o += 32) {
-                float sum = bias ? to_float(bias[tile * 16 + o % 16]) : 0.0f;
+                float sum = bias ? load_bias(bias + tile * 16 + o % 16) : 0.0f;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) sum += parts[w * RED_FLOATS + o];
                 y[(size_t)(o / 16) * OUT + tile * 16 + o % 16] = from_float(sum);

@@ -138,7 +138,7 @@ tiles(const char* __restrict__ values, const char* __restrict__ places, const u1
     for (int o = rank * THREADS + threadIdx.x; o < rows * TM * 16; o += SPLIT * THREADS) {
         const int row = o / (TM * 16), at = first_tile * 16 + o % (TM * 16);
         if (at >= OUT) continue;
-        float sum = bias ? to_float(bias[at]) : 0.0f;
+        float sum = bias ? load_bias(bias + at) : 0.0f;
         const u32 mine = shared_address(part + row * PART_STRIDE + o % (TM * 16));
 #pragma unroll
         for (int r = 0; r < SPLIT; r++) {
