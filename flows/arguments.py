@@ -23,7 +23,8 @@ class Parser(argparse.ArgumentParser):
 
 COMMANDS = (
     "demo", "plan", "run", "status", "explain", "tables", "report", "verify", "audit", "doctor", "methods", "presets",
-    "families", "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "bench", "completion",
+    "families", "suites", "grids", "bundle", "ingest", "export", "verify-export", "generate", "serve", "bench",
+    "completion",
 )  # fmt: skip
 
 
@@ -141,11 +142,14 @@ def _add_carrying(commands: Any) -> None:
     bundle.add_argument("--slurm", action="store_true", help="also write a job array and the script that submits it")
     ingest = commands.add_parser(
         "ingest",
-        help="record what a bundle made elsewhere",
-        description="Check every file of a bundle that came back, record each finished stage once, keep its model.",
+        help="record what a bundle made elsewhere, or the results of a decode benchmark",
+        description="Check every file of a bundle that came back, record each finished stage once, keep its model. Of "
+        "a .json file of benchmarks/decode.py, record the speeds and weights that Table 7 shows.",
         epilog="example: sparseforge ingest carried",
     )
-    ingest.add_argument("folder", type=Path, metavar="DIR", help="the bundle's folder, with its home/ in it")
+    ingest.add_argument(
+        "folder", type=Path, metavar="DIR|FILE.json", help="the bundle's folder, with its home/ in it, or the results"
+    )
     for command in (bundle, ingest):
         command.add_argument("--quiet", action="store_true", help="say nothing")
         command.add_argument("--json", action="store_true", help="one line of JSON with the counts")
@@ -185,8 +189,7 @@ def _add_reading(commands: Any) -> None:
     tables.add_argument("--quiet", action="store_true", help="say only what is missing")
     tables.add_argument("--json", action="store_true", help="machine-readable")
     _add_trusting(commands)
-    doctor = commands.add_parser("doctor", help="check this machine and installation, say what to do")
-    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    _add_doctor(commands)
     bench = commands.add_parser(
         "bench",
         help="measure training or decoding on this machine",
@@ -204,6 +207,19 @@ def _add_reading(commands: Any) -> None:
     ):
         listing = commands.add_parser(name, help=f"list the {what}")
         listing.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine and installation, say what to do; with --model, what 2:4 will bring here",
+        epilog="example: sparseforge doctor --model llama-2-7b --batch 4",
+    )
+    doctor.add_argument("--model", help="a known model's name, or the folder of an export or of a Hugging Face model")
+    doctor.add_argument("--batch", type=int, default=1, help="rows decoded at a time (default 1)")
+    doctor.add_argument("--context", type=int, default=192, help="tokens before those decoded (default 192)")
+    doctor.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="type of the values")
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _add_trusting(commands: Any) -> None:
@@ -274,5 +290,23 @@ def _add_exporting(commands: Any) -> None:
     generate.add_argument("--tokens", type=int, default=64, help="at most so many (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
-    generate.add_argument("--dense", action="store_true", help="unpack once: more memory, faster on a CPU")
     generate.add_argument("--json", action="store_true", help="machine-readable")
+    serve = commands.add_parser(
+        "serve",
+        help="answer OpenAI-compatible requests with a packed export",
+        description="transformers' server around our model: /v1/chat/completions, /v1/completions (both may stream), "
+        "/v1/models, /health. It listens to this machine alone unless --host says otherwise, and asks for no key.",
+        epilog="example: sparseforge serve model --port 8000",
+    )
+    serve.add_argument("folder", type=Path, metavar="DIR", help="a packed export")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    serve.add_argument("--name", help="of the model, as clients ask for it (default: the folder's)")
+    for command in (generate, serve):
+        command.add_argument("--dense", action="store_true", help="unpack once: more memory, faster on a CPU")
+        command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+        command.add_argument(
+            "--cache",
+            default="auto",
+            help="static (one CUDA graph a token, LLaMA-like models), ordinary (transformers' own), or auto",
+        )

@@ -211,10 +211,21 @@ def _bundle(options: argparse.Namespace, _home: Home) -> int:
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
-    from flows.ingesting import ingest
     from sparseforge_core.store.store import ResultStore
 
     store = ResultStore(home.store_url)
+    if options.folder.suffix == ".json":
+        from flows.benched import GRID, ingest_decode
+
+        count = ingest_decode(store, options.folder)
+        store.close()
+        if options.json:
+            print(json.dumps({"folder": str(options.folder), "grid": GRID, "recorded": count}))
+        elif not options.quiet:
+            print(f"{GRID}: {count} stages recorded; see `sparseforge tables --grid {GRID}`")
+        return OK
+    from flows.ingesting import ingest
+
     found = ingest(store, home, options.folder)
     store.close()
     if options.json:
@@ -337,6 +348,11 @@ def _completion(options: argparse.Namespace, _home: Home) -> int:
 
 
 def _doctor(options: argparse.Namespace, home: Home) -> int:
+    if options.model is not None:
+        from flows.outlook import outlook
+
+        print(outlook(options))
+        return OK
     from flows.doctor import doctor
 
     return doctor(home, as_json=options.json)
@@ -367,6 +383,13 @@ def _bench(options: argparse.Namespace, home: Home) -> int:
     return int(importlib.import_module(f"benchmarks.{options.benchmark}").main(options.arguments))
 
 
+def _serve(options: argparse.Namespace, _home: Home) -> int:
+    from flows.serving import serve
+
+    serve(options)
+    return OK
+
+
 def _list(options: argparse.Namespace, home: Home) -> int:
     from flows.listing import listing
 
@@ -395,6 +418,7 @@ HANDLERS = {
     "doctor": _doctor,
     "bench": _bench,
     **dict.fromkeys(("export", "verify-export", "generate"), _export),
+    "serve": _serve,
     **dict.fromkeys(("methods", "presets", "families", "suites", "grids"), _list),
 }
 """What each subcommand does."""

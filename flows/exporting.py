@@ -11,7 +11,7 @@ from pathlib import Path
 from flows.home import Home
 from flows.provenance import provenance
 from sparseforge_core import files
-from sparseforge_core.errors import ExportError, RecipeError
+from sparseforge_core.errors import RecipeError
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
 
 
@@ -47,26 +47,22 @@ def verification(options: argparse.Namespace) -> str:
 
 def generation(options: argparse.Namespace) -> tuple[str, str]:
     """Continue a prompt: (the continuation, or all of it as JSON; how it was made)."""
-    from sparseforge_core.models.folders import tokenizer_in
-    from sparseforge_core.runtime.generate import check_request, generate
-    from sparseforge_core.runtime.loading import load_packed
+    from sparseforge_core.runtime.generate import check_request, say
+    from sparseforge_core.runtime.speech import Voice
 
     check_request(options.tokens, options.temperature)
-    model, report = load_packed(options.folder, dense=options.dense)
-    tokenizer = tokenizer_in(options.folder)
-    if tokenizer is None:
-        raise ExportError(f"{options.folder} holds no tokenizer; copy its tokenizer.json into the source and export")
-    made = generate(
-        model,
-        tokenizer,
+    voice = Voice.load(options.folder, device=options.device, dense=options.dense, cache=options.cache)
+    made = say(
+        voice.speaker,
+        voice.tokenizer,
         options.prompt,
         tokens=options.tokens,
         temperature=options.temperature,
         seed=options.seed,
     )
-    notes = f"{report}; {len(made.tokens)} tokens in {made.seconds:.2f} s"
+    notes = f"{voice}; {len(made.tokens)} tokens in {made.seconds:.2f} s"
     if options.json:
-        return json.dumps({**dataclasses.asdict(made), "load": dataclasses.asdict(report)}), notes
+        return json.dumps({**dataclasses.asdict(made), "load": dataclasses.asdict(voice.report)}), notes
     return made.text, notes
 
 

@@ -77,6 +77,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.bundle": SPECS | core("store files bundles") | {"flows"},
     "flows.ingesting": SPECS | core("store files measured bundles checkpoint") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
+    "flows.serving": core("runtime") | {"flows"},
+    "flows.outlook": core("runtime") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
     "flows.cli": core("store files") | {"flows", "analysis"},
     "analysis": core("store.results store.rows store.outcomes store.curves"),
@@ -96,12 +98,14 @@ DOORS: dict[str, tuple[str, ...]] = {
     "scipy": ("analysis/",),
     "matplotlib": ("analysis/", "sparseforge_core/tracking/"),
     "lm_eval": tuple(f"sparseforge_core/evaluate/{file}.py" for file in ("harness", "packed_lm", "stock_tasks")),
-    "transformers": ("sparseforge_core/models/",),
+    "transformers": ("sparseforge_core/models/", "flows/serving.py"),  # the server around our model is theirs
+    "fastapi": ("flows/serving.py",),
+    "uvicorn": ("flows/serving.py",),
+    "triton": ("sparseforge_core/runtime/", *(f"sparseforge_core/{file}.py" for file in FUSED)),
     "datasets": ("sparseforge_core/data/corpora.py", "sparseforge_core/evaluate/"),
     "pyarrow": ("sparseforge_core/data/",),
     "tokenizers": ("sparseforge_core/data/vocabulary.py",),
     "torch.distributed": ("sparseforge_core/distributed.py",),
-    "triton": tuple(f"sparseforge_core/{file}.py" for file in FUSED),
     "torch": (
         *(
             f"sparseforge_core/{room}/"
@@ -111,6 +115,7 @@ DOORS: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "run", "distributed")),
+        "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -79,3 +80,14 @@ def test_packed_reports_bytes_that_agree_with_the_arithmetic(capsys: pytest.Capt
     dense = found["dense_bytes"] - found["resident_bytes"]
     assert dense == (1 - kept) * 2 * (2 * width * width + 2 * width * 192 + 3 * width * wide)
     assert found["arithmetic"]["llama-2-7b"]["ratio"] == pytest.approx(0.5795, abs=5e-5)
+
+
+def test_kernels_need_a_gpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="no Triton: the dense baseline cannot be imported")
+    kernels = importlib.import_module("benchmarks.kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        kernels.main([])
+    assert {measure for measure in kernels.BARS if measure.startswith("gemv_over")} == {
+        *(f"gemv_over_best_dense.{name}" for name in (*kernels.SHAPES, "geomean"))
+    }

@@ -6,6 +6,9 @@ import json
 from typing import Any
 
 from sparseforge_core.runtime.manifest import PACKED, Manifest
+from sparseforge_core.runtime.packed import Layout
+
+TWO_FOUR = Layout(2, 4, transposed=False)
 
 LOADS = {
     PACKED: "This project's runtime only: `sparseforge_core.runtime.load_sparse(folder)`, `sparseforge generate`. "
@@ -14,10 +17,21 @@ LOADS = {
 }
 """Who can load an export, by its format."""
 
-FAST = (
-    "No public engine gains speed from these zeros today: vLLM and transformers removed 2:4 support, TensorRT-LLM and "
-    "compressed-tensors have no path left, and plain transformers computes with a dense weight. On a CPU this "
-    "project's runtime is a reference: it saves memory, not time."
+ELSEWHERE = (
+    "No public engine gains speed from these zeros today: vLLM raises an error for 2:4 models since 0.19.1, "
+    "compressed-tensors dropped the format in 0.15 and transformers followed, TensorRT-LLM still has its flag, from "
+    "which users measure no gain (Model-Optimizer issue 1974), and plain transformers computes with a dense weight."
+)
+
+FAST_HERE = (
+    "This project's runtime does, on NVIDIA GPUs of compute capability 9.0 (H100, H200): `load_sparse(folder, "
+    'device="cuda")`, `sparseforge generate`, `sparseforge serve`; `sparseforge doctor --model .` says what to expect '
+    "of this model on that machine. On a CPU it is a reference: it saves memory, not time."
+)
+
+SLOW_HERE = (
+    "This project's kernels multiply {wanted}, so that the runtime loads this export as its reference does: it saves "
+    "memory, not time."
 )
 
 
@@ -29,13 +43,26 @@ def card(manifest: Manifest) -> str:
         f"# {about.get('source', 'A model')}, {about.get('pattern') or 'dense'}",
         f"Format `{manifest.format}`, values {about.get('dtype')}. Check the files with `sparseforge verify-export .`, "
         "or `sha256sum -c SHA256SUMS`.",
-        "## Who loads it, and who runs it fast\n\n" + LOADS.get(manifest.format, LOADS[""]) + "\n\n" + FAST,
+        "## Who loads it, and who runs it fast\n\n"
+        + LOADS.get(manifest.format, LOADS[""])
+        + f"\n\n{ELSEWHERE} {_here(manifest)}".rstrip(),
         *_branches(about),
         *_coverage(about),
         *_measurements(about),
         *_provenance(about),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _here(manifest: Manifest) -> str:
+    """What our own runtime makes of it."""
+    if manifest.format != PACKED:
+        return "Export it as packed for this project's runtime."
+    packed = [entry for entry in manifest.tensors.values() if entry.layout is not None]
+    taken = [e for e in packed if e.layout == TWO_FOUR and e.dtype in ("BF16", "F16") and len(e.shape) == 2]
+    if packed and len(taken) == len(packed):
+        return FAST_HERE
+    return SLOW_HERE.format(wanted="2:4 matrices [out, in] of bfloat16 or float16")
 
 
 def _branches(about: Any) -> list[str]:

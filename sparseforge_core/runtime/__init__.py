@@ -18,11 +18,19 @@ def load_sparse(path: str | Path, *, dense: bool = False, device: str = "cpu") -
     Args:
         path: the folder of the export.
         dense: unpack every weight once, rather than in each forward.
-        device: where the model goes when it is complete.
+        device: where the model goes when it is complete. On a CUDA device its packed weights are multiplied by our
+            kernels; on others each forward unpacks them.
 
-    Raises ExportError or PatternViolation before anything runs if a file is missing, truncated or altered.
+    Raises ExportError or PatternViolation before anything runs if a file is missing, truncated or altered, or if the
+    device's kernels cannot run a weight.
     """
-    from sparseforge_core.runtime.loading import load_packed
+    import torch
 
+    from sparseforge_core.runtime.loading import arm, check_device, load_packed
+
+    place = torch.device(device)
+    check_device(Path(path), place, dense=dense)
     model, _ = load_packed(Path(path), dense=dense)
-    return model.to(device)  # type: ignore[arg-type,return-value]
+    if place.type == "cuda":
+        return arm(model, place)  # type: ignore[no-any-return]
+    return model.to(place)  # type: ignore[arg-type,return-value]

@@ -1,6 +1,6 @@
-"""Linear modules that hold packed weights: the reference path, which unpacks in each forward.
+"""Linear modules that hold packed weights: the reference path, which unpacks in each forward, and the kernels' one.
 
-The arithmetic is that of the module replaced, on the same bits, so that outputs are equal bit for bit.
+The reference's arithmetic is that of the module replaced, on the same bits, so that outputs are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core.errors import ExportError
+from sparseforge_core.runtime.kernels import KernelWeight, sparse_linear
 from sparseforge_core.runtime.packed import Layout, Packed, unpack
 from sparseforge_core.sparsity.slorb import expand
 
@@ -81,7 +82,37 @@ class SparseLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.packed.layout.name} packed"
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        raise ExportError(
-            "a model that holds packed weights has no state dict of a plain model; load it with dense=True to save "
-            "it, or use `sparseforge export`"
-        )
+        raise ExportError(NO_STATE)
+
+
+NO_STATE = (
+    "a model that holds packed weights has no state dict of a plain model; load it with dense=True to save it, or use "
+    "`sparseforge export`"
+)
+
+
+class KernelLinear(nn.Module):
+    """In the place of an `nn.Linear`: a 2:4 weight arranged for the kernels of its device."""
+
+    def __init__(self, kernel: KernelWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.bias = bias
+        self.out_features, self.in_features = kernel.out_features, kernel.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, for modules that look at it."""
+        weight = self.kernel.dense()
+        if self.kernel.branch is None:
+            return weight
+        return add_branch(weight, Layout(2, 4, transposed=False), (self.kernel.branch, self.kernel.projection))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.kernel, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, 2:4 on kernels"
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise ExportError(NO_STATE)

@@ -14,8 +14,10 @@ from sparseforge_core.errors import ExportError
 from sparseforge_core.models.folders import is_plain_linear, shell
 from sparseforge_core.runtime.archive import Archive, open_archive
 from sparseforge_core.runtime.container import DTYPES
-from sparseforge_core.runtime.linear import PackedWeight, SparseLinear, add_branch
+from sparseforge_core.runtime.kernels import KernelWeight, supported
+from sparseforge_core.runtime.linear import KernelLinear, PackedWeight, SparseLinear, add_branch
 from sparseforge_core.runtime.manifest import WEIGHTS, Manifest, read_manifest
+from sparseforge_core.runtime.packed import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +75,63 @@ def load_packed(folder: Path, *, dense: bool = False, branches: bool = True) -> 
     weights = sum(m.packed.resident_bytes for m in model.modules() if isinstance(m, SparseLinear))
     report.dense_bytes = report.resident_bytes - weights + sum(_bytes(manifest, name) for name in report.packed)
     return model.eval().requires_grad_(False), report
+
+
+def arm(model: Any, device: torch.device) -> Any:
+    """Move a model that holds packed weights to a CUDA device, each arranged for its kernels.
+
+    Raises ExportError before anything moves, naming the site and the reason, if a weight cannot be multiplied there or
+    the device has no room.
+    """
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for path, module in sites.items():
+        packed = module.packed
+        _check_site(f"{path}.weight", packed.layout, packed.values.dtype, tuple(packed.shape), device)
+    tensors = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    check_memory(sum(tensors.values()), device, "the model")
+    for name, module in sites.items():
+        model.set_submodule(name, KernelLinear(KernelWeight.of(module.packed, device=device), module.bias))
+    return model.to(device)
+
+
+def check_device(folder: Path, device: torch.device, *, dense: bool = False) -> None:
+    """Raise ExportError, before a weight is read, if a CUDA device cannot run an export or has no room for it.
+
+    A weight whose module takes no packed form is unpacked on every device, and so is not asked about.
+    """
+    if device.type != "cuda":
+        return
+    manifest, needed = read_manifest(folder, skip=(WEIGHTS,)), 0
+    for name, entry in manifest.tensors.items():
+        if dense or entry.layout is None:
+            needed += _bytes(manifest, name)
+            continue
+        if len(entry.shape) == 2:
+            _check_site(name, entry.layout, DTYPES[entry.dtype], entry.shape, device)
+        needed += sum(stored.nbytes for stored in entry.stored())
+    check_memory(needed, device, f"{folder}")
+
+
+def _check_site(name: str, layout: Layout, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ExportError, naming the site and the reason, if the kernels of a device cannot multiply by a weight."""
+    if layout.name != "2:4" or layout.transposed:
+        how = "stored transposed" if layout.transposed else f"{layout.name}, not 2:4"
+        raise ExportError(f"site {name} is {how}, and the kernels cannot multiply by it; load with dense=True")
+    why = supported(device, dtype, shape)
+    if why is not None:
+        raise ExportError(f"site {name}: {why}")
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ExportError(
+            f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
+            "or a smaller batch, or free the device"
+        )
 
 
 def check_configuration(folder: Path, manifest: Manifest) -> None:

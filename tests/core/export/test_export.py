@@ -183,3 +183,20 @@ def test_what_is_no_source_says_what_was_looked_for(tmp_path: Path) -> None:
     pruned_model("llama").save_pretrained(tmp_path / "saved")
     with pytest.raises(ExportError, match="does not say which pattern"):
         open_any(str(tmp_path / "saved"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "sentence"),
+    [
+        ("bfloat16", "packed", "compute capability 9.0"),
+        ("float32", "packed", "loads this export as its reference does"),
+        ("bfloat16", "hf", "Export it as packed for this project's runtime"),
+    ],
+)
+def test_the_card_says_who_runs_it_fast(tmp_path: Path, dtype: str, form: str, sentence: str) -> None:
+    export(source_of(pruned_model("llama"), tmp_path / "saved"), tmp_path / "out", form=form, dtype=dtype)
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "No public engine gains speed" in said
+    assert sentence in said
+    others = {"compute capability 9.0", "as its reference does", "Export it as packed"} - {sentence}
+    assert sum(other in said and other not in sentence for other in others) == 0

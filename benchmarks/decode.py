@@ -1,0 +1,247 @@
+"""Decoding with 2:4 weights against strong dense ones, in the same loop: Table 7.
+
+python benchmarks/decode.py [--model llama-2-7b|tiny|DIR] [--batches 1 4 16 64] [--prefill 2048 8192] [--out FILE]
+
+Shapes are filled with random weights, the sparse ones in exact 2:4; a packed export takes its own. One dense product is
+the fastest of cuBLAS, torch.compile and a Triton kernel, chosen for each shape in place, in graphs over the weights of
+all layers. Every length pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph.
+`decode_*` figures are of the steps alone, `whole_*` of prompt and steps. Without a GPU the same loop runs on the
+reference path, which is for trying the script. Results are merged by measure into FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.decode_checks import same_attention, same_numbers
+from benchmarks.decode_models import MODELS, Sides
+from benchmarks.decode_report import Machine, Report
+from benchmarks.decode_runs import (
+    by_name,
+    choose_dense,
+    each_product,
+    read_choices,
+    resident_bytes,
+    run_batches,
+    run_pairs,
+    run_prefill,
+    show_kernels,
+    tune,
+)
+from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.runtime import prediction
+from sparseforge_core.runtime.kernels.choices import record
+
+PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
+"""Tokens of prompt and output in Table 7."""
+
+COMMITTED = Path(__file__).parent / "results" / "decode.json"
+"""What was measured before, with the code."""
+
+
+def ratios(report: Report, options: argparse.Namespace) -> None:
+    """What one side is over the other."""
+    for prompt, output in options.pairs:
+        name = f"{prompt}_{output}"
+        for kind, slug in (("decode", "decode_over_strong_dense"), ("whole", "whole_over_strong_dense")):
+            rate = f"{kind}_tokens_per_second.{name}"
+            report.ratio(f"{slug}.{name}", rate, f"dense_{rate}")
+    for batch in options.batches:
+        dense, sparse = f"step_ms.dense.batch_{batch}", f"step_ms.sparse.batch_{batch}"
+        against = "strong_dense" if batch == 1 else "cublas"  # dense products are chosen for one row alone
+        report.ratio(f"step_over_{against}.batch_{batch}", dense, sparse)
+    report.ratio(
+        "step_over_strong_dense.slorb", "step_ms.dense.batch_1", f"step_ms.sparse_slorb{options.block}.batch_1"
+    )
+    for length in options.prefill:
+        report.ratio(f"prefill_over_dense.{length}", f"prefill_ms.dense.{length}", f"prefill_ms.sparse.{length}")
+    found = [report.value(f"prefill_over_dense.{length}") for length in options.prefill]
+    if found and None not in found:
+        report.add(
+            "prefill_over_dense.end_to_end", min(value for value in found if value is not None), "times, at least"
+        )
+    report.ratio("resident_memory_ratio", "resident_bytes.sparse", "resident_bytes.dense")
+
+
+def compare_prediction(report: Report, options: argparse.Namespace) -> None:
+    """What `doctor --model` predicts from the results committed before this run, over what this run measured."""
+    if options.model != prediction.MEASURED or not COMMITTED.is_file():
+        return
+    before = {row["measure"]: float(row["value"]) for row in json.loads(COMMITTED.read_text())}
+    for prompt, output in options.pairs:
+        expected = prediction.forecast(
+            prediction.KNOWN[options.model],
+            before,
+            measured_at=prediction.CONTEXT,
+            bandwidth=1e12 * (report.value("copy_bandwidth") or 0.0),
+            context=prompt + output // 2,
+        )
+        name = f"decode_tokens_per_second.{prompt}_{output}"
+        for label, measured, value in (
+            ("sparse", name, expected.sparse_tokens_per_second),
+            ("dense", f"dense_{name}", expected.dense_tokens_per_second),
+        ):
+            found = report.value(measured)
+            print(f"doctor: {label} {prompt}x{output}: {value:,.1f} tokens/s predicted, {found} measured")
+            if found:
+                report.add(f"doctor_over_measured.{label}.{prompt}_{output}", value / found, "times")
+    held, sizes = (report.value("resident_bytes.sparse") or 0.0) / 2**30, prediction.KNOWN[options.model]
+    expected_gib = prediction.resident_bytes(sizes, "sparse") / 2**30
+    print(f"doctor: {expected_gib:.3f} GiB of weights predicted, {held:.3f} measured")
+
+
+def measure(options: argparse.Namespace, report: Report, machine: Machine) -> None:
+    """Everything, a part at a time; results are saved after each model."""
+    sides = Sides(options.model, machine, getattr(torch, options.dtype))
+    if options.choices is not None and machine.cuda:
+        record(torch.cuda.current_device(), read_choices(options.choices))
+    bandwidth = machine.copy_bandwidth()
+    report.add("copy_bandwidth", bandwidth / 1e12, "TB/s")
+    report.part("same attention", lambda: same_attention(report, sides, machine))
+    report.part("same numbers", lambda: same_numbers(report, sides, machine))
+    if report.failed:
+        return  # the speed of wrong numbers is no result
+    for side, block, mode in (
+        ("dense", None, "decode"), ("sparse", None, "decode"), ("sparse", options.block, "decode"),
+        ("sparse", None, "throughput"),
+    ):  # fmt: skip
+        if not wanted(options, sides, side, block, mode):
+            continue
+        report.part(
+            f"{side}, {mode}{'' if block is None else f', SLoRB of {block}'}",
+            lambda side=side, block=block, mode=mode: one_model(options, report, machine, sides, side, block, mode),  # type: ignore[misc]
+        )
+        machine.free()
+        if side == "sparse" and block is None and mode == "decode":
+            ratios(report, options)  # what there is so far, should the rest not come
+        report.save(options.out)
+    ratios(report, options)
+    report.part("prediction", lambda: compare_prediction(report, options))
+    report.save(options.out)
+
+
+def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None, mode: str) -> bool:
+    """Whether a model has anything to run; an export has the side branches that it has, and one form."""
+    if side not in options.sides:
+        return False
+    if mode == "throughput":
+        return sides.folder is None and bool(options.prefill)
+    if block is not None:
+        return sides.folder is None and 1 in options.batches
+    return True
+
+
+def one_model(
+    options: argparse.Namespace, report: Report, machine: Machine, sides: Sides, side: str, block: int | None, mode: str
+) -> None:
+    """Make one model and run what is asked of it."""
+    before = torch.cuda.memory_allocated() if machine.cuda else 0
+    parts = sides.parts(side, block=block, mode=mode)
+    if mode == "throughput":
+        if options.choices is None:
+            tune(machine, parts, sides.dtype, options.prefill, copies=True)
+        run_prefill(report, machine, parts, side, options.prefill, options.repeats)
+        report.add("resident_bytes.sparse_throughput", resident_bytes(parts), "bytes")
+        return
+    choose_dense(machine, parts, ["head"] if side == "sparse" else list(by_name(parts)), compile_too=options.compile)
+    if block is not None:
+        run_batches(report, machine, parts, side, [1], f"_slorb{block}")
+        return
+    report.add(f"resident_bytes.{side}", resident_bytes(parts), "bytes")
+    if machine.cuda:
+        machine.free()
+        report.add(f"allocated_bytes.{side}", torch.cuda.memory_allocated() - before, "bytes")
+    bandwidth = 1e12 * (report.value("copy_bandwidth") or 0.0)
+    if side == "sparse" and options.tune:
+        report.part("tuning", lambda: tune(machine, parts, sides.dtype, options.tune, copies=False))
+    if options.pairs:
+        report.part(f"{side}: products", lambda: each_product(report, machine, parts, side, bandwidth))
+    pairs = [(p, o) for p, o in options.pairs if p + o <= parts.sizes.positions]
+    report.part(f"{side}: pairs", lambda: run_pairs(report, machine, parts, side, pairs, options.repeats))
+    report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, options.batches))
+    if options.late and machine.cuda:
+        machine.steps.EARLY = False  # type: ignore[attr-defined]
+        report.part(f"{side}: late", lambda: run_batches(report, machine, parts, side, [1], "_late"))
+        machine.steps.EARLY, usual = True, machine.steps.CROWDED  # type: ignore[attr-defined]
+        for name, limit in (("_crowded", 0), ("_uncrowded", 2**30)):
+            machine.steps.CROWDED = limit  # type: ignore[attr-defined]
+            report.part(f"{side}: {name}", lambda name=name: run_batches(report, machine, parts, side, [1, 16], name))  # type: ignore[misc]
+        machine.steps.CROWDED = usual  # type: ignore[attr-defined]
+    if options.kernels and machine.cuda:
+        report.part(f"{side}: kernels", lambda: show_kernels(machine, parts))
+    took = report.value(f"step_ms.{side}.batch_1")
+    if took:
+        report.add(f"step_bytes_per_second.{side}", parts.step_bytes / took / 1e9, "TB/s")
+        report.add(f"step_bandwidth_share.{side}", parts.step_bytes / took * 1e3 / bandwidth, "of copy bandwidth")
+    if side == "dense" or sides.folder is not None:
+        report.part(
+            f"{side}: prefill", lambda: run_prefill(report, machine, parts, side, options.prefill, options.repeats)
+        )
+
+
+def pair(text: str) -> tuple[int, int]:
+    """128x1024 as two numbers."""
+    prompt, _, output = text.partition("x")
+    return int(prompt), int(output)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and save; exit code 1 if a part failed, 2 for a model that is none."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="llama-2-7b", help=f"{', '.join(MODELS)}, or the folder of a packed export")
+    parser.add_argument("--pairs", nargs="*", type=pair, default=list(PAIRS), help="prompt x output, such as 128x1024")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="rows of a step")
+    parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 4096, 8192], help="tokens of a prompt")
+    parser.add_argument("--block", type=int, default=64, help="inputs that share a value of the SLoRB branch")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--repeats", type=int, default=3, help="of what takes a second or less")
+    parser.add_argument("--choices", type=Path, help="choices that the kernels measured on such a GPU, to spare tuning")
+    parser.add_argument(
+        "--tune", nargs="*", type=int, default=[], help="rows that the kernels measure choices for first"
+    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out of dense")
+    parser.add_argument("--sides", nargs="*", default=["dense", "sparse"], choices=("dense", "sparse"), help="to run")
+    parser.add_argument("--kernels", action="store_true", help="print what the kernels of one step take")
+    parser.add_argument(
+        "--late",
+        action="store_true",
+        help="also time steps whose small kernels do not begin early, and either kernel of attention",
+    )
+    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")
+    parser.add_argument("--out", type=Path, help="file of results, merged by measure")
+    options = parser.parse_args(arguments)
+    machine = Machine(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python benchmarks/decode.py", *_without_places(given)])
+    report = Report(machine.hardware, command, options.commit)
+    report.recall(options.out)
+    try:
+        measure(options, report, machine)
+    except SparseForgeError as error:
+        print(f"decode: {error}", file=sys.stderr)
+        return 2
+    if report.failed:
+        print(f"failed: {', '.join(report.failed)}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """The command as anybody would repeat it: without where the file goes and what this tree is called."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "--commit"):
+            kept.append(argument)
+        skip = not skip and argument in ("--out", "--commit")
+    return kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())

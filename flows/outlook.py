@@ -1,0 +1,127 @@
+"""`sparseforge doctor --model`: what 2:4 will bring for a model on this machine, and where it will bring nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from flows.provenance import ROOT
+from sparseforge_core.errors import ExportError, unknown
+
+RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
+"""What was measured, as committed with the code."""
+
+WORTH = 1.05
+"""Gains below this are called none."""
+
+
+def outlook(options: argparse.Namespace) -> str:
+    """The prediction as text, or as JSON. Raises ExportError for a model, batch or context that cannot be."""
+    from sparseforge_core.runtime import prediction
+
+    sizes, about = model_named(options.model)
+    measured, source = committed()
+    gpu = this_gpu(options.dtype, prediction.product_shapes(sizes))
+    bandwidth = gpu["copy_bandwidth"] or 1e12 * measured["copy_bandwidth"]
+    expected = prediction.forecast(
+        sizes,
+        measured,
+        measured_at=prediction.CONTEXT,
+        bandwidth=bandwidth,
+        batch=options.batch,
+        context=options.context,
+        tied=about["tied"],
+    )
+    body = {
+        "model": options.model,
+        **dataclasses.asdict(expected),
+        "gain": expected.gain,
+        "gpu": gpu,
+        "measured_on": source,
+        "advice": advice(expected, gpu, about),
+    }
+    return json.dumps(body, indent=1) if options.json else "\n".join(lines(body))
+
+
+def model_named(text: str) -> tuple[Any, dict[str, Any]]:
+    """Sizes of a known model, or of a folder with a configuration; and what its layers are called.
+
+    Raises ExportError for a name that is unknown, or UnsupportedModel for shapes that are not LLaMA's.
+    """
+    from sparseforge_core.runtime import prediction
+
+    folder = Path(text)
+    if text in prediction.KNOWN:
+        return prediction.KNOWN[text], {"tied": text == "smollm2-135m", "why": None}
+    if not (folder / "config.json").is_file():
+        raise ExportError(unknown("model", text, prediction.KNOWN) + " Or give a folder with a config.json.")
+    return prediction.sizes_in(folder)
+
+
+def committed() -> tuple[dict[str, float], str]:
+    """Measurements by name, and the hardware that they are of."""
+    if not RESULTS.is_file():
+        raise ExportError(f"{RESULTS} is missing, from which speed is predicted; run benchmarks/decode.py on a GPU")
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    hardware = next((row["hardware"] for row in rows if row["measure"] == "copy_bandwidth"), "no GPU")
+    return {row["measure"]: float(row["value"]) for row in rows}, hardware
+
+
+def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """The GPU here, its copy bandwidth measured now, and for each product why the kernels would not run it."""
+    import torch
+
+    from sparseforge_core.runtime.kernels import supported
+    from sparseforge_core.runtime.kernels.measure import copy_bandwidth
+
+    kind = getattr(torch, dtype)
+    there = torch.cuda.is_available()
+    refused = {name: supported("cuda", kind, shape) for name, shape in shapes.items()}
+    return {
+        "name": torch.cuda.get_device_name() if there else None,
+        "free_bytes": torch.cuda.mem_get_info()[0] if there else 0,
+        "copy_bandwidth": copy_bandwidth() if there else None,
+        "refused": {name: why for name, why in refused.items() if why is not None},
+    }
+
+
+def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """What to know before going on; each is a reason why 2:4 would not help, or not here."""
+    found = []
+    if gpu["name"] is None:
+        found.append(
+            "this machine has no GPU: here 2:4 saves memory and not time, and the figures are those of the GPU that "
+            "was measured"
+        )
+    elif gpu["refused"]:
+        name, why = next(iter(gpu["refused"].items()))
+        found.append(f"the kernels do not run {name} here: {why}")
+    if about["why"]:
+        found.append(f"{about['why']}; it generates with the ordinary cache, which is slower than these figures")
+    if expected.gain < WORTH:
+        found.append(f"2:4 will not help at batch {expected.batch}: {expected.gain:.2f} times is predicted")
+    needed = expected.sparse_bytes + expected.cache_bytes
+    if gpu["name"] is not None and needed > gpu["free_bytes"]:
+        free = gpu["free_bytes"] / 2**30
+        found.append(f"it will not fit: {needed / 2**30:.1f} GiB are needed and {free:.1f} GiB are free")
+    return found
+
+
+def lines(body: dict[str, Any]) -> list[str]:
+    """For people."""
+    gpu, gib = body["gpu"], 2**30
+    bandwidth = gpu["copy_bandwidth"]
+    here = f"{gpu['name']}, {bandwidth / 1e12:.2f} TB/s copied" if bandwidth else "no GPU"
+    refused = f"; products that the 2:4 kernels refuse: {', '.join(gpu['refused']) or 'none'}" if bandwidth else ""
+    return [
+        f"model     {body['model']}, batch {body['batch']}, behind {body['context']:,} tokens",
+        f"machine   {here}{refused}",
+        f"speed     {body['sparse_tokens_per_second']:,.0f} tokens/s with 2:4, {body['dense_tokens_per_second']:,.0f} "
+        f"dense: {body['gain']:.2f} times (predicted from {body['measured_on']})",
+        f"memory    {body['sparse_bytes'] / gib:.2f} GiB with 2:4, {body['dense_bytes'] / gib:.2f} dense, and "
+        f"{body['cache_bytes'] / gib:.2f} of cache",
+        *(f"note      {text}" for text in body["advice"]),
+    ]

@@ -1,0 +1,170 @@
+"""CUDA C++ built when it is first needed, through the compiler library and the driver that come with torch.
+
+No host compiler and no CUDA toolkit is needed. A kernel is built for one set of compile-time sizes and one device, and
+stays loaded. Launches go to torch's current stream and are captured by CUDA graphs like any other; building is not
+possible while a graph is captured, so every product is run once before.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import functools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparseforge_core.errors import ExportError
+
+FOLDER = Path(__file__).parent / "cuda"
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that one block of threads may take on compute capability 9.0."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an identifier, padding to 8 bytes, and a union of 64."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: may start before the kernel in front has ended."""
+
+MAX_DYNAMIC_SHARED = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel and how it is launched."""
+
+    function: ctypes.c_void_p
+    threads: int
+    shared: int
+    """Bytes of dynamic shared memory."""
+
+    def __call__(self, grid: tuple[int, int], *arguments: torch.Tensor | int | None) -> None:
+        """Launch on torch's current stream; tensors pass as pointers, None as a null pointer."""
+        held = [
+            ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(0 if a is None else a.data_ptr())
+            for a in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(a) for a in held))
+        early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        config = _Config(
+            grid=(grid[0], grid[1], 1),
+            block=(self.threads, 1, 1),
+            shared=self.shared,
+            stream=torch.cuda.current_stream().cuda_stream,
+            attributes=ctypes.pointer(early),
+            count=1,
+        )
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+
+
+@functools.cache
+def load(file: str, constants: tuple[tuple[str, int], ...], threads: int, shared: int, device: int) -> Kernel:
+    """Build `cuda/<file>.cu` with its constants, and load its kernel of the same name on a device.
+
+    Raises ExportError if the compiler refuses it, or if a CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise ExportError(
+            f"kernel {file} is not built yet, and cannot be during a capture; run the product once before"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    image = compile_source(source(file), file, constants, f"sm_{major}{minor}a")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # the context exists from here on
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, file.encode()))
+        _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
+    return Kernel(function, threads, shared)
+
+
+def source(file: str) -> str:
+    """What is compiled: the shared part, then the kernel's file."""
+    return (FOLDER / "common.cuh").read_text(encoding="utf-8") + (FOLDER / f"{file}.cu").read_text(encoding="utf-8")
+
+
+@functools.cache
+def compile_source(text: str, name: str, constants: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """Machine code of a kernel's text. Raises ExportError with the compiler's words if it refuses."""
+    library, program = _compiler(), ctypes.c_void_p()
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants)]
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    made = library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None)
+    if made != 0:
+        raise ExportError(f"the CUDA compiler library could not start (error {made})")
+    failed = library.nvrtcCompileProgram(program, len(options), array)
+    size = ctypes.c_size_t()
+    if failed:
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        raise ExportError(f"kernel {name} with {dict(constants)} does not compile:\n{log.value.decode()}")
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    image = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, image)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return image.raw
+
+
+@functools.cache
+def _compiler() -> ctypes.CDLL:
+    names = [f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"] if torch.version.cuda else []
+    for name in (*names, "libnvrtc.so", "libnvrtc.so.13"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise ExportError("the CUDA compiler library libnvrtc is not found; install a CUDA build of torch, which brings it")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def compile_ahead(jobs: Iterable[tuple[str, tuple[tuple[str, int], ...]]], device: int) -> None:
+    """Compile kernels (file and constants) side by side, for `load` to find; the compiler needs no lock of Python."""
+    major, minor = torch.cuda.get_device_capability(device)
+
+    def one(job: tuple[str, tuple[tuple[str, int], ...]]) -> None:
+        compile_source(source(job[0]), *job, f"sm_{major}{minor}a")
+
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(one, jobs))
+
+
+def driver_version() -> int:
+    """The newest CUDA that the driver serves, as 1000 major + 10 minor."""
+    found = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(found)))
+    return found.value
+
+
+def _check(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        said = text.value.decode() if text.value else f"error {status}"
+        raise RuntimeError(f"the CUDA driver says: {said}")

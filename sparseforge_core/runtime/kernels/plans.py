@@ -1,0 +1,99 @@
+"""How one product is run: which kernel, built with which sizes, and on how many blocks of threads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparseforge_core.runtime.kernels.nvrtc import SHARED_MEMORY, Kernel, load
+from sparseforge_core.runtime.kernels.support import COLUMNS, ROWS
+
+BLOCK_BYTES = 4096 + 512
+"""Values and places of 16 outputs x 256 inputs."""
+
+STAGE_ROW = 512 + 16
+"""Bytes of one row of x in a stage, padded against bank conflicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of one kernel; which ones matter depends on the kernel (see the heads of the files in cuda/)."""
+
+    kernel: Literal["gemv", "stream", "tiles"]
+    rows: int
+    """Most rows of x: 1, or a multiple of 8."""
+    warps: int
+    """Warps that multiply; in `tiles` each takes `tiles / warps` tiles."""
+    depth: int
+    """Blocks (`gemv`), slots (`stream`) or stages (`tiles`) of loads under way."""
+    tiles: int = 1
+    """Tiles of 16 outputs per block of threads (`gemv`, `tiles`)."""
+    split: int = 1
+    """Blocks of threads that share the inputs (`tiles`)."""
+    resident: int = 1
+    """Blocks of threads per multiprocessor that registers must suffice for."""
+
+    def shared(self, inputs: int) -> int:
+        """Bytes of dynamic shared memory of one block of threads."""
+        blocks = -(-inputs // COLUMNS)
+        if self.kernel == "gemv":
+            return 0
+        if self.kernel == "stream":
+            x = blocks * 512 * self.rows
+            return self.depth * (BLOCK_BYTES + 16) + x + 2 * self.warps * 64 * self.rows
+        stages = self.depth * (self.rows * STAGE_ROW + self.tiles * BLOCK_BYTES)
+        return max(stages, self.rows * (self.tiles * ROWS + 4) * 4)
+
+    def fits(self, inputs: int) -> bool:
+        """Whether a multiprocessor has room for it."""
+        return self.depth > 0 and self.resident * (self.shared(inputs) + 1024) <= SHARED_MEMORY + 1024
+
+    def constants(self, out: int, inputs: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        """Compile-time sizes for a weight `[out, in]`."""
+        found = {
+            "OUT": out,
+            "COLUMNS": inputs,
+            "BLOCKS": -(-inputs // COLUMNS),
+            "BF16": int(dtype == torch.bfloat16),
+            "ROWS": self.rows,
+            "MIN_CTAS": self.resident,
+        }
+        if self.kernel == "gemv":
+            found |= {"WARPS": self.warps, "DEPTH": self.depth, "GROUP": self.tiles}
+        elif self.kernel == "stream":
+            found |= {"WARPS": self.warps, "SLOTS": self.depth}
+        else:
+            found |= {"TM": self.tiles, "MT": self.tiles // self.warps, "STAGES": self.depth, "SPLIT": self.split}
+        return tuple(found.items())
+
+    def threads(self) -> int:
+        """Threads of one block; in `stream` one more warp copies, in `tiles` four do."""
+        more = {"gemv": 0, "stream": 1, "tiles": 4}[self.kernel]
+        return 32 * (self.warps * (self.tiles if self.kernel == "gemv" else 1) + more)
+
+    def grid(self, out: int, rows: int, processors: int) -> tuple[int, int]:
+        """Blocks of threads for `rows` rows of x."""
+        count = out // ROWS
+        if self.kernel == "gemv":
+            return -(-count // self.tiles), 1
+        if self.kernel == "stream":
+            return min(count, processors * self.resident), 1
+        return -(-count // self.tiles) * self.split * -(-rows // self.rows), 1
+
+    def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
+        """The loaded kernel; built when first asked for."""
+        return load(self.kernel, self.constants(out, inputs, dtype), self.threads(), self.shared(inputs), device)
+
+    def run(self, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Fill `out [rows, out]` with `x [rows, in]` times the weight's transpose, plus the bias."""
+        device = x.device.index
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        kernel = self.build(out.shape[1], x.shape[1], x.dtype, device)
+        kernel(self.grid(out.shape[1], x.shape[0], processors), values, places, x, bias, out, x.shape[0])
+
+    def describe(self) -> dict[str, int | str]:
+        """As it stands in a table of measurements."""
+        return asdict(self)

@@ -1,0 +1,145 @@
+"""Measuring the ways to compute a product on this machine, for the table that `choices` reads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparseforge_core.errors import ExportError
+from sparseforge_core.runtime.kernels import choices, cusparselt
+from sparseforge_core.runtime.kernels.candidates import candidates
+from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, Choice, Table
+from sparseforge_core.runtime.kernels.expanding import expand
+from sparseforge_core.runtime.kernels.fragments import to_fragments
+from sparseforge_core.runtime.kernels.measure import COLD, seconds
+from sparseforge_core.runtime.kernels.nvrtc import compile_ahead
+from sparseforge_core.runtime.kernels.plans import Plan
+from sparseforge_core.runtime.kernels.rehearsal import random_packed
+from sparseforge_core.runtime.kernels.support import supported
+
+log = logging.getLogger(__name__)
+
+Fragments = tuple[Tensor, Tensor]
+
+OURS_UP_TO = 256
+"""Rows beyond which our kernels are not measured: the tensor cores, not the memory, are then what limits."""
+
+CUSPARSELT_FROM = 65
+"""Rows below which cuSPARSELt is not measured: there it never won."""
+
+TOLERANCE = 2e-2
+"""Largest relative error against the dense product of the same type; both round each output once."""
+
+
+def tune(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype, rows: Iterable[int], *, device: int = 0, copies: bool = False
+) -> Table:
+    """Measure what the table lacks for weights `[out, in]` and numbers of rows, write it down, and return it.
+
+    Args:
+        shapes: of the weights; random ones are measured, so none need be loaded.
+        dtype: of values and x.
+        rows: of x; each stands for its bucket.
+        device: which GPU.
+        copies: measure dense and compressed copies too, for mode "throughput".
+
+    Raises ExportError if a shape is not supported, or if a kernel's product is wrong.
+    """
+    found: Table = {}
+    for out, inputs in dict.fromkeys(shapes):
+        why = supported(torch.device("cuda", device), dtype, (out, inputs))
+        if why is not None:
+            raise ExportError(why)
+        missing = [
+            size
+            for size in dict.fromkeys(choices.bucket(n) for n in rows)
+            if not _covers(choices.table(device).get(choices.key(out, inputs, size, dtype), ()), copies=copies)
+        ]
+        if missing:
+            with torch.cuda.device(device), torch.no_grad():
+                trial = _Trial(out, inputs, dtype)
+                for size in missing:
+                    found[choices.key(out, inputs, size, dtype)] = trial.measure(size, copies=copies)
+    if found:
+        choices.record(device, found)
+    return found
+
+
+def _covers(known: tuple[Choice, ...], *, copies: bool) -> bool:
+    kinds = {choice.kind for choice in known}
+    return bool(kinds & {"kernel", "expand"}) and (not copies or "dense" in kinds)
+
+
+class _Trial:
+    """Enough weights of one shape that none is found in the cache."""
+
+    def __init__(self, out: int, inputs: int, dtype: torch.dtype) -> None:
+        self.out, self.inputs, self.dtype = out, inputs, dtype
+        count = max(2, -(-COLD // (out * inputs * 9 // 8)))
+        self.fragments = [to_fragments(*random_packed(out, inputs, dtype, "cuda")) for _ in range(count)]
+        self.dense = [expand(*pair, (out, inputs)) for pair in self.fragments[: max(2, -(-COLD // (out * inputs * 2)))]]
+
+    @functools.cached_property
+    def compressed(self) -> list[Tensor]:
+        """Weights as cuSPARSELt wants them."""
+        return [cusparselt.compress(weight) for weight in self.dense]
+
+    def measure(self, rows: int, *, copies: bool) -> tuple[Choice, ...]:
+        """The fastest of each kind for `rows` rows."""
+        x = torch.randn(rows, self.inputs, dtype=self.dtype, device="cuda")
+        exact = torch.nn.functional.linear(x, self.dense[0])
+        y = torch.empty_like(exact)
+        plans = candidates(self.out, self.inputs, rows) if rows <= OURS_UP_TO else []
+        shape = (self.out, self.inputs, self.dtype)
+        compile_ahead([(plan.kernel, plan.constants(*shape)) for plan in plans], x.device.index)
+        found = [self._best([self._kernel(plan, x, y, exact) for plan in plans])]
+        if rows > LARGEST_OURS:
+            expanded = [functools.partial(self._expanded, x, pair) for pair in self.fragments]
+            found.append(Choice("expand", seconds=self._seconds(expanded)))
+        if copies:
+            dense = [functools.partial(torch.nn.functional.linear, x, weight) for weight in self.dense]
+            found.append(Choice("dense", seconds=self._seconds(dense)))
+            if rows >= CUSPARSELT_FROM:
+                found.append(self._best([self._cusparselt(n, x, exact) for n in range(cusparselt.ALGORITHMS)]))
+        kept = tuple(choice for choice in found if choice is not None)
+        log.info("%dx%d, %d rows: %s", self.out, self.inputs, rows, kept)
+        return kept
+
+    def _kernel(self, plan: Plan, x: Tensor, y: Tensor, exact: Tensor) -> Choice:
+        y.fill_(float("nan"))
+        plan.run(x, *self.fragments[0], None, y)
+        _check(y, exact, plan)
+        calls = [functools.partial(plan.run, x, *pair, None, y) for pair in self.fragments]
+        return Choice("kernel", plan, seconds=self._seconds(calls))
+
+    def _cusparselt(self, algorithm: int, x: Tensor, exact: Tensor) -> Choice | None:
+        try:
+            y = cusparselt.run(x, self.compressed[0], None, self.out, algorithm)
+        except ExportError as e:
+            log.debug("algorithm %d: %s", algorithm, e)
+            return None
+        _check(y, exact, f"cuSPARSELt algorithm {algorithm}")
+        calls = [functools.partial(cusparselt.run, x, w, None, self.out, algorithm) for w in self.compressed]
+        return Choice("cusparselt", algorithm=algorithm, seconds=self._seconds(calls))
+
+    def _expanded(self, x: Tensor, pair: Fragments) -> Tensor:
+        return torch.nn.functional.linear(x, expand(*pair, (self.out, self.inputs)))
+
+    def _seconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        first = seconds(calls[:1], replays=1, least=1)
+        return seconds(calls, replays=5, least=max(1, min(24, int(1e-3 / first))))
+
+    @staticmethod
+    def _best(found: Sequence[Choice | None]) -> Choice | None:
+        measured = [choice for choice in found if choice is not None]
+        return min(measured, key=lambda choice: choice.seconds or 0.0, default=None)
+
+
+def _check(y: Tensor, exact: Tensor, what: object) -> None:
+    wrong = float((y.float() - exact.float()).norm() / exact.float().norm())
+    if not wrong < TOLERANCE:
+        raise ExportError(f"the product of {what} differs from the dense one by {wrong:.3g}; nothing was measured")

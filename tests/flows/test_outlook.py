@@ -1,0 +1,79 @@
+"""`doctor --model`: figures with their source, reasons where 2:4 will not help, sentences for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows import outlook
+from tests.core.runtime.test_prediction import measured
+from tests.flows.test_cli import run
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results file of a machine that follows the law, in the place of the committed one."""
+    rows = [
+        {"measure": name, "value": value, "hardware": "a GPU"} for name, value in measured(3e-6, 0.9, 4e-6, 0.1).items()
+    ]
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps(rows))
+    monkeypatch.setattr(outlook, "RESULTS", path)
+    return path
+
+
+def test_a_known_model(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--model", "llama-2-7b") == 0
+    text = capsys.readouterr().out
+    assert "predicted from a GPU" in text
+    assert "7.27 GiB with 2:4, 12.55 dense" in text
+    assert run("doctor", "--model", "llama-2-7b", "--batch", "8", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batch"] == 8
+    assert found["gain"] == pytest.approx(found["sparse_tokens_per_second"] / found["dense_tokens_per_second"])
+    assert 1.3 < found["gain"] < 1.78
+
+
+def test_a_model_that_gains_nothing_is_told_so(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "tiny")
+    assert run("doctor", "--model", tmp_path / "tiny", "--context", "10") == 0
+    assert "2:4 will not help at batch 1: 1.0" in capsys.readouterr().out
+
+
+def test_a_model_whose_cache_is_not_ours_is_told_so(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("mistral")
+    model.config.sliding_window = 16
+    model.save_pretrained(tmp_path / "windowed")
+    assert run("doctor", "--model", tmp_path / "windowed", "--context", "10") == 0
+    assert "sliding window" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "llama-2-7"], "Did you mean 'llama-2-7b'"),
+        (["--model", "llama-2-7b", "--batch", "0"], "batch 0, context 192: at least 1"),
+        (["--model", "llama-2-7b", "--context", "4096"], "within the model's 4096"),
+    ],
+)
+def test_bad_requests_get_a_sentence(
+    results: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("doctor", *arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_other_architectures_are_refused(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    assert run("doctor", "--model", tmp_path / "gpt2") == 2
+    assert "speed is predicted for LLaMA-like models" in capsys.readouterr().err
+    outlook.RESULTS.unlink()
+    assert run("doctor", "--model", "llama-2-7b") == 2
+    assert "run benchmarks/decode.py on a GPU" in capsys.readouterr().err
