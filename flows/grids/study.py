@@ -184,6 +184,7 @@ IDEAS: tuple[Contender, ...] = (
     _frozen("frozen SparseGPT 6e-4", 6e-4),
     _idea("annealed, SparseGPT score 6e-4"),
     _idea("early projection, compensated 6e-4", **EARLY),
+    _idea("early projection, compensated 1.2e-3", 1.2e-3, **EARLY),
     _idea("hidden states 6e-4", objective=HIDDEN),
     _idea("Muon 6e-4", rule="muon"),
     _frozen("frozen SparseGPT 1.2e-3", 1.2e-3),
