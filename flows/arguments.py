@@ -115,9 +115,15 @@ def _add_running(commands: Any) -> None:
         "too small. Times are those measured in the store, else the plan's.",
         epilog="example: sparseforge plan full --workers 8",
     )
-    plan.add_argument("grid")
+    plan.add_argument("grid", nargs="?")
     plan.add_argument("--workers", type=int, help="of each pool, for time and disk (default: what `run` would start)")
     plan.add_argument("--quiet", action="store_true", help="the totals alone")
+    plan.add_argument("--memory", metavar="MODEL", help="instead: bytes per GPU and time of training this model")
+    plan.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="with --memory: numbers of GPUs")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="with --memory: of each GPU")
+    plan.add_argument("--micro-batch", type=int, default=1, help="with --memory: sequences per forward and GPU")
+    plan.add_argument("--length", type=int, default=4096, help="with --memory: tokens per sequence")
+    plan.add_argument("--no-teacher", action="store_true", help="with --memory: without distillation")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(
         "--out", type=Path, help="also write each cell and suite as a file for `python -m sparseforge_core.run`"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.arguments import parser
 from flows.home import Home, be_quiet
-from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.errors import RecipeError, SparseForgeError
 
 if TYPE_CHECKING:
     from flows.local import Summary
@@ -167,7 +167,34 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
     return code
 
 
+def _plan_memory(options: argparse.Namespace) -> int:
+    from flows.memory import plan, table
+    from sparseforge_core.memory import Spread
+
+    spreads = [
+        Spread(
+            gpus=gpus,
+            sharded=gpus > 1,
+            micro_batch=options.micro_batch,
+            length=options.length,
+            recompute=recompute,
+            teacher=not options.no_teacher,
+        )
+        for gpus in options.gpus
+        for recompute in (False, True)
+    ]
+    rows = plan(options.memory, spreads=spreads, gpu_gib=options.gpu_memory)
+    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    if any(row["refusal"] is None for row in rows):
+        return OK
+    raise RecipeError(f"placement: {rows[-1]['refusal']}")
+
+
 def _plan(options: argparse.Namespace, home: Home) -> int:
+    if options.memory:
+        return _plan_memory(options)
+    if not options.grid:
+        raise RecipeError("plan: name a grid, or a model with --memory")
     from flows.devices import default_workers
     from flows.grids import grid_named
     from flows.grids.planned import expand

@@ -1,7 +1,8 @@
-"""The only door to torch.distributed: how many processes there are, and means over them.
+"""The ranks that train together: how many there are, means over them, and tensors of which each holds a part.
 
 Without a process group every function is what one process alone needs: a world of 1, and means that return their
 argument. With one, all its ranks hold equal shares of each batch, so that a mean over ranks is the mean over the batch.
+How processes find each other, and how they part, is in `ranks.py`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,167 @@ def total(x: Tensor) -> float:
     """Sum of all entries of one tensor, of all shards if it is sharded (collective then)."""
     summed = x.sum()
     return float(summed.full_tensor() if is_sharded(summed) else summed)
+
+
+@torch.no_grad()
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor on every rank: what a sharded one is made of, put together (collective then), else `x` itself.
+
+    Bytes are gathered, whatever they mean: neither gloo nor NCCL knows 16-bit integers.
+    """
+    if not is_sharded(x):
+        return x
+    mine = part(x)
+    padded = mine.new_zeros((-(-x.shape[0] // world()), *x.shape[1:]))
+    padded[: mine.shape[0]].copy_(mine)
+    found = mine.new_empty((padded.shape[0] * world(), *x.shape[1:]))
+    dist.all_gather_into_tensor(found.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
+    return found[: x.shape[0]]
+
+
+def part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: its shard, or all of it."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def first_row(x: Tensor) -> int:
+    """Where along the first dimension `part(x)` begins."""
+    return _rows(x, rank())[0] if is_sharded(x) else 0
+
+
+def rows_of(x: Tensor, place: int) -> tuple[int, int]:
+    """First row, and the one behind the last, of what the rank at `place` holds of a sharded tensor."""
+    return _rows(x, place) if is_sharded(x) else (0, x.shape[0] if x.ndim else 1)
+
+
+def _rows(x: Tensor, place: int) -> tuple[int, int]:
+    """FSDP2 cuts as torch.chunk does: equal pieces of the first dimension, the last ones smaller or empty."""
+    size = -(-x.shape[0] // world())
+    begin = min(place * size, x.shape[0])
+    return begin, min(begin + size, x.shape[0])
+
+
+@torch.no_grad()
+def cut(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has whole, as its shards on the ranks where `like` is sharded; `x` itself otherwise."""
+    if not is_sharded(like):
+        return x
+    begin, end = _rows(x, rank())
+    return of_parts(x[begin:end].clone(), like, tuple(x.shape))
+
+
+@torch.no_grad()
+def of_parts(mine: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of `shape` whose rows on this rank are `mine`, sharded over the same ranks as `like`."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert is_sharded(like)
+    stride = torch.empty(shape, device="meta").stride()
+    size = torch.Size(shape)
+    return DTensor.from_local(mine, like.device_mesh, [Shard(0)], run_check=False, shape=size, stride=stride)
+
+
+def stands_for(made: Tensor, sharded: Tensor) -> None:
+    """Note that `made` is in the place of `sharded` for a moment."""
+    made.in_place_of = sharded  # type: ignore[attr-defined]
+
+
+def itself(weight: Tensor) -> Tensor:
+    """The parameter that optimizers know a weight by: the sharded one, while another is in its place."""
+    known: Tensor = getattr(weight, "in_place_of", weight)
+    return known
+
+
+@torch.no_grad()
+def put_back(x: Tensor, sharded: Tensor) -> None:
+    """Write this rank's rows of the whole tensor `x` into its shard."""
+    begin, end = _rows(sharded, rank())
+    part(sharded).copy_(x[begin:end])
+
+
+@torch.no_grad()
+def sums_over_ranks(numbers: list[float]) -> list[float]:
+    """Each number summed over the ranks, on the CPU. Collective."""
+    if world() == 1:
+        return numbers
+    summed = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(summed, group=control())
+    return [float(number) for number in summed]
+
+
+def of_all_ranks(data: bytes) -> list[bytes]:
+    """As many bytes of every rank, in their order; all give equally many. Collective."""
+    if world() == 1:
+        return [data]
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+    found = [torch.zeros_like(mine) for _ in range(world())]
+    dist.all_gather(found, mine, group=control())
+    return [one.numpy().tobytes() for one in found]
+
+
+def said_by_all(text: str, size: int = 256) -> list[str]:
+    """A short text (cut to `size` bytes) of every rank, in their order. Collective."""
+    data = text.encode()[:size]
+    return [one.rstrip(b"\0").decode(errors="replace") for one in of_all_ranks(data.ljust(size, b"\0"))]
+
+
+class Vote:
+    """Whether some rank wants to stop, asked anew each step and answered a step later, so that no rank waits for it."""
+
+    def __init__(self) -> None:
+        self._open: tuple[dist.Work, Tensor] | None = None
+
+    def cast(self, wanted: bool) -> bool:
+        """Give this step's vote; returns whether any rank voted for it the step before, the same on all ranks."""
+        if world() == 1:
+            return wanted
+        answer = self.close()
+        ballot = torch.tensor(int(wanted))
+        work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=control(), async_op=True)
+        assert work is not None
+        self._open = (work, ballot)
+        return answer
+
+    def close(self) -> bool:
+        """The answer to the last vote, if one is open."""
+        if self._open is None:
+            return False
+        work, ballot = self._open
+        work.wait()
+        self._open = None
+        return bool(ballot)
+
+
+@torch.no_grad()
+def clip_over_ranks(gradients: list[Tensor], limit: float) -> Tensor:
+    """Scale gradients, sharded or not, down to the global norm `limit`; returns the norm before, equal on all ranks."""
+    sharded = [part(g) for g in gradients if is_sharded(g)]
+    alike = [g for g in gradients if not is_sharded(g)]
+    norms = [_norm(sharded), _norm(alike)]
+    squares = torch.stack([norm.square() for norm in norms if norm is not None])
+    if norms[0] is not None:
+        dist.all_reduce(squares[0])
+    norm = squares.sum().sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([*sharded, *alike], scale)
+    return norm
+
+
+def _norm(tensors: list[Tensor]) -> Tensor | None:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))) if tensors else None
+
+
+def control() -> dist.ProcessGroup | None:
+    """The group that carries words rather than tensors, on the CPU; None, the default group, where that does too."""
+    return _CONTROL[0] if _CONTROL else None
+
+
+def set_control(group: dist.ProcessGroup | None) -> None:
+    """Keep `group` for `control`."""
+    _CONTROL[:] = [] if group is None else [group]
+
+
+_CONTROL: list[dist.ProcessGroup] = []
 
 
 def finite_everywhere(tensors: list[Tensor]) -> list[bool]:

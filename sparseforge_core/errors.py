@@ -75,6 +75,10 @@ class CellTaken(SparseForgeError):
     """Another live attempt holds this stage of the cell."""
 
 
+class RanksDisagree(SparseForgeError):
+    """Processes that were to train one cell together and cannot: other cells, too few devices, folders not shared."""
+
+
 class DataError(SparseForgeError):
     """A corpus, tokenizer or benchmark that cannot be read or does not fit the model."""
 

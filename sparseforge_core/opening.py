@@ -51,6 +51,11 @@ def open_source(source: ModelSource, home: Path) -> PreTrainedModel:
     return hub.load_model(source, home)
 
 
+def open_skeleton(source: ModelSource, home: Path) -> PreTrainedModel | None:
+    """The shape of the model that a recipe starts from, without weights; None where only its weights tell."""
+    return hub.load_skeleton(_first_source(source), home)
+
+
 def open_family(source: ModelSource, model: PreTrainedModel) -> Family:
     """The family that says what is masked in a model of this source; a trained model has that of its first source."""
     return hub.family_for(_first_source(source), model)

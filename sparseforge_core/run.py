@@ -1,6 +1,7 @@
 """One cell at a time: train it, evaluate it, write what was measured. Knows nothing of grids, stores or servers.
 
 python -m sparseforge_core.run train CELL.json DIR
+torchrun --nproc-per-node N -m sparseforge_core.run train CELL.json DIR
 python -m sparseforge_core.run evaluate CELL.json SUITE.json DIR
 """
 
@@ -17,43 +18,62 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from sparseforge_core import bundles, files, measured, specs
+from sparseforge_core import bundles, files, measured, memory, specs
 from sparseforge_core.checkpoint import MANIFEST, Checkpoints, save_final, verify
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
-from sparseforge_core.errors import BundleError, DataError, Diverged, Interrupted, SparseForgeError
+from sparseforge_core.distributed import rank, world
+from sparseforge_core.errors import BundleError, DataError, Diverged, Interrupted, RecipeError, SparseForgeError
 from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
 from sparseforge_core.evaluate.result import measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
 from sparseforge_core.identity import cell_key, dumps, loads
-from sparseforge_core.methods.base import MaskTrack, Surroundings
+from sparseforge_core.methods.base import MaskTrack, Method, Surroundings
+from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Coverage, Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import faster, forwards
+from sparseforge_core.observe.curvature import AdamSecondMoment
 from sparseforge_core.opening import (
     cell_folder,
     divergence,
     open_family,
     open_finished,
+    open_skeleton,
     open_source,
     open_tokenizer,
     weights_identity,
 )
+from sparseforge_core.rank_checkpoint import RankCheckpoints
+from sparseforge_core.ranks import HEARTBEAT, LOST, Beats, agree, join, launched, leave, own_device, was_lost
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.sparsity.masking import Branch
-from sparseforge_core.tracking.tracker import Journal
+from sparseforge_core.tracking.tracker import Journal, NullTracker, Tracker
 from sparseforge_core.train.loop import Outcome, Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
+from sparseforge_core.train.parallel import (
+    Ranks,
+    Replicas,
+    Sharding,
+    Shards,
+    assemble,
+    chosen_sharding,
+    inside,
+    recompute_activations,
+    refuse,
+    same_bits,
+    shard,
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +93,19 @@ class Execution:
     compiled: bool | None = None
     """Whether the blocks go through torch.compile: half a minute for the first cell of a shape in a process, then
     faster steps. None: on a GPU, in runs of COMPILED_FROM steps or more, unless hidden states are matched."""
+    sharding: Sharding = "auto"
+    """How ranks share the work: everything on each of them, or a part of each weight; by itself what fits."""
+    recompute: bool = False
+    """Whether activations of a block are computed again in backward instead of kept."""
+    deterministic: bool = False
+    """Whether GPUs use only algorithms that give the same bits each time, where there are any; slower."""
+    heartbeat: float = HEARTBEAT
+    """Seconds after which a rank that is silent, or behind the others, ends them all."""
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this rank, the first one of a process alone, or the CPU where there is none."""
+    return own_device()
 
 
 def device_memory() -> int:
@@ -99,25 +127,75 @@ def train_cell(
     """Run a cell's train stage in `directory` and return its measurements file; a finished one is not run again.
 
     One that diverges has a result all the same: measurements without a value, and why. Raises Interrupted after saving
-    a checkpoint when asked to stop; the same call then goes on from there.
+    a checkpoint when asked to stop; the same call then goes on from there. On several ranks every one of them calls it;
+    rank 0 alone writes what is left in the end: the file is there once it is back.
     """
+    execution = execution or Execution()
+    refuse(cell.recipe, execution.sharding, world(), compiled=bool(execution.compiled), recompute=execution.recompute)
+    agree("cell", f"{cell_key(cell)}, {execution}")
     done = finished_training(cell, directory)
+    agree("state of the folder, which all must see", "finished" if done else "not finished")
     if done:
         return done
+    if default_device().type == "cuda" and cell.recipe.method.trains:
+        check_memory(cell.recipe, home, execution, torch.cuda.mem_get_info(default_device())[1])
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
-    files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
-    files.remove_temporaries(directory)
-    files.remove_temporaries(cell_folder(home, cell), below=False)
+    if rank() == 0:
+        files.write_text(cell_folder(home, cell) / "cell.json", dumps(cell))
+        files.remove_temporaries(directory)
+        files.remove_temporaries(cell_folder(home, cell), below=False)
     seen = _Seen(on_step)
     try:
-        return _train_to_the_end(cell, directory, home, seen, should_stop, execution or Execution(), began)
+        with Beats(seconds=execution.heartbeat) as beats, same_bits(execution.deterministic):
+            return _train_to_the_end(cell, directory, home, seen, should_stop, execution, beats, began)
     except Diverged as error:
         why = f"{error}; step {seen.last.step} was the last good one" if seen.last else str(error)
+        if rank() > 0:
+            return directory / "measurements.json"
         log.warning("cell %s diverged: %s", cell_key(cell), why)
         rows = [*seen.facts, _row("final_loss", None, {"status": "diverged", "why": why})]
         context = {**_context(default_device()), "wall_seconds": time.perf_counter() - began}
         return _write_measurements(directory, cell, "train", None, rows, context, diverged=why)
+
+
+def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: float) -> None:
+    """Raise RecipeError, with the arithmetic and before any weight is loaded, if the cell cannot fit on its GPUs."""
+    model: Any = open_skeleton(recipe.model, home)
+    if model is None:
+        return
+    sites: list[Site] = []
+    if recipe.pattern is not None:
+        sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
+    shapes = [tuple(site.matrix(site.weight).shape) for site in sites]
+    shape = memory.shape_of(
+        type(model).__name__, model.config, shapes, sum(parameter.numel() for parameter in model.parameters())
+    )
+    share = recipe.train.sequences // world()
+    memory.check(
+        shape,
+        memory.Spread(
+            gpus=world(),
+            sharded=world() > 1 and execution.sharding != "replicate",
+            micro_batch=min(execution.micro_batch or share, share),
+            length=recipe.train.length,
+            recompute=execution.recompute,
+            teacher=recipe.objective.distills,
+            masks=recipe.method.sparsifies,
+            mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
+            curvature_bytes=_curvature_bytes(recipe.method),
+        ),
+        gpu_bytes,
+    )
+
+
+def _curvature_bytes(method: Method) -> int:
+    """Bytes that a method keeps of each masked weight's curvature; none where Adam's second moment serves."""
+    if not isinstance(method, SparseForge) or method.criterion.needs != "curvature":
+        return 0
+    if isinstance(method.curvature, AdamSecondMoment):
+        return 0
+    return 2 if getattr(method.curvature, "storage", "float32") == "bfloat16" else memory.CURVATURE_BYTES
 
 
 class _Seen:
@@ -135,7 +213,7 @@ class _Seen:
         if self.on_step is not None:
             self.on_step(progress)
 
-    def close(self, journal: Journal, error: Diverged, steps: int) -> None:
+    def close(self, journal: Tracker, error: Diverged, steps: int) -> None:
         """End the journal of a run that diverged with the last step's loss, whether it was its turn or not."""
         if self.last is not None:
             journal.scalars(self.last.step, {"loss/total": self.last.loss})
@@ -150,19 +228,22 @@ def _train_to_the_end(
     seen: _Seen,
     should_stop: Callable[[], bool] | None,
     execution: Execution,
+    beats: Beats,
     began: float,
 ) -> Path:
-    prepared = _Prepared(cell, home, default_device())
+    prepared = _Prepared(cell, home, default_device(), execution.sharding)
     seen.facts = _facts(cell.recipe, prepared.coverage)
-    checkpoints = Checkpoints(directory / "checkpoints", cell_key(cell))
+    checkpoints = RankCheckpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())
     outcome = Outcome(final_loss=math.nan, seconds=0.0)
     gap = math.nan
     if cell.recipe.train.steps:
         steps = checkpoints.steps()
-        journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
+        journal: Tracker = NullTracker()
+        if rank() == 0:
+            journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
         try:
-            run = prepared.run(track, checkpoints, journal, execution)
+            run = prepared.run(track, checkpoints, journal, execution, beats)
             outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
         except Diverged as error:
@@ -170,6 +251,10 @@ def _train_to_the_end(
             raise
         finally:
             journal.close()
+    if prepared.sharding == "shard":
+        assemble(prepared.model)
+    if rank() > 0:
+        return directory / "measurements.json"
     branches = track.finish()
     about = {"cell": cell_key(cell), "pattern": cell.recipe.pattern.name if cell.recipe.pattern else None}
     changed = cell.recipe.method.sparsifies or cell.recipe.method.trains
@@ -247,7 +332,7 @@ def evaluate_cell(
 class _Prepared:
     """A cell's model, data and sites, loaded and checked before anything trains."""
 
-    def __init__(self, cell: Cell, home: Path, device: torch.device) -> None:
+    def __init__(self, cell: Cell, home: Path, device: torch.device, sharding: Sharding = "none") -> None:
         recipe = cell.recipe
         self.cell, self.home, self.device = cell, home, device
         self.tokenizer = open_tokenizer(recipe.model, home)
@@ -258,8 +343,12 @@ class _Prepared:
             self.sites = assign_patterns(find_sites(model, family), recipe.pattern)
         self.coverage = coverage(model, family, recipe.pattern)
         log.log(logging.WARNING if family.name == AUTOMATIC else logging.INFO, "%s", self.coverage)
+        self.sharding = chosen_sharding(sharding, recipe, model, self.sites, device)
         # One-shot methods move a block at a time to the device: a model that fits in no GPU can still be pruned.
-        self.model = model.to(device) if recipe.method.trains else model
+        # What is to be sharded is cut in the memory of the CPU.
+        whole = recipe.method.trains and self.sharding != "shard"
+        self.loaded_on = device if whole else torch.device("cpu")
+        self.model = model.to(self.loaded_on)
         self.teacher = self._teacher()
         self._tokens: TokenFile | None = None
 
@@ -288,7 +377,9 @@ class _Prepared:
             seed=self.cell.seed,
         )
 
-    def run(self, track: MaskTrack, checkpoints: Checkpoints, journal: Journal, execution: Execution) -> Run:
+    def run(
+        self, track: MaskTrack, checkpoints: Checkpoints, journal: Tracker, execution: Execution, beats: Beats
+    ) -> Run:
         plan = self.cell.recipe.train
         if plan.length > _positions(self.model):
             raise DataError(f"train.length={plan.length}: the model accepts at most {_positions(self.model)} tokens")
@@ -298,13 +389,32 @@ class _Prepared:
             matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
             compiled = self.device.type == "cuda" and plan.steps >= COMPILED_FROM and not matched
         plain = forwards(self.model, self.teacher)
-        forward, teacher = faster(*plain, compiled=compiled)
+        if self.sharding == "shard":
+            forward, teacher = plain  # FSDP2's hooks run between blocks, and the head's matrix is in shards
+        else:
+            forward, teacher = faster(*plain, compiled=compiled)
+        whole: Any = self.model
+        if execution.recompute:
+            recompute_activations(self.model)
+        ranks = Ranks(beats)
+        if self.sharding == "shard":
+            root = shard(self.model, self.sites, self.device)
+            forward, whole = inside(root, forward), inside(root, self.model)
+            if teacher is not None and self.teacher is not None:
+                teacher = inside(shard(self.teacher, [], self.device), teacher)
+            plain = (forward, teacher)
+            track.placed()
+            ranks = Shards(beats)
+        elif self.sharding == "replicate":
+            ranks = Replicas(self.model, beats)
         return Run(
             recipe=self.cell.recipe,
             model=self.model,
             forward=forward,
             teacher=teacher,
+            whole=whole,
             plain=plain,
+            ranks=ranks,
             track=track,
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
@@ -323,7 +433,7 @@ class _Prepared:
         if not objective.distills:
             return None
         source = getattr(objective, "teacher", None)
-        teacher = copy.deepcopy(self.model) if source is None else open_source(source, self.home).to(self.device)  # type: ignore[arg-type]
+        teacher = copy.deepcopy(self.model) if source is None else open_source(source, self.home).to(self.loaded_on)  # type: ignore[arg-type]
         objective.check(self.model.config, teacher.config)
         if source is not None:
             self._check_tokenizer(source)
@@ -432,7 +542,7 @@ def _write_measurements(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of one cell; exit code 0 done, 2 refused, 130 stopped with a checkpoint."""
+    """Command line of one cell; exit code 0 done, 2 refused, 75 a rank was lost, 130 stopped with a checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m sparseforge_core.run", description=__doc__)
     home = os.environ.get("SPARSEFORGE_HOME")
     parser.add_argument("--home", type=Path, help="default $SPARSEFORGE_HOME, else runs; of a bundle its own home/")
@@ -449,9 +559,22 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
         choice = argparse.BooleanOptionalAction
         command.add_argument("--compile", action=choice, help="compile the blocks; on a GPU in long runs unless told")
+        command.add_argument(
+            "--recompute", action="store_true", help="compute activations again instead of keeping them"
+        )
+        command.add_argument("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
+        command.add_argument(
+            "--sharding",
+            choices=get_args(Sharding),
+            default="auto",
+            help="how ranks share the work",
+        )
     evaluation.add_argument("suite", type=Path, help="suite file (JSON)")
     evaluation.add_argument(
         "--ngram", type=int, default=NGRAM, help="words in a row that the contamination scan looks for; 0: no scan"
+    )
+    training.add_argument(
+        "--heartbeat", type=float, default=HEARTBEAT, help="seconds after which a rank that is silent ends them all"
     )
     for command in (training, evaluation):
         command.add_argument("directory", type=Path, help="folder for what the stage makes")
@@ -460,13 +583,25 @@ def main(arguments: list[str] | None = None) -> int:
     stopping = [False]
     signal.signal(signal.SIGTERM, lambda *_: stopping.__setitem__(0, True))
     try:
-        print(_run(options, lambda: stopping[0]))
+        if launched() > 1:
+            if options.command != "train":
+                raise RecipeError(f"{options.command}: one process does that; start it without torchrun")
+            join()
+        path = _run(options, lambda: stopping[0])
+        if rank() == 0:
+            print(path)
+        leave()
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 130
     except (SparseForgeError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if world() == 1 or not was_lost(error):
+            raise
+        print(f"RankLost: another rank ended while this one waited for it: {error}", file=sys.stderr)
+        return LOST
     return 0
 
 
@@ -476,7 +611,10 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
         suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
         cell = loads(options.cell.read_text())
         return evaluate_cell(cell, suite, options.directory, runs, ngram=options.ngram or None)
-    execution = Execution(options.micro_batch, options.compile)
+    execution = Execution(options.micro_batch, options.compile, options.sharding, options.recompute)
+    if options.command == "train":
+        execution = replace(execution, heartbeat=options.heartbeat)
+    execution = replace(execution, deterministic=options.deterministic)
     if options.command == "bundle":
         home = options.home or options.folder / bundles.HOME
         return run_bundle(options.folder, home, execution, should_stop, index=options.index)

@@ -49,9 +49,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "sparsity": set(),
     CORE + "data": core("files"),
     CORE + "models": core("sparsity data files"),
+    CORE + "memory": set(),
     CORE + "distributed": set(),
+    CORE + "ranks": core("distributed"),
+    CORE + "rank_checkpoint": core("checkpoint distributed files methods.base"),
     CORE + "observe": core("distributed sparsity models.sites models.layouts"),
-    CORE + "methods": core("sparsity schedules models.sites observe data.calibration"),
+    CORE + "methods": core("sparsity schedules models.sites observe data.calibration distributed"),
     CORE + "objective": core("models.sources models.heads models.regions"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
     CORE + "presets": core("recipe methods sparsity objective observe schedules models.sources data.corpora"),
@@ -60,16 +63,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "bundles": core("data files recipe identity evaluate.suites"),
     CORE + "checkpoint": core("recipe identity models sparsity files methods.base"),
     CORE + "opening": BELOW_TRAIN,
-    CORE + "train": BELOW_TRAIN | core("tracking.tracker"),
+    CORE + "train": BELOW_TRAIN | core("tracking.tracker ranks"),
     CORE + "evaluate": core("data files models recipe identity sparsity opening checkpoint"),
     CORE + "tracking": core("files"),
     CORE + "store": set(),
     CORE + "runtime": core("sparsity models.folders files checkpoint"),
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
-    CORE + "run": BELOW_TRAIN | core("train evaluate measured bundles tracking.tracker"),
+    CORE + "run": BELOW_TRAIN | core("train evaluate measured bundles tracking.tracker ranks rank_checkpoint memory"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
+    "flows.memory": core("memory"),
     "flows.cycle": SPECS | core("store run files measured tracking.tracker") | {"flows"},
     "flows.stages": SPECS | core("store run files measured") | {"flows"},
     "flows.remaking": SPECS | core("store run files") | {"flows"},
@@ -80,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.serving": core("runtime") | {"flows"},
     "flows.outlook": core("runtime") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
-    "flows.cli": core("store files") | {"flows", "analysis"},
+    "flows.cli": core("store files memory") | {"flows", "analysis"},
     "analysis": core("store.results store.rows store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
@@ -105,7 +109,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "datasets": ("sparseforge_core/data/corpora.py", "sparseforge_core/evaluate/"),
     "pyarrow": ("sparseforge_core/data/",),
     "tokenizers": ("sparseforge_core/data/vocabulary.py",),
-    "torch.distributed": ("sparseforge_core/distributed.py",),
+    "torch.distributed": (
+        *(f"sparseforge_core/{file}.py" for file in ("distributed", "ranks", "train/averaging", "train/parallel")),
+    ),
     "torch": (
         *(
             f"sparseforge_core/{room}/"
@@ -115,6 +121,7 @@ DOORS: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "run", "distributed")),
+        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curvature, grid, packed, published_step, steps, train
+from benchmarks import curvature, grid, packed, published_step, ranks, steps, train
 from flows import cli
+from flows.memory import ASSUMED, rates
 from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
 
 SMALL = ["--width", "16", "--layers", "1", "--sequences", "2", "--length", "8", "--repeats", "1", "--device", "cpu"]
@@ -91,3 +93,15 @@ def test_kernels_need_a_gpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {measure for measure in kernels.BARS if measure.startswith("gemv_over")} == {
         *(f"gemv_over_best_dense.{name}" for name in (*kernels.SHAPES, "geomean"))
     }
+
+
+def test_ranks_measures_the_rates_that_the_plan_reads(tmp_path: Path) -> None:
+    found = ranks.costs(ranks.SMALL)
+    assert found.keys() == ASSUMED.keys() - {"gather_bytes_per_second"}
+    assert all(value > 0 for value in found.values())
+    (tmp_path / "one.costs.json").write_text(json.dumps({"result": found}))
+    (tmp_path / "two1.seven.json").write_text(json.dumps({"error": "it failed"}))
+    options = argparse.Namespace(out=tmp_path / "out", small=True, commit="abc")
+    rows = {row["measure"]: row["value"] for row in ranks.write(tmp_path, options)}
+    assert rows == found, "what failed is left out"
+    assert rates(tmp_path / "out" / "placement.json").values == {**ASSUMED, **found}

@@ -38,6 +38,9 @@ class AST(Method):
         if min(self.decay.at(0.0), self.decay.at(1.0)) < 0:
             raise RecipeError("decay: must not be negative")
 
+    def unshardable(self) -> str | None:
+        return None
+
     def start(self, around: Surroundings) -> ASTTrack:
         return ASTTrack(self, around)
 
@@ -53,6 +56,9 @@ class ASTTrack(MagnitudeTrack):
         self.show()
         for site in self.sites:
             site.mask.start_branch(site.weight)
+        self.placed()
+
+    def placed(self) -> None:
         self.site_of = {id(site.weight): site for site in self.sites}
 
     def optimizer(

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sparseforge_core.distributed import is_sharded, part, sums_over_ranks
 from sparseforge_core.errors import PatternViolation
+from sparseforge_core.methods.shards import whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.sparsity.masking import Branch, Storage
@@ -43,6 +45,12 @@ class MaskTrack:
     def __init__(self, around: Surroundings) -> None:
         self.sites = around.sites
         self.steps = around.steps
+
+    def placed(self) -> None:
+        """The model's parameters have given way to their shards: whatever was kept of the old ones is made anew.
+
+        Called once, before the first step and before any checkpoint is restored.
+        """
 
     def optimizer(
         self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
@@ -97,10 +105,16 @@ class MaskedTrack(MaskTrack):
         for site in self.sites:
             site.attach(around.slorb, storage)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds but a part of each mask."""
+        return any(is_sharded(site.mask.mask) for site in self.sites)
+
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Project: fix every hard mask, zero pruned weights and their optimizer moments."""
         for site in self.sites:
-            self.freeze_site(site)
+            with whole(site):
+                self.freeze_site(site)
             if optimizer is not None:
                 for moment in optimizer.state.get(site.weight, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == site.weight.shape:
@@ -131,14 +145,27 @@ class MaskedTrack(MaskTrack):
         return {"density": kept / total, "density_least": min(densities), "density_most": max(densities)}
 
     def summary(self) -> dict[str, float]:
-        pairs = ((site.mask.mask, site.mask.hard) for site in self.sites)
-        return {**mask_summary(pairs), "mask/flip_rate": self.flip_rate}
+        pairs = ((part(site.mask.mask), part(site.mask.hard)) for site in self.sites)
+        return {**self.over_parts(mask_summary(pairs)), "mask/flip_rate": self.flip_rate}
+
+    def over_parts(self, shares: dict[str, float]) -> dict[str, float]:
+        """Shares of all entries of the masks, from each rank's of the entries that it holds (collective if sharded)."""
+        if not self.sharded:
+            return shares
+        held = float(sum(part(site.mask.mask).numel() for site in self.sites))
+        *sums, total = sums_over_ranks([*(share * held for share in shares.values()), held])
+        return {name: summed / max(total, 1.0) for name, summed in zip(shares, sums, strict=True)}
 
     def histograms(self) -> dict[str, list[int]]:
         groups = sorted({site.group for site in self.sites})
-        return {
-            f"mask/{group}": mask_histogram(site.mask.mask for site in self.sites if site.group == group)
+        found = {
+            f"mask/{group}": mask_histogram(part(site.mask.mask) for site in self.sites if site.group == group)
             for group in groups
+        }
+        if not self.sharded:
+            return found
+        return {
+            name: [int(count) for count in sums_over_ranks([*map(float, counts)])] for name, counts in found.items()
         }
 
     def harden(self, site: Site, scores: Tensor) -> float:
@@ -181,6 +208,10 @@ class Method(ABC):
     branches: ClassVar[bool] = True
     """Whether a side branch (the recipe's `slorb`) can be trained beside it."""
     card: ClassVar[MethodCard]
+
+    def unshardable(self) -> str | None:
+        """Why its state cannot be sharded with the weights, or None where it can. A method that says nothing cannot."""
+        return "it reads weights or masks as a whole where only shards are"
 
     @abstractmethod
     def start(self, around: Surroundings) -> MaskTrack:

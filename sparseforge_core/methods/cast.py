@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparseforge_core.distributed import sums_over_ranks
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method, MethodCard, Surroundings
 from sparseforge_core.methods.directed import DirectedAdam, regroup
 from sparseforge_core.methods.magnitude import MagnitudeTrack
+from sparseforge_core.methods.shards import each_part
 from sparseforge_core.models.sites import Site
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.sparsity.slorb import expand
@@ -46,6 +48,9 @@ class CAST(Method):
                 f"pressure={self.pressure}, refresh_every={self.refresh_every}, scale_blocks={self.scale_blocks}: "
                 "needs pressure >= 0, refresh_every >= 1, scale_blocks >= 0"
             )
+
+    def unshardable(self) -> str | None:
+        return None
 
     def start(self, around: Surroundings) -> CASTTrack:
         return CASTTrack(self, around)
@@ -77,12 +82,14 @@ class CASTTrack(MagnitudeTrack):
         self.method = method
         self.share = 0.0
         self.select()
-        self.scales: list[nn.Parameter] = []
         if method.scale_blocks:
             for site in self.sites:
-                site.mask.law = law = RowScale(site, method.scale_blocks)
-                self.scales.append(law.scale)
+                site.mask.law = RowScale(site, method.scale_blocks)
+        self.placed()
+
+    def placed(self) -> None:
         self.site_of = {id(site.weight): site for site in self.sites}
+        self.scales = [site.mask.law.scale for site in self.sites if isinstance(site.mask.law, RowScale)]
 
     def optimizer(
         self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
@@ -117,6 +124,11 @@ class CASTTrack(MagnitudeTrack):
 
     def summary(self) -> dict[str, float]:
         """With the share of the weights' magnitude that pruning would still cut off."""
-        cut = sum(float((site.weight.detach().abs() * ~site.mask.hard).sum()) for site in self.sites)
-        total = sum(float(site.weight.detach().abs().sum()) for site in self.sites)
+        cut = total = 0.0
+        for site in each_part(self.sites):
+            sizes = site.weight.detach().abs()
+            cut += float((sizes * ~site.mask.hard).sum())
+            total += float(sizes.sum())
+        if self.sharded:
+            cut, total = sums_over_ranks([cut, total])
         return {**super().summary(), "mask/residual": cut / max(total, 1e-30)}

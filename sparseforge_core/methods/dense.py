@@ -27,5 +27,8 @@ class DenseControl(Method):
     sparsifies: ClassVar[bool] = False
     card: ClassVar[MethodCard] = MethodCard("control for the extra tokens and the teacher", "dense")
 
+    def unshardable(self) -> str | None:
+        return None
+
     def start(self, around: Surroundings) -> MaskTrack:
         return MaskTrack(around)

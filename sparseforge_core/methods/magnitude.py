@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
+from sparseforge_core.methods.shards import each_part, each_whole
 from sparseforge_core.specs import spec
 
 
@@ -31,12 +32,12 @@ class MagnitudeTrack(MaskedTrack):
     def select(self) -> None:
         """Re-select every hard mask; what the forward sees is left as it is."""
         flips = 0.0
-        for site in self.sites:
+        for site in each_whole(self.sites):
             flips += self.harden(site, site.weight.detach().abs())
             site.mask.mask.copy_(site.mask.hard)
         self.flip_rate = flips / len(self.sites)
 
     def show(self) -> None:
         """Let the forward see the hard masks."""
-        for site in self.sites:
+        for site in each_part(self.sites):
             site.mask.set_view(0.0)

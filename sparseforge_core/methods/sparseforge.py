@@ -14,9 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sparseforge_core.distributed import whole as gathered
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.phases import Phases
+from sparseforge_core.methods.shards import all_whole, each_part, each_whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.blocks import stream_blocks
@@ -147,6 +149,15 @@ class SparseForge(Method):
         """How eqs. (3) and (4) are read."""
         return GateForm(threshold=self.threshold, scope=self.gate_scope, order=self.order, push_target=self.push_target)
 
+    def unshardable(self) -> str | None:
+        if self.compensation is not None:
+            return "compensation carries calibration text through whole blocks at the projection"
+        if self.criterion.needs == "curvature" and not self.curvature.shards:
+            return (
+                f"curvature {type(self.curvature).__name__} differentiates twice, which sharded weights do not survive"
+            )
+        return None
+
     def start(self, around: Surroundings) -> SparseForgeTrack:
         return SparseForgeTrack(self, around)
 
@@ -175,8 +186,12 @@ class SparseForgeTrack(MaskedTrack):
         self.slorb = around.slorb
         self.step = 0
         self.curvature: Estimate | None = None
-        if method.criterion.needs == "curvature":
-            self.curvature = method.curvature.start(self.sites, around.seed)
+        self.placed()
+
+    def placed(self) -> None:
+        if self.method.criterion.needs == "curvature":
+            self.curvature = self.method.curvature.start(self.sites, self.around.seed)
+        self.norms = {site.name: self.norms[site.name].to(site.weight.device) for site in self.sites if self.norms}
 
     def observe(self, batch: Batch) -> None:
         if self.curvature is not None and not self.frozen:
@@ -189,7 +204,7 @@ class SparseForgeTrack(MaskedTrack):
 
     @torch.no_grad()
     def _decay_pruned(self, decay: float) -> None:
-        for site in self.sites:
+        for site in each_part(self.sites):
             gradient = site.weight.grad
             assert gradient is not None
             gradient.addcmul_(site.weight, 1.0 - site.mask.mask, value=decay)
@@ -214,19 +229,29 @@ class SparseForgeTrack(MaskedTrack):
         self._settle()
         first = self.phases.updates(step) == 1
         way = self._way(step)
-        together = [site for site in self.sites if self._refusal(site) is None]
+        reports: list[Tensor] = []
+        self._order = []
+        # Shards: one site at a time is whole, and what is done to it is what is done to all of them on one rank.
+        for sites in [[site] for site in self.sites] if self.sharded else [self.sites]:
+            with all_whole(sites):
+                reports += self._update_sites(sites, way, step)
+        self.reported = Arriving(torch.cat(reports))
+        if first:
+            self._start_branches("first-mask")
+
+    def _update_sites(self, sites: list[Site], way: Way, step: int) -> list[Tensor]:
+        """Lines 8-13 for some sites, by the fused kernels where these can; what is to be read of them later."""
+        together = [site for site in sites if self._refusal(site) is None]
         names = {site.name for site in together}
-        alone = [site for site in self.sites if site.name not in names]
+        alone = [site for site in sites if site.name not in names]
         reports = [update_masks([self._entry(site) for site in together], way)] if together else []
         for site in alone:
             flipped = self._update_site(site, way)
             # What only a look at all masks would say is left to `summary`, which takes one if it must.
             reports.append(torch.stack([flipped, *[torch.full_like(flipped, math.inf)] * 2])[None])
-        self._set_views(step, self.sites if self.method.mask_storage == "int16" else alone)
-        self._order = [*together, *alone]
-        self.reported = Arriving(torch.cat(reports))
-        if first:
-            self._start_branches("first-mask")
+        self._show(step, sites if self.method.mask_storage == "int16" else alone)
+        self._order += [*together, *alone]
+        return reports
 
     def _way(self, step: int) -> Way:
         """What an update after `step` does."""
@@ -258,7 +283,7 @@ class SparseForgeTrack(MaskedTrack):
             return Entry(**known)
         if isinstance(self.method.criterion, HessianOBD) and self.curvature is not None:
             statistic, scale = self.curvature.kept(site)
-            return Entry(**known, statistic=statistic, scale=scale)
+            return Entry(**known, statistic=gathered(statistic), scale=scale)
         return Entry(**known, scores=site.matrix(self._scores(site)).contiguous())
 
     def _update_site(self, site: Site, way: Way) -> Tensor:
@@ -317,6 +342,14 @@ class SparseForgeTrack(MaskedTrack):
 
     def _set_views(self, step: int, sites: list[Site]) -> None:
         """The forward sees m as soft as it is after `step`."""
+        if not self.sharded:
+            self._show(step, sites)
+            return
+        # Row norms need whole rows, and a stored row may be an input's; all else is elementwise.
+        for site in (each_whole if self.method.rescale_rows else each_part)(sites):
+            self._show(step, [site])
+
+    def _show(self, step: int, sites: list[Site]) -> None:
         softness = self.phases.softness(step)
         if self.method.mask_storage == "int16":
             set_softness([site.mask for site in sites], softness)
@@ -327,7 +360,7 @@ class SparseForgeTrack(MaskedTrack):
 
     def _start_branches(self, when: Literal["quench", "first-mask"]) -> None:
         if self.slorb is not None and self.slorb.begin == when:
-            for site in self.sites:
+            for site in each_whole(self.sites):
                 site.mask.start_branch(site.weight)
 
     @torch.no_grad()
@@ -339,7 +372,7 @@ class SparseForgeTrack(MaskedTrack):
     def _scores(self, site: Site) -> Tensor:
         """s of a site as `[..., out, in]`: curvature and weight in, importance out."""
         if self.curvature is not None:
-            statistic: Tensor | None = site.matrix(self.curvature.of(site))
+            statistic: Tensor | None = site.matrix(gathered(self.curvature.of(site)))
         else:
             statistic = self.norms.get(site.name)
         looked = None

@@ -13,6 +13,7 @@ import torch
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method, MethodCard, Surroundings
 from sparseforge_core.methods.magnitude import MagnitudeTrack
+from sparseforge_core.methods.shards import each_part
 from sparseforge_core.specs import spec
 
 
@@ -33,6 +34,9 @@ class SRSTE(Method):
                 f"decay={self.decay}, update_every={self.update_every}: needs decay >= 0, update_every >= 1"
             )
 
+    def unshardable(self) -> str | None:
+        return None
+
     def start(self, around: Surroundings) -> SRSTETrack:
         return SRSTETrack(self, around)
 
@@ -50,7 +54,7 @@ class SRSTETrack(MagnitudeTrack):
 
     @torch.no_grad()
     def before_update(self, step: int) -> None:
-        for site in self.sites:
+        for site in each_part(self.sites):
             gradient = site.weight.grad
             assert gradient is not None
             gradient.addcmul_(site.weight, (~site.mask.hard).to(gradient.dtype), value=self.method.decay)

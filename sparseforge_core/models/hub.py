@@ -85,6 +85,27 @@ def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.fl
     return from_pretrained(dtype=dtype, what=describe(source), **_location(source), **code_of(source))
 
 
+def load_skeleton(source: ModelSource, home: Path) -> PreTrainedModel | None:
+    """The model of a source without its weights, on the meta device; None where its shape is in the weights' file."""
+    if isinstance(source, Tiny):
+        tokenizer = _tokenizer_of(source.tokenizer, home)
+        config: Any = tiny_config(source, len(tokenizer), tokenizer.eos_token_id)
+    elif isinstance(source, Packaged):
+        return None
+    else:
+        # A folder's weights are not hashed here: no weight is looked at, and loading them will.
+        where = {"pretrained_model_name_or_path": source.path} if isinstance(source, Local) else _location(source)
+        location = {**where, **code_of(source)}
+        try:
+            config = classes_for(location)[0].from_pretrained(**location)
+        except (OSError, ValueError, ImportError) as error:
+            raise UnsupportedModel(f"{describe(source)} cannot be loaded: {first_line(error)}") from error
+        if location.get("trust_remote_code"):
+            return None
+    with torch.device("meta"):
+        return from_config(prepared(config))
+
+
 def from_config(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of this configuration."""
     ours = OURS.get(config.model_type)

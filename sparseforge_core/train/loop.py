@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
 from sparseforge_core.train.ahead import Ahead
-from sparseforge_core.train.optimizer import clip, set_rate
+from sparseforge_core.train.optimizer import set_rate
+from sparseforge_core.train.parallel import Ranks
 from sparseforge_core.train.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,10 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+    """How the work is spread; this process alone unless said otherwise."""
+    whole: Any | None = None
+    """What gives the student's logits of a few tokens, where that is not `model` itself."""
     plain: tuple[Any, Any | None] | None = None
     """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
     seed: int = 0
@@ -87,18 +93,19 @@ def train(
     plan = run.recipe.train
     first = run.checkpoints.resume(run.model, run.optimizer, run.track) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
-    watch = Watch(run.optimizer, run.device)
+    watch = Watch(run.optimizer, run.device, deferred=run.ranks.deferred)
     trained = [p for p in run.model.parameters() if p.requires_grad]  # a step has no time to look for hundreds
-    with Ahead(run.stream.batch, run.device, plan.steps) as ahead:
+    with Ahead(functools.partial(run.ranks.batch, run.stream), run.device, plan.steps) as ahead:
         for step in range(first, plan.steps + 1):
             # ------------------------------------------------ one training step
             set_rate(run.optimizer, plan.lr.at(step / plan.steps))
+            run.ranks.begin(step)
             tokens = ahead.batch(step)
             losses = _backward(run, tokens, step, watch)
             with _diverged_first(watch):
                 run.track.observe(_as_observed(run, tokens, step))
                 run.track.before_update(step)
-                norm = clip(trained, plan.clip)
+                norm = run.ranks.clip(trained, plan.clip)
                 watch.before_update(step, losses["loss/total"], norm)
                 run.optimizer.step()
                 run.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +124,7 @@ def train(
                 watch.check()
                 for name, counts in run.track.histograms().items():
                     run.tracker.histogram(step, name, list(HISTOGRAM_EDGES), counts)
-            stop = should_stop is not None and should_stop()
+            stop = run.ranks.stop(should_stop is not None and should_stop())
             if step % run.save_every == 0 or (stop and not last):
                 watch.check()
                 run.checkpoints.save(step, run.model, run.optimizer, run.track)
@@ -125,6 +132,7 @@ def train(
                 raise Interrupted(
                     f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
                 )
+    run.ranks.end()
     return Outcome(final_loss=watch.loss, seconds=clock.seconds())
 
 
@@ -148,19 +156,22 @@ def _objective(run: Run, step: int) -> Objective:
 
 
 def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Tensor]:
-    """Forward and backward of one batch, in micro-batches whose gradients add up to that of the mean loss.
+    """Forward and backward of our share of a batch, in micro-batches whose gradients add up to that of the mean loss.
 
-    Returns the losses, float64 on the device.
+    Returns the losses of the whole batch, float64 on the device; the gradients then are those of the whole batch too.
     """
     size = run.micro_batch or tokens.shape[0]
+    first = run.ranks.first(tokens.shape[0])
     objective = _objective(run, step)
     means: dict[str, Tensor] = {}
     for row, piece in zip(range(0, tokens.shape[0], size), tokens.split(size), strict=True):
-        draws = Draws(seed=run.seed, step=step, row=row)
+        draws = Draws(seed=run.seed, step=step, row=first + row)
         share = piece.shape[0] / tokens.shape[0]
+        run.ranks.expect(last=row + size >= tokens.shape[0])
         with _autocast(run):
             losses = batch_losses(run.forward, run.teacher, objective, piece.to(run.device), draws)
-        watch.refuse_loss(losses.total, step)
+        if run.ranks.world == 1:
+            watch.refuse_loss(losses.total, step)
         (losses.total * share).backward()  # type: ignore[no-untyped-call]
         parts = {
             "loss/total": losses.total,
@@ -172,6 +183,10 @@ def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Te
             if value is not None:
                 part = share * value.detach().double()
                 means[name] = means[name] + part if name in means else part
+    run.ranks.complete(step)
+    means = run.ranks.means(means)
+    if run.ranks.world > 1:  # on all ranks alike: one that left alone would leave them waiting
+        watch.refuse_loss(means["loss/total"], step)
     return means
 
 
@@ -188,8 +203,9 @@ def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:
         model=run.model,
         tokens=tokens.to(run.device),
         loss=loss,
-        predictions=lambda piece: predictions(run.model, piece),
+        predictions=lambda piece: predictions(run.whole or run.model, piece),
         optimizer=run.optimizer,
+        first=run.ranks.first(tokens.shape[0]),
         micro_batch=run.micro_batch,
         autocast=lambda: _autocast(run),
     )

@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class Batch:
 
 class Curvature(ABC):
     """Spec of an estimator of diag(H)."""
+
+    shards: ClassVar[bool] = True
+    """Whether it can be had of weights of which each rank holds a part."""
+    looks_again: ClassVar[bool] = True
+    """Whether it runs the model again, beside what the step does anyway."""
 
     @abstractmethod
     def start(self, sites: list[Site], seed: int = 0) -> Estimate:

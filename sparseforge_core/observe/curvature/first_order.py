@@ -7,12 +7,12 @@ mask is near 0 is still seen and can return. No second derivative: attention sta
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparseforge_core.distributed import laid_out_like, mean_over_ranks
+from sparseforge_core.distributed import itself, laid_out_like, mean_over_ranks
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature.base import (
@@ -41,6 +41,8 @@ class Fisher(Curvature):
     decay: float = 0.98
     storage: Literal["float32", "bfloat16"] = "float32"
     """How the average is kept; it is added to in float32 either way."""
+
+    looks_again: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_pace(self.decay, 1)
@@ -148,6 +150,8 @@ class AdamSecondMoment(Curvature):
     No state and no cost. Its decay is the optimizer's beta_2, and its gradients are those after clipping.
     """
 
+    looks_again: ClassVar[bool] = False
+
     def start(self, sites: list[Site], seed: int = 0) -> Estimate:
         return _SecondMoment(sites)
 
@@ -174,13 +178,14 @@ class _SecondMoment(Estimate):
         return checked(moment / correction, site)
 
     def _moment(self, site: Site) -> tuple[Tensor, dict[str, Any], Tensor]:
-        state = self.optimizer.state.get(site.weight, {}) if self.optimizer is not None else {}
+        weight = itself(site.weight)
+        state = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
         if self.optimizer is None or "exp_avg_sq" not in state:
             raise CurvatureUnavailable(
                 f"site {site.name}: the optimizer keeps no second moment of it (exp_avg_sq); AdamSecondMoment needs an "
                 "Adam that has taken a step on every site"
             )
-        group = next(g for g in self.optimizer.param_groups if any(p is site.weight for p in g["params"]))
+        group = next(g for g in self.optimizer.param_groups if any(p is weight for p in g["params"]))
         return state["exp_avg_sq"], group, state["step"]
 
     def state(self) -> dict[str, Tensor]:

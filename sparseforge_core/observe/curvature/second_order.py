@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class Hutchinson(Curvature):
     """Steps between observations."""
     decay: float = 0.98
     """Of the moving average, per observation."""
+
+    shards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_pace(self.decay, self.every)

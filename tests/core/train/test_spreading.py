@@ -1,0 +1,108 @@
+"""What cannot be spread over ranks is refused by name; how ranks watch each other; what a process alone makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparseforge_core import distributed
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.methods import METHODS
+from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.observe.curvature import FiniteDifference, Hutchinson
+from sparseforge_core.ranks import _Others
+from sparseforge_core.sparsity.compensation import Compensation
+from sparseforge_core.train.parallel import Ranks, blocks_of, recompute_activations, refuse, refuse_lists_of_experts
+from tests.core.train.team import cell
+from tests.tiny import ARCHITECTURES, tiny_model, tokens
+
+
+@pytest.mark.parametrize(
+    ("method", "sharding", "count", "sentence"),
+    [
+        (SparseForge(curvature=Hutchinson()), "shard", 2, "'sparseforge' cannot be sharded: curvature Hutchinson"),
+        (SparseForge(compensation=Compensation()), "shard", 2, "compensation carries calibration text"),
+        (METHODS["maskllm"](), "shard", 2, "'maskllm' cannot be sharded.*use replicate"),
+        (METHODS["s-ste"](), "shard", 2, "'s-ste' cannot be sharded"),
+        ("sparseforge", "auto", 3, "train.sequences=4 do not divide over 3 ranks; start 2"),
+        ("sparseforge", "none", 2, "sharding none: 2 ranks would each"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_by_name(method: Any, sharding: Any, count: int, sentence: str) -> None:
+    recipe = cell(method).recipe
+    with pytest.raises(RecipeError, match=sentence):
+        refuse(recipe, sharding, count)
+    refuse(recipe, sharding, 1)
+
+
+def test_methods_and_options_that_need_one_process_or_one_forward() -> None:
+    one_shot = cell("wanda", steps=0).recipe
+    with pytest.raises(RecipeError, match="2 ranks: method 'wanda' does not train"):
+        refuse(one_shot, "auto", 2)
+    looks_again = cell(SparseForge(curvature=FiniteDifference())).recipe
+    with pytest.raises(RecipeError, match="recompute: curvature FiniteDifference"):
+        refuse(looks_again, "auto", 1, recompute=True)
+    with pytest.raises(RecipeError, match="compile: sharded blocks"):
+        refuse(cell().recipe, "shard", 2, compiled=True)
+    muon = replace(cell().recipe, train=replace(cell().recipe.train, rule="muon"))
+    with pytest.raises(RecipeError, match=r"train\.rule='muon' makes the singular values"):
+        refuse(muon, "shard", 2)
+    refuse(muon, "replicate", 2)
+    refuse(cell(SparseForge(curvature=Hutchinson())).recipe, "replicate", 2)
+
+
+def test_experts_in_a_list_are_not_sharded_and_fused_ones_are() -> None:
+    with pytest.raises(RecipeError, match=r"model\.layers\.\d+ holds its experts as a list of modules"):
+        refuse_lists_of_experts(tiny_model("deepseek-original"))
+    refuse_lists_of_experts(tiny_model("qwen3_moe"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recomputed_activations_change_no_gradient(architecture: str) -> None:
+    gradients = []
+    for again in (False, True):
+        model = tiny_model(architecture)
+        assert len(blocks_of(model)) == 2
+        if again:
+            recompute_activations(model)
+        model(input_ids=tokens(), use_cache=False).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_a_rank_is_given_up_when_silent_or_left_behind_but_not_when_slow() -> None:
+    watch = _Others(2, 15.0)
+    now = watch.heard[0][1]
+    for second in range(100):  # both beat; rank 1 is always half a step behind, and goes on
+        beats = [f"{second} {2 * second + 1} 0", f"{second} {2 * second} 0"]
+        assert watch.trouble(beats, now + second) is None
+    assert watch.trouble(beats, now + 120) == "rank 0 was not heard of for 15 s"
+    watch = _Others(2, 15.0)
+    stays = [f"{second} {point} 0" for second, point in ((0, 8), (0, 7))]
+    assert watch.trouble(stays, now) is None
+    beating = [watch.trouble([f"{s} 8 0", f"{s} 7 0"], now + s) for s in range(1, 18)]
+    assert beating[:15] == [None] * 15
+    assert beating[-1] == "rank 1 has stayed behind the others for 15 s in one step"
+    free = _Others(2, 15.0)
+    assert all(free.trouble([f"{s} 8 0", f"{s} 7 1"], now + s) is None for s in range(60)), "it still compiles"
+    done = _Others(2, 15.0)
+    assert all(done.trouble([f"{s} 8 0", "done"], now + s) is None for s in range(60)), "it has left in peace"
+
+
+def test_alone_the_ranks_do_what_the_loop_would_do() -> None:
+    alone = Ranks()
+    assert (alone.rank, alone.world, alone.first(4)) == (0, 1, 0)
+    assert alone.means({"loss/total": 0.1}) == {"loss/total": 0.1}
+    assert [alone.stop(wanted) for wanted in (False, True, False)] == [False, True, False]
+    alone.end()
+    x = torch.randn(5, 3)
+    assert distributed.whole(x) is x
+    assert distributed.part(x) is x
+    assert distributed.cut(x, x) is x
+    assert distributed.rows_of(x, 0) == (0, 5)
+    assert distributed.said_by_all("word") == ["word"]
+    assert distributed.sums_over_ranks([1.0, 2.0]) == [1.0, 2.0]
