@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from analysis.make_tables import collect
 from analysis.verify import find, origin_text, places_of, recomputed, trace_lines, verification_lines, verify
 from flows.cycle import record
-from sparseforge_core import files
+from sparseforge_core import files, measured
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store import schema
 from sparseforge_core.store.outcomes import pack
@@ -50,12 +50,11 @@ class World:
         body = {
             "cell": CELL.key,
             "stage": stage,
+            "suite": None,
             "context": {"device": "cpu", "torch": "2.13", "data_sha256": "dd"},
-            "items_sha256": files.sha256(folder / "items.jsonl"),
             "measurements": rows,
         }
-        files.write_json(folder / "measurements.json", body)
-        record(self.store, self.store.claim(CELL.key, stage, PROVENANCE), folder / "measurements.json")
+        record(self.store, self.store.claim(CELL.key, stage, PROVENANCE), measured.write(folder, body))
 
     def change(self, statement: sa.sql.expression.UpdateBase) -> None:
         with self.store.engine.begin() as connection:
