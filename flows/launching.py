@@ -6,6 +6,7 @@ torchrun and its ranks too; whatever kills torchrun, its ranks; and all that the
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import json
@@ -113,7 +114,7 @@ def measured(ending: Ending, path: Path) -> Path:
         raise Interrupted("stopped; the ranks' work so far is in their last checkpoint")
     # A rank that ends takes the others with it: the one that refused, or else crashed, says why.
     bad = sorted((r for r, code in codes.items() if code not in (0, STOPPED)), key=lambda r: _blame(codes[r]))
-    said = last_line(ending.log, *bad[:1])
+    said = _complaint(ending.log, *bad[:1])
     name, _, text = said.partition(": ")
     text, name = f"{text} (log: {ending.log})", name.rpartition(".")[2]
     if name in ("MemoryError", "OutOfMemoryError"):
@@ -217,13 +218,30 @@ def launch(
 
 def last_line(log: Path, rank: int | None = None) -> str:
     """The last line that a rank (None: any) wrote, without torchrun's own summary: what people ask for first."""
+    return next(reversed(_lines(log, rank)), "the ranks wrote nothing")
+
+
+def _complaint(log: Path, rank: int | None = None) -> str:
+    """The last line of a rank that names an exception, else its last line.
+
+    torchrun copies what a rank prints and what it complains of side by side, so the complaint need not come last.
+    """
+    named = (line for line in reversed(_lines(log, rank)) if _is_error(line.partition(": ")[0].rpartition(".")[2]))
+    return next(named, last_line(log, rank))
+
+
+def _is_error(name: str) -> bool:
+    kind = getattr(errors, name, None) or getattr(builtins, name, None)
+    return (isinstance(kind, type) and issubclass(kind, Exception)) or re.fullmatch(r"[A-Z]\w*Error", name) is not None
+
+
+def _lines(log: Path, rank: int | None) -> list[str]:
+    """What a rank (None: any) wrote near the end of the log."""
     line = re.compile(r"\[default" + (r"\d+" if rank is None else str(rank)) + r"\]:(.*\S)")
     with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        found = [match[1] for match in map(line.match, file.read().decode(errors="replace").splitlines()) if match]
-        if found:
-            return found[-1]
-    return "the ranks wrote nothing"
+        return [match[1] for match in map(line.match, file.read().decode(errors="replace").splitlines()) if match]
+    return []
 
 
 def _start(

@@ -257,12 +257,21 @@ def screen(status: Status, *, width: int = 120, height: int = 0) -> list[str]:
     lines += _hours_lines(status["hours"])
     lines += _block("running", [_running_line(row) for row in status["running"]], listed)
     lines += _block("failed", [_failed_line(row) for row in status["failed"]], listed)
+    lines += [f"{REPRODUCE}{row['reproduce']}" for row in status["failed"][:listed] if row["quarantined"]]
     lines += _block("kept as diverged", [_diverged_line(row) for row in status["diverged"]], listed)
     if any(row["quarantined"] for row in status["failed"]):
         again = f"sparseforge run {status['grid']} --retry-failed"
         lines += ["", f"all about one: sparseforge explain CELL; once the cause is gone: {again}"]
     lines += ["", f"store   {status['store']}", f"home    {status['home']}", f"mlflow  {status['mlflow']}"]
-    return [line if len(line) <= width else f"{line[: width - 1]}\N{HORIZONTAL ELLIPSIS}" for line in lines]
+    return [line if len(line) <= width or line.startswith(REPRODUCE) else _cut(line, width) for line in lines]
+
+
+REPRODUCE = "    reproduce with: "
+"""Begins a line that is never cut: it is there to be copied."""
+
+
+def _cut(line: str, width: int) -> str:
+    return f"{line[: width - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 ORDER = ("running", "failed", "lost", "interrupted", "pending")
