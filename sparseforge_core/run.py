@@ -374,6 +374,7 @@ class _Prepared:
             steps=recipe.train.steps,
             calibration=self._calibration,
             device=None if recipe.method.trains else self.device,
+            passing=not recipe.method.trains and recipe.slorb is None,
             seed=self.cell.seed,
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -37,6 +38,8 @@ class Surroundings:
     """Where one-shot methods compute, a block at a time; None computes where the model is."""
     seed: int = 0
     """The cell's seed: what a method draws at random is a function of it and the step."""
+    passing: bool = False
+    """Whether masks may go as soon as their block is pruned: nothing trains on them and no branch restores anything."""
 
 
 class MaskTrack:
@@ -98,12 +101,31 @@ class MaskTrack:
 class MaskedTrack(MaskTrack):
     """A track whose sites all carry masks; subclasses decide when these move."""
 
-    def __init__(self, around: Surroundings, storage: Storage = "float32") -> None:
+    def __init__(self, around: Surroundings, storage: Storage = "float32", *, by_block: bool = False) -> None:
+        """`by_block` says that whoever decides the masks does so inside `masked`, a block at a time."""
         super().__init__(around)
         self.frozen = False
         self.flip_rate = 0.0
-        for site in self.sites:
-            site.attach(around.slorb, storage)
+        self.passing = by_block and around.passing
+        if not self.passing:
+            for site in self.sites:
+                site.attach(around.slorb, storage)
+
+    @contextlib.contextmanager
+    def masked(self, sites: list[Site]) -> Iterator[None]:
+        """The sites of a block carry masks inside; where masks pass, they come here and the weights leave pruned.
+
+        So a large model needs the masks of one block, which are larger than its weights, and not those of all.
+        """
+        if not self.passing:
+            yield
+            return
+        for site in sites:
+            site.attach(None)
+        yield
+        for site in sites:
+            self.freeze_site(site)
+            self._squash(site)
 
     @property
     def sharded(self) -> bool:
@@ -126,15 +148,18 @@ class MaskedTrack(MaskTrack):
         site.mask.freeze(site.weight, site.pattern, site.name)
 
     def finish(self) -> dict[str, Branch]:
+        if self.passing:
+            return {}
         if not self.frozen:
             self.freeze(None)
-        branches = {}
-        for site in self.sites:
-            branch = site.squash()
-            check_weight(site.matrix(site.weight.detach()), site.pattern, site.name)
-            if branch is not None:
-                branches[site.name] = branch
-        return branches
+        branches = {site.name: self._squash(site) for site in self.sites}
+        return {name: branch for name, branch in branches.items() if branch is not None}
+
+    def _squash(self, site: Site) -> Branch | None:
+        """Take a site's mask off and check what is left."""
+        branch = site.squash()
+        check_weight(site.matrix(site.weight.detach()), site.pattern, site.name)
+        return branch
 
     def findings(self) -> dict[str, float]:
         densities = [site.pattern.density for site in self.sites]

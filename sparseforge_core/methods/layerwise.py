@@ -20,12 +20,13 @@ class LayerwiseTrack(MaskedTrack, Generic[Prepared]):
     """Prunes block after block, each on the outputs of the pruned blocks before it; holds masks and updated weights."""
 
     def __init__(self, around: Surroundings, *, samples: int, length: int, true_sequential: bool) -> None:
-        super().__init__(around)
+        super().__init__(around, by_block=True)
         self.samples = samples
         batches = around.calibration(samples, length)
         for block in stream_blocks(around.model, self.sites, batches, device=around.device):
-            for group in in_order(block) if true_sequential else [block.sites]:
-                self._prune(group, Grams(block, group))
+            with self.masked(block.sites):
+                for group in in_order(block) if true_sequential else [block.sites]:
+                    self._prune(group, Grams(block, group))
 
     @abstractmethod
     def prepare(self, hessian: Tensor, site: Site) -> Prepared:

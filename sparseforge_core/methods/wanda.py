@@ -34,14 +34,15 @@ class Wanda(Method):
             raise RecipeError(f"samples={self.samples}, length={self.length}: both must be at least 1")
 
     def start(self, around: Surroundings) -> MaskTrack:
-        track = MaskedTrack(around)
+        track = MaskedTrack(around, by_block=True)
         batches = around.calibration(self.samples, self.length)
         score = WandaScore().score
         stream = stream_blocks(around.model, track.sites, batches, device=around.device, pruned_inputs=self.sequential)
         for block in stream:
             norms = block.input_norms()
-            for site in block.sites:
-                scores = score(site.matrix(site.weight.detach()), norms[site.name])
-                track.harden(site, site.matrix(scores))
-                site.mask.set_view(0.0)
+            with track.masked(block.sites):
+                for site in block.sites:
+                    scores = score(site.matrix(site.weight.detach()), norms[site.name])
+                    track.harden(site, site.matrix(scores))
+                    site.mask.set_view(0.0)
         return track

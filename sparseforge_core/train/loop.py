@@ -93,6 +93,7 @@ def train(
     plan = run.recipe.train
     first = run.checkpoints.resume(run.model, run.optimizer, run.track) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
+    saving = _Saving(patient=run.ranks.world == 1)
     watch = Watch(run.optimizer, run.device, deferred=run.ranks.deferred)
     trained = [p for p in run.model.parameters() if p.requires_grad]  # a step has no time to look for hundreds
     with Ahead(functools.partial(run.ranks.batch, run.stream), run.device, plan.steps) as ahead:
@@ -125,9 +126,10 @@ def train(
                 for name, counts in run.track.histograms().items():
                     run.tracker.histogram(step, name, list(HISTOGRAM_EDGES), counts)
             stop = run.ranks.stop(should_stop is not None and should_stop())
-            if step % run.save_every == 0 or (stop and not last):
+            if (step % run.save_every == 0 and saving.is_due()) or (stop and not last):
                 watch.check()
-                run.checkpoints.save(step, run.model, run.optimizer, run.track)
+                with saving.timed():
+                    run.checkpoints.save(step, run.model, run.optimizer, run.track)
             if stop and not last:
                 raise Interrupted(
                     f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
@@ -233,3 +235,35 @@ class _Clock:
 
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
+
+
+SLOW_SAVE = 3.0
+"""Seconds from which on a checkpoint is worth waiting for the next one."""
+SAVING_SHARE = 0.1
+"""Most of a training's time that slow checkpoints may take."""
+
+
+class _Saving:
+    """Whether a checkpoint is due: a slow one is passed over until ten times what it took has been trained.
+
+    Fast steps of a large model would otherwise write checkpoints for as long as they train. Ranks do not pass any
+    over: their clocks differ, and a checkpoint is the work of all of them.
+    """
+
+    def __init__(self, *, patient: bool) -> None:
+        self.patient = patient
+        self.took = 0.0
+        self.ended = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Whether to save at a step where a checkpoint is planned."""
+        since = time.perf_counter() - self.ended
+        return not (self.patient and self.took >= SLOW_SAVE and since * SAVING_SHARE < self.took)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around a save."""
+        began = time.perf_counter()
+        yield
+        self.ended = time.perf_counter()
+        self.took = self.ended - began
