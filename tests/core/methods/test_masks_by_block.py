@@ -1,4 +1,4 @@
-"""One-shot pruning with masks that come and go with their block: the same weights, and never more than a block's masks."""
+"""One-shot pruning whose masks come and go with their block: the same weights, never more than a block's masks."""
 
 from __future__ import annotations
 
