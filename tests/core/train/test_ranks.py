@@ -86,9 +86,12 @@ def test_interrupted_ranks_go_on_to_the_bit_and_on_other_numbers_of_ranks(tmp_pa
         [
             job(WATCHED, tmp_path / "four", sharding="shard"),
             job(WATCHED, tmp_path / "4-to-2", sharding="shard", stop_after=4),
+            job(WATCHED, tmp_path / "four-cut", sharding="shard", stop_after=3),
+            job(WATCHED, tmp_path / "four-cut", sharding="shard"),
         ],
     )
-    assert of_four[3][0] == "done"
+    assert of_four[3][0] == of_four[3][3] == "done"
+    assert same_bits(tmp_path / "four", tmp_path / "four-cut"), "four ranks went on from another state"
     shards, replicas = tmp_path / "shard-cut", tmp_path / "replicate-cut"
     jobs = [job(WATCHED, tmp_path / how, sharding=how) for how in parts]
     jobs += [job(WATCHED, shards, sharding="shard", stop_after=step) for step in (2, 5)]
