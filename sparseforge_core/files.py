@@ -74,10 +74,15 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Let one process at a time make `path`; the others wait here and then find it made."""
+    """Let one process at a time make `path`; the others wait here and then find it made.
+
+    What writers of it left that were killed is removed: nobody else writes it now.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in list(path.parent.glob(f".{path.name}.*.tmp")):
+            _remove(leftover)
         yield
 
 
@@ -147,10 +152,14 @@ def remove_folder(path: Path) -> None:
 def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Delete what killed writers left in a folder, and in those below it, that has one writer at a time."""
     for leftover in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

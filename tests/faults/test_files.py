@@ -124,3 +124,16 @@ def test_a_stage_of_before_there_were_seals_is_read_and_a_broken_seal_is_not_one
     path.write_text("[" * 100_000)
     with pytest.raises(CheckpointMismatch, match="cannot be read"):
         measured.read(path)
+
+
+def test_whoever_has_a_file_to_itself_clears_away_what_killed_writers_left(tmp_path: Path) -> None:
+    ours, folder, other = (tmp_path / name for name in (".a.json.77.tmp", ".a.json.78.tmp", ".b.json.77.tmp"))
+    ours.write_text("torn")
+    (folder / "deep").mkdir(parents=True)
+    other.write_text("somebody else's")
+    with files.only_one(tmp_path / "a.json"):
+        files.write_text(tmp_path / "a.json", "whole")
+    assert not ours.exists()
+    assert not folder.exists()
+    assert other.exists()
+    assert (tmp_path / "a.json").read_text() == "whole"
