@@ -82,8 +82,6 @@ def refusal(weight: Tensor, soft: SoftMask, pattern: Pattern, form: GateForm, *,
     """Why this site's update is not one for the kernels, or None. `on` is the kind of device that they run on."""
     if weight.device.type != on:
         return f"its weight is on {weight.device.type}"
-    if not available():
-        return "Triton is not installed"
     if type(weight.data) is not Tensor or weight.dtype != torch.float32 or not weight.is_contiguous():
         return "its weight is sharded, strided or not float32"
     if any(tensor.data_ptr() % ALIGNED or not tensor.is_contiguous() for tensor in (weight, *soft.stored())):
@@ -94,7 +92,7 @@ def refusal(weight: Tensor, soft: SoftMask, pattern: Pattern, form: GateForm, *,
         return f"its stored rows have {weight.shape[-1]} entries, no multiple of {ROW}"
     if form.threshold == "exact-sum" or form.scope == "layer":
         return f"threshold {form.threshold!r} by {form.scope} is an iteration or a sort"
-    return None
+    return None if available() else "Triton is not installed"
 
 
 def update_masks(entries: Sequence[Entry], way: Way) -> Tensor:
