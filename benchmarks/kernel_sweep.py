@@ -2,7 +2,7 @@
 
 python benchmarks/kernel_sweep.py [--part check] [--part vector] [--part rows] [--part large] [--seconds S]
 
-For the one who changes a kernel: `benchmarks/kernels.py` gives the figures that are published. Results go to
+For the one who changes a kernel: `benchmarks/sparse_products.py` gives the figures that are published. Results go to
 $OUT/sweep-PART.json if OUT is set.
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense_gemv import CONFIGS, dense_gemv
-from benchmarks.kernels import SHAPES
+from benchmarks.sparse_products import SHAPES
 from sparseforge_core.runtime.kernels import cusparselt, triton_products
 from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.expanding import expand

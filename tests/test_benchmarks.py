@@ -86,7 +86,7 @@ def test_packed_reports_bytes_that_agree_with_the_arithmetic(capsys: pytest.Capt
 
 def test_kernels_need_a_gpu_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="no Triton: the dense baseline cannot be imported")
-    kernels = importlib.import_module("benchmarks.kernels")
+    kernels = importlib.import_module("benchmarks.sparse_products")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         kernels.main([])

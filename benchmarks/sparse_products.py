@@ -1,6 +1,6 @@
 """The 2:4 kernels against the strongest dense products, at LLaMA-2-7B's shapes, all from one run on one GPU.
 
-python benchmarks/kernels.py [--compiled] [--only one|few|many] [--shape NAME] [--commit HASH]
+python benchmarks/sparse_products.py [--compiled] [--only one|few|many] [--shape NAME] [--commit HASH]
 
 Every time is the median of a CUDA graph that rotates through weights which do not fit the L2 cache together. Dense is
 the fastest of cuBLAS (as a matrix and as a vector product), our own dense Triton kernel in several sizes, and, with
@@ -151,7 +151,7 @@ class Report:
     """What was found, printed as it comes."""
 
     def __init__(self, commit: str, copied: float) -> None:
-        command = " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
+        command = " ".join(["python", "benchmarks/sparse_products.py", *sys.argv[1:]])
         hardware = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e12:.3f} TB/s"
         self.about = {"hardware": hardware, "command": command, "commit": commit}
         self.copied, self.records, self.ratios = copied, [], {}
