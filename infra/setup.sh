@@ -70,7 +70,8 @@ install_torch() {
   fi
   if said=$(pip_install --no-deps "torch==$version+cpu" 2>&1); then
     say "torch $version, CPU build: there is no GPU"
-  elif [[ "$said" == *"No matching distribution"* ]]; then
+  elif [[ "$said" == *"No matching distribution"* || "$said" == *ResolutionImpossible* ]]; then
+    # The second is what pip says of a build that is not on offer where the site's configuration constrains torch.
     say "no CPU build of torch $version is on offer, so the default build comes with gigabytes of CUDA libraries;" \
       "to avoid them, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index and call this again"
     pip_install --constraint requirements.lock "torch==$version"
