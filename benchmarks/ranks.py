@@ -36,6 +36,7 @@ import torch
 
 from sparseforge_core import distributed, memory, ranks
 from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.execution import Execution
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.models.families import family_of
@@ -46,7 +47,7 @@ from sparseforge_core.objective import Distill, forwards
 from sparseforge_core.objective import batch as objective_batch
 from sparseforge_core.rank_checkpoint import RankCheckpoints
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
-from sparseforge_core.run import Execution, train_cell
+from sparseforge_core.run import train_cell
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import NullTracker, read_journal

@@ -52,8 +52,9 @@ def _restore(store: ResultStore, home: Home, cell: Cell, should_stop: Callable[[
             return
         log.warning("the model of cell %s is gone from %s; training it again", key, directory)
         from sparseforge_core import run
+        from sparseforge_core.execution import Execution
 
-        execution = run.Execution(micro_batch=placement_for(cell.recipe).micro_batch)
+        execution = Execution(micro_batch=placement_for(cell.recipe).micro_batch)
         run.train_cell(cell, directory, home.root, should_stop=should_stop, execution=execution)
         wanted = (done[0].context or {}).get("model_sha256")
         if files.sha256(directory / FINAL / MANIFEST) != wanted:

@@ -50,7 +50,7 @@ def run_stage(
     from flows.launching import train_on_ranks
     from flows.placements import placement_for
     from flows.remaking import restore_models
-    from sparseforge_core import run, specs
+    from sparseforge_core import execution, run, specs
     from sparseforge_core.evaluate.suites import Suite
     from sparseforge_core.identity import loads, required_cells
 
@@ -69,17 +69,17 @@ def run_stage(
             return train_on_ranks(
                 body, directory, home.root, placement, micro_batch=size, on_step=on_step, should_stop=should_stop
             )
-        execution = run.Execution(micro_batch=size if halved else placement.micro_batch)
+        how = execution.Execution(micro_batch=size if halved else placement.micro_batch)
         try:
-            with _memory_accounted(cell.recipe, size if plan.steps else 1, halved, run.device_memory()):
+            with _memory_accounted(cell.recipe, size if plan.steps else 1, halved, execution.device_memory()):
                 return run.train_cell(
-                    cell, directory, home.root, on_step=on_step, should_stop=should_stop, execution=execution
+                    cell, directory, home.root, on_step=on_step, should_stop=should_stop, execution=how
                 )
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{error}; or delete {directory} to train this cell anew") from error
     suite = specs.decode(json.loads(store.suite_spec(stage)), Suite, "suite")
     size = max(1, BATCH_SIZE >> halved)
-    with _memory_accounted(cell.recipe, size, halved, run.device_memory()):
+    with _memory_accounted(cell.recipe, size, halved, execution.device_memory()):
         return run.evaluate_cell(cell, suite, directory, home.root, batch_size=size)
 
 

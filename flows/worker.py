@@ -41,7 +41,7 @@ def work(connection: Connection, home: Home, index: int, of: int, log_file: str,
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from flows.cycle import execute_stage
     from flows.provenance import provenance
-    from sparseforge_core.run import default_device
+    from sparseforge_core.execution import default_device
     from sparseforge_core.store.store import ResultStore
 
     store = ResultStore(home.store_url)

@@ -69,15 +69,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "store": set(),
     CORE + "runtime": core("sparsity models.folders files checkpoint"),
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
-    CORE + "run": BELOW_TRAIN | core("train evaluate measured bundles tracking.tracker ranks rank_checkpoint memory"),
+    CORE + "execution": BELOW_TRAIN | core("train memory ranks"),
+    CORE + "preparing": BELOW_TRAIN | core("execution train tracking.tracker ranks"),
+    CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
+    CORE + "run": BELOW_TRAIN
+    | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
     "flows.memory": core("memory"),
     "flows.cycle": SPECS | core("store run files measured tracking.tracker") | {"flows"},
-    "flows.stages": SPECS | core("store run files measured") | {"flows"},
-    "flows.remaking": SPECS | core("store run files") | {"flows"},
-    "flows.worker": core("store run") | {"flows"},
+    "flows.stages": SPECS | core("store run execution files measured") | {"flows"},
+    "flows.remaking": SPECS | core("store run execution files") | {"flows"},
+    "flows.worker": core("store execution") | {"flows"},
     "flows.bundle": SPECS | core("store files bundles") | {"flows"},
     "flows.ingesting": SPECS | core("store files measured bundles checkpoint") | {"flows"},
     "flows.launch": SPECS | core("run files") | {"flows"},
@@ -120,7 +124,8 @@ DOORS: dict[str, tuple[str, ...]] = {
                 *("runtime", "export"),
             )
         ),
-        *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "run", "distributed")),
+        *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed")),
+        *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "stage_rows")),
         *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
@@ -129,7 +134,7 @@ DOORS: dict[str, tuple[str, ...]] = {
 """Dependency -> files or folders that may import it."""
 
 EXCUSED: dict[tuple[str, str], str] = {
-    ("sparseforge_core/run.py", "transformers"): "its version is part of every measurement's context",
+    ("sparseforge_core/stage_rows.py", "transformers"): "its version is part of every measurement's context",
 }
 """(file, dependency) -> why that one import outside its door is right."""
 
@@ -349,7 +354,9 @@ def test_what_an_import_costs(statement: str, never: set[str]) -> None:
     assert not modules_after(statement) & never
 
 
-TRAINING = core("train methods objective observe sparsity checkpoint recipe identity models data schedules")
+TRAINING = core(
+    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution preparing"
+)
 """Rooms that decide what a model becomes."""
 
 
@@ -380,7 +387,7 @@ def test_training_a_cell_uses_nothing_of_evaluation() -> None:
     ours = {i.name.rpartition(".")[2] for i in imports(path) if within(i.name, CORE + "evaluate")}
     assert "evaluate_model" in ours
     bodies = {n.name: n for n in tree(path).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    left, reached = {"train_cell", "finished_training", "_Prepared"}, set[str]()
+    left, reached = {"train_cell", "finished_training"}, set[str]()
     while left:
         name = left.pop()
         reached.add(name)
@@ -388,7 +395,7 @@ def test_training_a_cell_uses_nothing_of_evaluation() -> None:
         used = {n.id for statement in inside for n in ast.walk(statement) if isinstance(n, ast.Name)}
         assert not used & ours, f"{name} in run.py uses {', '.join(sorted(used & ours))}, which is evaluation"
         left |= (used & bodies.keys()) - reached
-    assert "_write_measurements" in reached
+    assert "_train_to_the_end" in reached
     assert "evaluate_cell" not in reached
 
 

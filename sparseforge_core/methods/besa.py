@@ -57,15 +57,16 @@ class BESA(Method):
             raise RecipeError(f"rate={self.rate}, penalty={self.penalty}: needs rate > 0, penalty >= 0")
 
     def start(self, around: Surroundings) -> MaskedTrack:
-        track = MaskedTrack(around)
+        track = MaskedTrack(around, by_block=True)
         batches = around.calibration(self.samples, self.length)
         for block in stream_blocks(around.model, track.sites, batches, device=around.device):
             scores = self._scores(block)
-            rates = learned_rates(self, block, scores)
-            share_out(block.sites, {site.name: 1.0 - rate - site.pattern.density for site, rate in rates})
-            for site in block.sites:
-                track.harden(site, site.matrix(scores[site.name]))
-                site.mask.set_view(0.0)
+            with track.masked(block.sites):
+                rates = learned_rates(self, block, scores)
+                share_out(block.sites, {site.name: 1.0 - rate - site.pattern.density for site, rate in rates})
+                for site in block.sites:
+                    track.harden(site, site.matrix(scores[site.name]))
+                    site.mask.set_view(0.0)
         return track
 
     @torch.no_grad()

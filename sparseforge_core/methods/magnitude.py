@@ -8,6 +8,7 @@ import torch
 
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.shards import each_part, each_whole
+from sparseforge_core.observe.blocks import blocks_of
 from sparseforge_core.specs import spec
 
 
@@ -19,9 +20,11 @@ class MagnitudePruning(Method):
     card: ClassVar[MethodCard] = MethodCard("the classic baseline; Han et al., arXiv 1506.02626", "one-shot")
 
     def start(self, around: Surroundings) -> MaskTrack:
-        track = MaskedTrack(around)
-        for site in track.sites:
-            track.harden(site, site.weight.detach().abs())
+        track = MaskedTrack(around, by_block=True)
+        for sites in blocks_of(track.sites):
+            with track.masked(sites):
+                for site in sites:
+                    track.harden(site, site.weight.detach().abs())
         return track
 
 

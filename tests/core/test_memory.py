@@ -15,10 +15,10 @@ from flows import cli
 from flows.memory import ASSUMED, Rates, plan, rates, shape_of, step_seconds, table
 from sparseforge_core import memory
 from sparseforge_core.errors import RecipeError
+from sparseforge_core.execution import Execution, check_memory
 from sparseforge_core.memory import GIB, Spread, lines, need, refusal
 from sparseforge_core.models.hub import load_model, load_skeleton
 from sparseforge_core.models.sources import Local
-from sparseforge_core.run import Execution, check_memory
 from tests.core.train.team import cell
 from tests.tiny import tiny_source
 

@@ -26,7 +26,8 @@ from sparseforge_core import bundles, files
 from sparseforge_core.checkpoint import verify
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import BundleError, DataError, RecipeError
-from sparseforge_core.run import Execution, run_bundle
+from sparseforge_core.execution import Execution
+from sparseforge_core.run import run_bundle
 from sparseforge_core.store.store import ResultStore
 from tests.flows.command import GRID, register
 

@@ -18,7 +18,8 @@ from flows.bundle import choose, write_bundle
 from flows.ingesting import ingest
 from sparseforge_core import bundles
 from sparseforge_core.errors import BundleError, CheckpointMismatch, DataError, Interrupted, SparseForgeError
-from sparseforge_core.run import Execution, run_bundle
+from sparseforge_core.execution import Execution
+from sparseforge_core.run import run_bundle
 from sparseforge_core.store.store import ResultStore
 from tests.soak.grid import GRID
 from tests.soak.world import Counts, Reference, World

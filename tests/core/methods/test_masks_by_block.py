@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparseforge_core.methods import ALPS, OWL, Method, SparseGPT, Wanda
+from sparseforge_core.methods import ALPS, BESA, OWL, MagnitudePruning, Method, SparseGPT, Wanda
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.models.sites import Site, assign_patterns
 from sparseforge_core.sparsity.patterns import check_weight, nm
@@ -21,6 +21,8 @@ METHODS: dict[str, Method] = {
     "sparsegpt": SparseGPT(samples=4, length=16, width=16),
     "sparsegpt-sequential": SparseGPT(samples=4, length=16, width=16, true_sequential=True),
     "alps": ALPS(samples=4, length=16),
+    "magnitude": MagnitudePruning(),
+    "besa": BESA(samples=4, length=16, candidates=4),
     "owl": OWL(pruner=Wanda(samples=4, length=16), samples=4, length=16, spread=0.3),
 }
 
@@ -47,7 +49,7 @@ def test_the_weights_are_those_of_masks_that_stay(name: str) -> None:
         assert not hasattr(site.module, "parametrizations")
 
 
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "besa", "magnitude"])
 def test_no_more_than_one_block_carries_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", layers=3)
     masked: set[str] = set()

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import Interrupted, SparseForgeError
+from sparseforge_core.execution import Execution
 from sparseforge_core.methods import METHODS
 from sparseforge_core.models.hub import load_model, weights_digest
 from sparseforge_core.models.sources import Local, Tiny, TrainedBPE
 from sparseforge_core.objective import Distill, HiddenMatch, Sampled, TopK, batch
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
-from sparseforge_core.run import Execution, train_cell
+from sparseforge_core.run import train_cell
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
 from tests.tiny import tiny_source

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sparseforge_core import distributed, ranks, run
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.execution import Execution
 from sparseforge_core.methods import METHODS
 from sparseforge_core.methods.base import Method
 from sparseforge_core.objective import Distill, batch
@@ -77,7 +78,7 @@ def trained(what: Cell, folder: Path, *, stop_after: int | None = None, chunks: 
             folder.parent,
             on_step=lambda progress: seen.append(progress.step),
             should_stop=lambda: stop_after is not None and seen[-1] >= stop_after,
-            execution=run.Execution(**execution),
+            execution=Execution(**execution),
         )
     except SparseForgeError as error:
         return f"{type(error).__name__}: {error}"
@@ -98,7 +99,7 @@ def at_step(what: Cell, folder: Path, step: int, signal: int, heartbeat: float) 
         if progress.step == step and distributed.rank() == 1:
             os.kill(os.getpid(), signal)
 
-    execution = run.Execution(sharding="replicate", heartbeat=heartbeat)
+    execution = Execution(sharding="replicate", heartbeat=heartbeat)
     run.train_cell(what, folder, folder.parent, on_step=act, execution=execution)
 
 

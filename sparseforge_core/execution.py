@@ -1,0 +1,91 @@
+"""How a cell is executed on this machine, and whether it fits: placement, never part of its identity."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseforge_core import memory
+from sparseforge_core.distributed import world
+from sparseforge_core.methods.base import Method
+from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.models.sites import Site, assign_patterns, find_sites
+from sparseforge_core.observe.curvature import AdamSecondMoment
+from sparseforge_core.opening import open_family, open_skeleton
+from sparseforge_core.ranks import HEARTBEAT, own_device
+from sparseforge_core.recipe import Recipe
+from sparseforge_core.train.parallel import Sharding
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a cell is executed on this machine; never part of its identity."""
+
+    micro_batch: int | None = None
+    """Sequences per forward; None takes the whole batch."""
+    compiled: bool | None = None
+    """Whether the blocks go through torch.compile: half a minute for the first cell of a shape in a process, then
+    faster steps. None: on a GPU, in runs of COMPILED_FROM steps or more, unless hidden states are matched."""
+    sharding: Sharding = "auto"
+    """How ranks share the work: everything on each of them, or a part of each weight; by itself what fits."""
+    recompute: bool = False
+    """Whether activations of a block are computed again in backward instead of kept."""
+    deterministic: bool = False
+    """Whether GPUs use only algorithms that give the same bits each time, where there are any; slower."""
+    heartbeat: float = HEARTBEAT
+    """Seconds after which a rank that is silent, or behind the others, ends them all."""
+
+
+def default_device() -> torch.device:
+    """The GPU of this rank, the first one of a process alone, or the CPU where there is none."""
+    return own_device()
+
+
+def device_memory() -> int:
+    """Bytes of memory of the first GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: float) -> None:
+    """Raise RecipeError, with the arithmetic and before any weight is loaded, if the cell cannot fit on its GPUs."""
+    model: Any = open_skeleton(recipe.model, home)
+    if model is None:
+        return
+    sites: list[Site] = []
+    if recipe.pattern is not None:
+        sites = assign_patterns(find_sites(model, open_family(recipe.model, model)), recipe.pattern)
+    shapes = [tuple(site.matrix(site.weight).shape) for site in sites]
+    shape = memory.shape_of(
+        type(model).__name__, model.config, shapes, sum(parameter.numel() for parameter in model.parameters())
+    )
+    share = recipe.train.sequences // world()
+    memory.check(
+        shape,
+        memory.Spread(
+            gpus=world(),
+            sharded=world() > 1 and execution.sharding != "replicate",
+            micro_batch=min(execution.micro_batch or share, share),
+            length=recipe.train.length,
+            recompute=execution.recompute,
+            teacher=recipe.objective.distills,
+            masks=recipe.method.sparsifies,
+            mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
+            curvature_bytes=_curvature_bytes(recipe.method),
+        ),
+        gpu_bytes,
+    )
+
+
+def _curvature_bytes(method: Method) -> int:
+    """Bytes that a method keeps of each masked weight's curvature; none where Adam's second moment serves."""
+    if not isinstance(method, SparseForge) or method.criterion.needs != "curvature":
+        return 0
+    if isinstance(method.curvature, AdamSecondMoment):
+        return 0
+    return 2 if getattr(method.curvature, "storage", "float32") == "bfloat16" else memory.CURVATURE_BYTES
