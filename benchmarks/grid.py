@@ -103,7 +103,6 @@ def running(cells: int, folder: Path) -> dict[str, float]:
 
     grids.GRIDS[RUN] = lambda: idle(cells)
     home = _home(folder)
-    _mirror_nothing()
     summary = run_grid(home, RUN, workers=1, quiet=True)
     if not summary.complete:
         raise SystemExit(f"not every cell was done: {summary.as_json()}")
@@ -112,13 +111,6 @@ def running(cells: int, folder: Path) -> dict[str, float]:
     whole = (ended[-1][0] - ended[0][0]).total_seconds() / (len(ended) - 1)
     work = sum(float((a.context or {})["wall_seconds"]) for _, a in ended[1:]) / (len(ended) - 1)
     return {"cell": 1000 * whole, "work": 1000 * work, "overhead": 1000 * (whole - work)}
-
-
-def _mirror_nothing() -> None:
-    """MLflow follows a run from a thread of its own; here it would only take the processor from what is measured."""
-    from flows import local
-
-    local.Mirror.put = lambda *_: None  # type: ignore[method-assign, assignment]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from flows.launching import (
 from flows.placements import Placement
 from flows.provenance import process_alive
 from sparseforge_core.errors import Diverged, Interrupted, RecipeError
+from tests.processes import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "tests.flows.ranks_program"
@@ -35,13 +34,6 @@ PROGRAM = "tests.flows.ranks_program"
 
 def _pids(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in folder.glob("pid-*") if path.read_text()]
-
-
-def _until(true: Callable[[], bool], seconds: float = 60.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return true()
 
 
 @pytest.mark.slow
@@ -75,7 +67,7 @@ def test_a_stop_reaches_every_rank_and_waits_for_what_it_saves(tmp_path: Path) -
 @pytest.mark.slow
 def test_killing_torchrun_ends_its_ranks_which_save_first(tmp_path: Path) -> None:
     def kill_torchrun() -> None:
-        assert _until(lambda: len(_pids(tmp_path)) == 2)
+        assert wait_until(lambda: len(_pids(tmp_path)) == 2, 60)
         os.kill(_parent(_pids(tmp_path)[0]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_torchrun)
@@ -93,12 +85,12 @@ def test_killing_the_launcher_ends_torchrun_and_its_ranks(tmp_path: Path) -> Non
     code = f"from pathlib import Path; from flows.launching import launch; launch({arguments})"
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
     try:
-        assert _until(lambda: len(_pids(tmp_path)) == 2)
+        assert wait_until(lambda: len(_pids(tmp_path)) == 2, 60)
         torchrun = _parent(_pids(tmp_path)[0])
     finally:
         owner.kill()
         owner.wait()
-    assert _until(lambda: not any(process_alive(pid) for pid in [torchrun, *_pids(tmp_path)]))
+    assert wait_until(lambda: not any(process_alive(pid) for pid in [torchrun, *_pids(tmp_path)]), 60)
 
 
 def test_endings_are_told_apart(tmp_path: Path) -> None:

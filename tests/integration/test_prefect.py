@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flows.provenance import process_alive
 from sparseforge_core.store.store import ResultStore
+from tests.processes import end_with_parent, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-PR_SET_PDEATHSIG = 1
 
 pytestmark = pytest.mark.slow
 
@@ -27,28 +24,6 @@ def _environment(home: Path, **more: str) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "SPARSEFORGE"))}
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return {**plain, **offline, "SPARSEFORGE_HOME": str(home), **more}
-
-
-def _with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _processes_of(folder: Path) -> list[str]:
-    """Command lines of all processes whose environment names this folder."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and str(folder).encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
-
-
-def _wait_until(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.2)
 
 
 def test_the_embedded_run_needs_no_server_and_records_every_stage(tmp_path: Path) -> None:
@@ -60,14 +35,14 @@ def test_the_embedded_run_needs_no_server_and_records_every_stage(tmp_path: Path
     assert flows == [("tiny-smoke, embedded", "COMPLETED")]
     assert len(tasks) == len(states), "a task run a stage, none lost when the server ended"
     assert {state for _, state in tasks} == {"COMPLETED"}
-    assert _processes_of(home) == []
+    assert processes_of(home) == []
 
 
 def test_killing_or_stopping_an_embedded_run_leaves_no_server_and_loses_nothing(tmp_path: Path) -> None:
     home = tmp_path / "runs"
     for sent in (signal.SIGKILL, signal.SIGINT):
         process = _embedded(home)
-        _wait_until(lambda: _is_running(home), 120)
+        wait_until(lambda: _is_running(home), 120)
         process.send_signal(sent)
         said = process.communicate(timeout=90)[1]
         # On a busy machine the last small cell may end before the signal arrives; then, and only then, the code is 0.
@@ -76,8 +51,8 @@ def test_killing_or_stopping_an_embedded_run_leaves_no_server_and_loses_nothing(
         stopped = -sent if sent == signal.SIGKILL else 130
         assert process.returncode == stopped or (finished and process.returncode == 0), said
         assert "Traceback" not in said
-        _wait_until(lambda: not _processes_of(home), 30)
-        assert _processes_of(home) == []
+        wait_until(lambda: not processes_of(home), 30)
+        assert processes_of(home) == []
     assert _embedded(home).wait(300) == 0
 
 
@@ -98,7 +73,7 @@ def _embedded(home: Path, **more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_with_parent,
+        preexec_fn=end_with_parent,
     )
 
 

@@ -7,20 +7,17 @@ A first run is asked for while nobody polls the pool of grids, which must fail a
 from __future__ import annotations
 
 import base64
-import ctypes
 import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +29,9 @@ from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 from tests import postgres
+from tests.processes import end_with_parent, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-PR_SET_PDEATHSIG = 1
 GRID = "full-shrunk-2"
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgres]
@@ -111,30 +108,6 @@ def _environment(home: Path) -> dict[str, str]:
     return {**plain, **quick, **dict(zip(names, _free_ports(3))), "SPARSEFORGE_HOME": str(home)}
 
 
-def _with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _processes_of(folder: Path) -> list[str]:
-    """Command lines of all processes whose environment names this folder."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and str(folder).encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
-
-
-def _wait_until(true: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return true()
-
-
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     postgres.find_programs()  # says what to install where there is none
@@ -144,10 +117,10 @@ def stack() -> Iterator[Stack]:
     said = home / "stack.txt"
     command = [sys.executable, "infra/stack.py", "--home", str(home), "--profile", "cpu", "--without", "worker-grids"]
     with said.open("w") as log:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=log, preexec_fn=_with_parent)
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=log, preexec_fn=end_with_parent)
     worker = None
     try:
-        _wait_until(lambda: "ready after" in said.read_text() or process.poll() is not None, 240)
+        wait_until(lambda: "ready after" in said.read_text() or process.poll() is not None, 240)
         assert process.poll() is None, said.read_text()
         running = Stack(home, {**environment, **_exported(home / "stack" / "client.env")})
         running.refused.append(running.deployment_run("grid=tiny-smoke"))
@@ -159,7 +132,7 @@ def stack() -> Iterator[Stack]:
         with (home / "logs" / "stack-worker-grids.log").open("w") as log:
             worker = subprocess.Popen(
                 ["bash", "infra/worker.sh", "grids"],
-                env=starting, cwd=ROOT, stdout=log, stderr=log, preexec_fn=_with_parent,
+                env=starting, cwd=ROOT, stdout=log, stderr=log, preexec_fn=end_with_parent,
             )  # fmt: skip
         yield running
     finally:
@@ -167,8 +140,8 @@ def stack() -> Iterator[Stack]:
             if started is not None:
                 started.terminate()
                 started.wait(120)
-        gone = _wait_until(lambda: not _processes_of(home), 15)
-        left = _processes_of(home)
+        gone = wait_until(lambda: not processes_of(home), 15)
+        left = processes_of(home)
         shutil.rmtree(home, ignore_errors=True)
     assert gone, f"the stack left processes behind: {left}"
 
@@ -257,17 +230,17 @@ def test_secrets_are_for_their_owner_alone(stack: Stack) -> None:
 def test_cancelling_a_grid_reaches_the_training_process_which_saves(stack: Stack) -> None:
     asked = stack.deployment_run("grid=long-smoke", "workers=1", watch=False)
     assert asked.returncode == 0, asked.stdout
-    assert _wait_until(lambda: _training(stack) is not None, 120), stack.logs()
+    assert wait_until(lambda: _training(stack) is not None, 120), stack.logs()
     (run,) = stack.ask("/flow_runs/filter", {"flow_runs": {"name": {"any_": ["long-smoke"]}}})
     cancelled = stack.prefect("flow-run", "cancel", run["id"])
     assert cancelled.returncode == 0, cancelled.stdout
-    assert _wait_until(lambda: not any(s.status == "running" for s in stack.states("long-smoke")), 90), stack.logs()
+    assert wait_until(lambda: not any(s.status == "running" for s in stack.states("long-smoke")), 90), stack.logs()
     stopped = [state for state in stack.states("long-smoke") if state.status != "pending"]
     assert {state.status for state in stopped} <= {"interrupted", "done"}, stopped
     runs = {"flow_runs": {"name": {"any_": ["long-smoke", "long-smoke on cpu"]}}}
-    assert _wait_until(lambda: _ended(stack.ask("/flow_runs/filter", runs)), 90)
+    assert wait_until(lambda: _ended(stack.ask("/flow_runs/filter", runs)), 90)
     assert {run["state_type"] for run in stack.ask("/flow_runs/filter", runs)} == {"CANCELLED"}
-    workers = [line for line in _processes_of(stack.home) if "spawn_main" in line]
+    workers = [line for _, line in processes_of(stack.home) if "spawn_main" in line]
     assert workers == [], "a training process goes on"
     assert list(stack.home.glob("cells/*/train/checkpoints/*")), "it was killed before it saved"
 
@@ -289,7 +262,7 @@ def test_what_cannot_run_fails_at_once_and_says_what_to_do(stack: Stack) -> None
     for grid in expected:
         assert stack.deployment_run(f"grid={grid}", watch=False).returncode == 0
     runs = {"flow_runs": {"name": {"any_": list(expected)}, "state": {"type": {"any_": ["FAILED"]}}}}
-    assert _wait_until(lambda: len(stack.ask("/flow_runs/filter", runs)) == len(expected), 90), stack.logs()
+    assert wait_until(lambda: len(stack.ask("/flow_runs/filter", runs)) == len(expected), 90), stack.logs()
     for run in stack.ask("/flow_runs/filter", runs):
         assert expected[run["name"]] in run["state"]["message"], run["state"]
 

@@ -20,6 +20,7 @@ from sparseforge_core.identity import loads
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import Journal, read_journal
+from tests.processes import processes_of
 from tests.soak.grid import GRID
 from tests.soak.kills import Tree
 from tests.soak.world import DONE, Counts, Reference, World, end_of, fork
@@ -109,7 +110,7 @@ def prefect_killed(reference: Reference, scratch: Path, chance: random.Random, c
     tree = Tree(world, "--workers", "1", "--prefect")
     _until_training(world, tree)
     time.sleep(chance.uniform(0.0, reference.seconds / 2))
-    killed = [pid for pid, command in _processes_of(world.root) if "prefect" in command and "server" in command]
+    killed = [pid for pid, command in processes_of(world.root) if "prefect" in command and "server" in command]
     for pid in killed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -128,18 +129,6 @@ def prefect_killed(reference: Reference, scratch: Path, chance: random.Random, c
         counts.lost_results += 1
         counts.say(f"the grid could not be finished without Prefect: {last.log.read_text()[-400:]}")
     counts.compare(world, reference)
-
-
-def _processes_of(folder: Path) -> list[tuple[int, str]]:
-    """Processes whose environment or command names this folder."""
-    found = []
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if process.name.isdigit():
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if str(folder) in (process / "environ").read_bytes().decode(errors="replace") + command:
-                    found.append((int(process.name), command))
-    return found
 
 
 def _until_training(world: World, tree: Tree) -> None:
