@@ -12,7 +12,12 @@ LISTED = 8
 """Rows and seeds with missing results that a table names one by one."""
 
 
-TEXTS = {"heldout": "held-out text of the training corpus", "wikitext2": "WikiText-2 raw test", "c4": "held-out C4"}
+TEXTS = {
+    "heldout": "held-out text of the training corpus",
+    "wikitext2": "WikiText-2 raw test",
+    "c4": "held-out C4",
+    "named": "a text of the suite's own, apart from every training text",
+}
 SEEDS = "seeds (rough where seeds are two); none for a single seed"
 REPEATS = "timed repeats, whose median is shown"
 

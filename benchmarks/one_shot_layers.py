@@ -66,10 +66,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         steps=0,
         calibration=lambda *_: list(ids.split(options.batch)),
         device=device,
+        passing=True,
     )
-    track = method.start(around)
+    method.start(around).finish()
     end = _now(device)
-    kept = sum(float(site.mask.hard.float().mean()) for site in track.sites) / len(track.sites)
+    kept = sum(float((site.weight != 0).float().mean()) for site in sites) / len(sites)
     starts = [*seconds, end]
     blocks = [after - before for before, after in itertools.pairwise(starts)]
     middle = blocks[1:-1]

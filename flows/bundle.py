@@ -107,7 +107,9 @@ def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bo
     `there` says that what a bundle cannot carry is on the other machine; without it that is a BundleError by name.
     """
     cells = {key: loads(cell.cell_json) for key, cell in chosen.cells.items()}
-    absent = _not_carried(cells.values(), [suite for suites in chosen.suites.values() for suite in suites.values()])
+    suites = [specs.decode(data, Suite, "suite") for of in chosen.suites.values() for data in of.values()]
+    whole: list[Cell | Suite] = [*cells.values(), *suites]
+    absent = _not_carried(whole)
     if absent and not there:
         raise BundleError(
             f"a bundle cannot carry {'; '.join(absent)}. If the other machine has all of it under the same names, say "
@@ -115,7 +117,7 @@ def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bo
         )
     levels = chosen.levels()
     ordered = sorted(cells, key=lambda key: levels[key])
-    corpora = _corpora(cells.values())
+    corpora = _corpora(whole)
     _copy_code(folder)
     _copy_data(folder, corpora)
     entries = [
@@ -145,8 +147,8 @@ def _inside(value: Any) -> Iterator[Any]:
             yield from _inside(one)
 
 
-def _corpora(cells: Iterable[Cell]) -> list[Corpus]:
-    found = {specs_key(part): part for cell in cells for part in _inside(cell) if isinstance(part, Corpus)}
+def _corpora(whole: Iterable[Cell | Suite]) -> list[Corpus]:
+    found = {specs_key(part): part for one in whole for part in _inside(one) if isinstance(part, Corpus)}
     return [corpus for _, corpus in sorted(found.items())]
 
 
@@ -155,11 +157,11 @@ def specs_key(part: Any) -> str:
     return json.dumps(specs.encode(part), sort_keys=True)
 
 
-def _not_carried(cells: Iterable[Cell], suites: Iterable[dict[str, Any]]) -> list[str]:
+def _not_carried(whole: Iterable[Cell | Suite]) -> list[str]:
     """What stays here, by name: models and tokenizers that are files or packages, texts of the hub, stock tasks."""
     found: dict[str, None] = {}
-    for cell in cells:
-        for part in _inside(cell):
+    for one in whole:
+        for part in _inside(one):
             match part:
                 case Hub():
                     found[f"the model {part.id} of the hub"] = None
@@ -175,12 +177,11 @@ def _not_carried(cells: Iterable[Cell], suites: Iterable[dict[str, Any]]) -> lis
                     for path in part.paths:
                         if Path(path).is_absolute() or ".." in Path(path).parts:
                             found[f"the corpus file {path}, which lies outside of the data folder"] = None
-    for data in suites:
-        suite = specs.decode(data, Suite, "suite")
-        if tasks := getattr(suite, "tasks", ()):
-            found[f"lm-eval with the tasks of suite {suite.name} ({', '.join(tasks)})"] = None
-        if (text := getattr(suite, "text", "heldout")) != "heldout":
-            found[f"the text {text} of suite {suite.name}"] = None
+                case Suite():
+                    if tasks := getattr(part, "tasks", ()):
+                        found[f"lm-eval with the tasks of suite {part.name} ({', '.join(tasks)})"] = None
+                    if (text := getattr(part, "text", "heldout")) not in ("heldout", "named"):
+                        found[f"the text {text} of suite {part.name}"] = None
     return list(found)
 
 

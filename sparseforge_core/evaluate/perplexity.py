@@ -111,6 +111,7 @@ def _text(tokenizer: Any, suite: PerplexitySuite, corpus: Corpus, home: Path) ->
         tokens = tokenize_once(corpus, "heldout", tokenizer, home)
         return tokens.ids, {"text": "held-out split of the recipe's corpus", "sha256": tokens.sha256}
     if suite.corpus is not None:
+        _check_unseen(suite, corpus)
         tokens = tokenize_once(suite.corpus, "all", tokenizer, home)
         return tokens.ids, {"text": f"the suite's own {suite.corpus.kind} corpus", "sha256": tokens.sha256}
     if suite.text == "c4":
@@ -121,6 +122,17 @@ def _text(tokenizer: Any, suite: PerplexitySuite, corpus: Corpus, home: Path) ->
         about = {"text": "WikiText-2 raw test", "join": "blank line"}
     about["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, about
+
+
+def _check_unseen(suite: PerplexitySuite, corpus: Corpus) -> None:
+    """Raise DataError if the suite's own text is, or shares a file with, what the recipe trains on."""
+    shared = {*getattr(suite.corpus, "sha256", ())} & {*getattr(corpus, "sha256", ())}
+    if shared or suite.corpus == corpus:
+        what = f"{len(shared)} files" if shared else "all of it"
+        raise DataError(
+            f"suite {suite.name}: corpus shares {what} with the text that the recipe trains on; measure on other text, "
+            "or on its held-out documents with text='heldout'"
+        )
 
 
 def wikitext2_test() -> str:

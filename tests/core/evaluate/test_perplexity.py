@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -11,8 +12,9 @@ import pytest
 import torch
 import transformers
 
+from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.data.tokens import tokenize_once
-from sparseforge_core.errors import DataError
+from sparseforge_core.errors import DataError, RecipeError
 from sparseforge_core.evaluate.perplexity import c4_validation, perplexity, wikitext2_test, window_losses
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from tests.core.evaluate.subjects import tiny_subject
@@ -74,6 +76,22 @@ def test_an_interrupted_pass_goes_on_with_the_windows_left(home: Path) -> None:
     )
     assert perplexity(again, suite).items == whole.items
     assert rows == [4, 4]
+
+
+def test_a_text_of_the_suite_s_own_is_read_whole_and_is_never_what_trains(home: Path, tmp_path: Path) -> None:
+    other = Synthetic(documents_count=30, seed=7)
+    suite = PerplexitySuite(name="other", text="named", window=16, corpus=other)
+    subject = tiny_subject(home, positions=64, items_dir=tmp_path)
+    result = perplexity(subject, suite)
+    every = tokenize_once(other, "all", subject.tokenizer, home).tokens
+    parts = [tokenize_once(other, split, subject.tokenizer, home).tokens for split in ("train", "heldout")]
+    assert every == sum(parts)
+    assert len(result.items) == every // 16
+    with pytest.raises(DataError, match="suite own: corpus shares all of it with the text that the recipe trains on"):
+        perplexity(subject, dataclasses.replace(suite, name="own", corpus=subject.corpus))
+    for text, corpus in (("named", None), ("heldout", other)):
+        with pytest.raises(RecipeError, match="suite odd: text="):
+            PerplexitySuite(name="odd", text=text, window=16, corpus=corpus)  # type: ignore[arg-type]
 
 
 def test_a_window_beyond_the_model_and_a_text_too_short_are_refused(home: Path) -> None:
