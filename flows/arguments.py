@@ -316,3 +316,9 @@ def _add_exporting(commands: Any) -> None:
             default="auto",
             help="static (one CUDA graph a token, LLaMA-like models), ordinary (transformers' own), or auto",
         )
+        command.add_argument(
+            "--mode",
+            default="decode",
+            help="decode (packed weights alone, the default), or throughput (also what long prompts and large batches "
+            "need; a GPU only)",
+        )

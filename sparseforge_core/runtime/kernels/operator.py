@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_core.runtime.kernels import cusparselt
-from sparseforge_core.runtime.kernels.choices import choose
+from sparseforge_core.runtime.kernels.choices import FORMS, choose
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.weight import KernelWeight, dense_of
 
@@ -78,14 +78,15 @@ def _fastest(
     out: int,
 ) -> Tensor:
     rows, inputs = x.shape
-    choice = choose(out, inputs, rows, x.dtype, x.device.index, copies=dense is not None)
+    forms = FORMS[dense is not None, compressed is not None]
+    choice = choose(out, inputs, rows, x.dtype, x.device.index, forms)
     if choice.plan is not None:
         y = x.new_empty(rows, out)
         choice.plan.run(x, values, places, bias, y)
         return y
     if choice.kind == "cusparselt" and compressed is not None:
         return cusparselt.run(x, compressed, bias, out, choice.algorithm)
-    weight = expand(values, places, (out, inputs)) if dense is None else dense
+    weight = dense if choice.kind == "dense" and dense is not None else expand(values, places, (out, inputs))
     return torch.nn.functional.linear(x, weight, bias)
 
 
