@@ -35,6 +35,9 @@ CUSPARSELT_FROM = 65
 LARGE_ROWS = (96, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Rows that are measured to decide what a weight holds in mode "throughput"; between them the next larger decides."""
 
+MOST = 256
+"""Weights that are rotated: those of less than 0.2 MB may be found in the cache, but are launched rather than read."""
+
 TOLERANCE = 2e-2
 """Largest relative error against the dense product of the same type; both round each output once."""
 
@@ -84,7 +87,7 @@ class _Trial:
 
     def __init__(self, out: int, inputs: int, dtype: torch.dtype) -> None:
         self.out, self.inputs, self.dtype = out, inputs, dtype
-        count = max(2, -(-COLD // (out * inputs * 9 // 8)))
+        count = min(MOST, max(2, -(-COLD // (out * inputs * 9 // 8))))
         self.fragments = [to_fragments(*random_packed(out, inputs, dtype, "cuda")) for _ in range(count)]
         self.dense = [expand(*pair, (out, inputs)) for pair in self.fragments[: max(2, -(-COLD // (out * inputs * 2)))]]
 

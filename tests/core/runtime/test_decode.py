@@ -337,6 +337,7 @@ def wide_model() -> Any:
 
 
 @ON_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["decode", "throughput"])
 def test_on_a_gpu_the_step_is_one_graph_and_says_the_same(
     mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -351,6 +352,8 @@ def test_on_a_gpu_the_step_is_one_graph_and_says_the_same(
     assert near < 2e-2
     speaker = Speaker(model)
     assert speaker.cache == "static"
+    weight = speaker.parts.blocks[0].qkv.kernel  # type: ignore[union-attr,attr-defined]
+    assert weight.forms == (choices.forms_for(768, 256, torch.bfloat16, 0) if mode == "throughput" else choices.NONE)
     text = list(itertools.chain.from_iterable(speaker.speak(prompt, 100, ends=set())))
     logits = plainly(torch.cat((prompt, torch.tensor([text], device="cuda")), 1)).logits[0, 99:-1]
     lost = logits.max(-1).values - logits.gather(1, torch.tensor(text, device="cuda")[:, None])[:, 0]
@@ -359,6 +362,7 @@ def test_on_a_gpu_the_step_is_one_graph_and_says_the_same(
 
 
 @ON_GPU
+@pytest.mark.gpu
 def test_on_a_gpu_torchs_semi_structured_tensors_say_the_same(tmp_path: Path) -> None:
     folder = packed_export(wide_model(), tmp_path)
     plainly = load_sparse(folder, dense=True).float().to("cuda")
@@ -370,6 +374,7 @@ def test_on_a_gpu_torchs_semi_structured_tensors_say_the_same(tmp_path: Path) ->
 
 
 @ON_GPU
+@pytest.mark.gpu
 def test_on_a_gpu_too_large_a_cache_is_refused_before_it_is_made() -> None:
     parts = parts_of(lively("llama").to(torch.bfloat16).cuda(), reference)
     huge = dataclasses.replace(parts, sizes=dataclasses.replace(parts.sizes, positions=2**40))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseforge_core.errors import ExportError
-from sparseforge_core.runtime.kernels import KernelWeight, choices, sparse_linear, supported, table
+from sparseforge_core.runtime.kernels import KernelWeight, choices, cusparselt, sparse_linear, supported, table
 from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.cusparselt import filled_up
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
@@ -393,6 +393,29 @@ def test_gpu_products_and_graphs(backend: str, mode: str) -> None:
         graph.replay()
         expected = torch.nn.functional.linear(x, dense).float()
         assert float((y.float() - expected).norm() / expected.norm()) < 1e-2
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cusparselt_multiplies_prompts_of_any_length(dtype: torch.dtype) -> None:
+    """Rows are filled up to those of a plan; what is beyond the last row is no output."""
+    packed = packed_weight(128, 512, dtype, device="cuda")
+    dense, bias = packed.dense(), torch.randn(128, device="cuda").to(dtype)
+    compressed, ran = cusparselt.compress(dense), 0
+    for rows in (65, 200, 1030):
+        x = torch.randn(rows, 512, device="cuda").to(dtype)
+        exact = x.double() @ dense.double().T + bias.double()
+        for algorithm in range(cusparselt.ALGORITHMS):
+            try:
+                y = cusparselt.run(x, compressed, bias, 128, algorithm)
+            except ExportError as error:
+                assert "cuSPARSELt refuses" in str(error)
+                continue
+            assert y.shape == (rows, 128)
+            assert float((y.double() - exact).norm() / exact.norm()) < 1e-2, (rows, algorithm)
+            ran += 1
+    assert ran >= 3
 
 
 @ON_GPU
