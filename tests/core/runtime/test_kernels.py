@@ -24,6 +24,7 @@ from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.cusparselt import filled_up
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
 from sparseforge_core.runtime.kernels.nvrtc import FOLDER, compile_ahead
+from sparseforge_core.runtime.kernels.operator import PRODUCT
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import PAIRS, random_packed
 from sparseforge_core.runtime.kernels.table import Choice
@@ -135,6 +136,31 @@ def test_compilers_take_the_product_whole() -> None:
     x = torch.randn(3, 64)
     compiled = torch.compile(lambda x: sparse_linear(x, weight) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), sparse_linear(x, weight) + 1)
+
+
+def test_a_product_has_no_gradient_and_says_so() -> None:
+    weight, x = KernelWeight.of(packed_weight(16, 64, torch.float32)), torch.randn(3, 64, requires_grad=True)
+    with pytest.raises(ValueError, match="load the model with dense=True to train"):
+        sparse_linear(x, weight)
+    with torch.no_grad():
+        assert torch.equal(sparse_linear(x, weight), sparse_linear(x.detach(), weight))
+
+
+def test_the_operator_is_a_good_one_for_compilers() -> None:
+    """torch's own checks: schema, no hidden aliases, the shape that compilers are told."""
+    weight = KernelWeight.of(packed_weight(16, 64, torch.float32), mode="throughput")
+    given = (
+        torch.randn(3, 64),
+        weight.values,
+        weight.places,
+        torch.randn(16),
+        weight.dense_copy,
+        None,
+        16,
+        "reference",
+    )
+    for checked in ("test_schema", "test_faketensor"):
+        assert torch.library.opcheck(PRODUCT, given, test_utils=checked) == {checked: "SUCCESS"}
 
 
 @pytest.mark.parametrize(
