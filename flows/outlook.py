@@ -84,6 +84,7 @@ def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]], batch: int) -> dict
     import torch
 
     from sparseforge_core.runtime.kernels import supported
+    from sparseforge_core.runtime.kernels.choices import large_sizes
     from sparseforge_core.runtime.kernels.measure import copy_bandwidth
     from sparseforge_core.runtime.kernels.tuning import tune
     from sparseforge_core.runtime.loading import extra_bytes
@@ -92,10 +93,12 @@ def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]], batch: int) -> dict
     there = torch.cuda.is_available()
     refused = {name: supported("cuda", kind, shape) for name, shape in shapes.items()}
     taken = [shape for name, shape in shapes.items() if refused[name] is None]
-    new = tune(taken, kind, (1, batch), device=torch.cuda.current_device()) if taken else {}
-    device = torch.device("cuda") if there and taken else None  # else those of a GPU that was measured
+    number = torch.cuda.current_device() if taken else None  # without, as on the GPU that was measured
+    new = {} if number is None else tune(taken, kind, (1, batch), device=number)
+    device = None if number is None else torch.device("cuda", number)
     return {
         "products_measured_now": len(new),
+        "forms_measured": all(large_sizes(*shape, kind, number) for shape in shapes.values()),
         "extra_bytes": sum(extra_bytes(shape, kind, device, "throughput") for shape in shapes.values()),
         "name": torch.cuda.get_device_name() if there else None,
         "free_bytes": torch.cuda.mem_get_info()[0] if there else 0,
@@ -138,6 +141,7 @@ def lines(body: dict[str, Any]) -> list[str]:
     bandwidth = gpu["copy_bandwidth"]
     here = f"{gpu['name']}, {bandwidth / 1e12:.2f} TB/s copied" if bandwidth else "no GPU"
     refused = f"; products that the 2:4 kernels refuse: {', '.join(gpu['refused']) or 'none'}" if bandwidth else ""
+    large = f"{'' if gpu['forms_measured'] else 'at most '}{body['throughput_bytes'] / gib:.2f}"
     refused += f"; {gpu['products_measured_now']} products measured now" if gpu["products_measured_now"] else ""
     return [
         f"model     {body['model']}, batch {body['batch']}, behind {body['context']:,} tokens",
@@ -145,6 +149,6 @@ def lines(body: dict[str, Any]) -> list[str]:
         f"speed     {body['sparse_tokens_per_second']:,.0f} tokens/s with 2:4, {body['dense_tokens_per_second']:,.0f} "
         f"dense: {body['gain']:.2f} times (predicted from {body['measured_on']})",
         f"memory    {body['sparse_bytes'] / gib:.2f} GiB with 2:4, {body['dense_bytes'] / gib:.2f} dense, and "
-        f"{body['cache_bytes'] / gib:.2f} of cache; {body['throughput_bytes'] / gib:.2f} with 2:4 in mode throughput",
+        f"{body['cache_bytes'] / gib:.2f} of cache; {large} with 2:4 in mode throughput",
         *(f"note      {text}" for text in body["advice"]),
     ]

@@ -16,7 +16,7 @@ from sparseforge_core.models.folders import is_plain_linear, shell
 from sparseforge_core.runtime.archive import Archive, open_archive
 from sparseforge_core.runtime.container import DTYPES
 from sparseforge_core.runtime.kernels import KernelWeight, supported
-from sparseforge_core.runtime.kernels.choices import held_bytes
+from sparseforge_core.runtime.kernels.choices import held_bytes, large_sizes
 from sparseforge_core.runtime.kernels.tuning import LARGE_ROWS, tune
 from sparseforge_core.runtime.kernels.weight import MODES, Mode, device_number, forms_of
 from sparseforge_core.runtime.linear import KernelLinear, PackedWeight, SparseLinear, add_branch
@@ -147,7 +147,8 @@ def check_device(folder: Path, device: torch.device, *, dense: bool = False, mod
             continue
         if len(entry.shape) == 2:
             _check_site(name, entry.layout, DTYPES[entry.dtype], entry.shape, device)
-            needed += extra_bytes(entry.shape, DTYPES[entry.dtype], device, mode)
+            known = large_sizes(*entry.shape, DTYPES[entry.dtype], device_number(device))  # `arm` measures the others
+            needed += extra_bytes(entry.shape, DTYPES[entry.dtype], device, mode) if known else 0
         needed += sum(stored.nbytes for stored in entry.stored())
     check_memory(needed, device, f"{folder}")
 

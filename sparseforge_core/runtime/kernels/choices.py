@@ -80,13 +80,18 @@ def against_dense(
     return None if dense is None or taken is None else (dense, taken)
 
 
+def large_sizes(out: int, inputs: int, dtype: torch.dtype, device: int | None) -> list[int]:
+    """The numbers of rows beyond our kernels' for which something was measured."""
+    return [size for size in BUCKETS if size > LARGEST_OURS and table.line(out, inputs, size, dtype, device)]
+
+
 def forms_for(out: int, inputs: int, dtype: torch.dtype, device: int | None) -> Forms:
     """What a weight holds so that no batch beyond our kernels' rows loses: only forms that win somewhere.
 
     cuSPARSELt's form where it is the choice of some size, a dense copy where without it some size would take more than
     1 % longer than dense. Both where nothing was measured, as nothing is then known of either.
     """
-    sizes = [size for size in BUCKETS if size > LARGEST_OURS and table.line(out, inputs, size, dtype, device)]
+    sizes = large_sizes(out, inputs, dtype, device)
     if not sizes:
         return BOTH
     found: set[Kind] = set()
