@@ -17,6 +17,7 @@ from sparseforge_core.runtime.archive import Archive, open_archive
 from sparseforge_core.runtime.container import DTYPES
 from sparseforge_core.runtime.kernels import KernelWeight, supported
 from sparseforge_core.runtime.kernels.choices import held_bytes, large_sizes
+from sparseforge_core.runtime.kernels.support import check_memory
 from sparseforge_core.runtime.kernels.tuning import LARGE_ROWS, tune
 from sparseforge_core.runtime.kernels.weight import MODES, Mode, device_number, forms_of
 from sparseforge_core.runtime.linear import KernelLinear, PackedWeight, SparseLinear, add_branch
@@ -161,18 +162,6 @@ def _check_site(name: str, layout: Layout, dtype: torch.dtype, shape: tuple[int,
     why = supported(device, dtype, shape)
     if why is not None:
         raise ExportError(f"site {name}: {why}")
-
-
-def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ExportError(
-            f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
-            "or a smaller batch, or free the device"
-        )
 
 
 def check_configuration(folder: Path, manifest: Manifest) -> None:

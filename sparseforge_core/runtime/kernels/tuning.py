@@ -19,7 +19,7 @@ from sparseforge_core.runtime.kernels.measure import COLD, seconds
 from sparseforge_core.runtime.kernels.nvrtc import compile_ahead
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import random_packed
-from sparseforge_core.runtime.kernels.support import supported
+from sparseforge_core.runtime.kernels.support import check_memory, supported
 from sparseforge_core.runtime.kernels.table import Choice, Table
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def tune(
         device: which GPU.
         copies: measure cuSPARSELt too, for mode "throughput".
 
-    Raises ExportError if a shape is not supported, or if a kernel's product is wrong.
+    Raises ExportError if a shape is not supported, if the device has no room to try it, or if a product is wrong.
     """
     found: Table = {}
     for out, inputs in dict.fromkeys(shapes):
@@ -67,6 +67,8 @@ def tune(
             if not _covers(table.table(device).get(table.key(out, inputs, size, dtype), ()), size, copies=copies)
         ]
         if missing:
+            needed = trial_bytes(out, inputs, dtype, max(missing), copies=copies)
+            check_memory(needed, torch.device("cuda", device), f"measuring products {out}x{inputs}")
             with torch.cuda.device(device), torch.no_grad():
                 trial = _Trial(out, inputs, dtype)
                 for size in missing:
@@ -82,14 +84,29 @@ def _covers(known: tuple[Choice, ...], rows: int, *, copies: bool) -> bool:
     return bool(kinds & choices.ALWAYS) and "dense" in kinds and compressed
 
 
+def counts(out: int, inputs: int) -> tuple[int, int]:
+    """How many packed weights of a shape are rotated, and how many dense ones, so that none is found in the cache."""
+    packed = min(MOST, max(2, -(-COLD // (out * inputs * 9 // 8))))
+    return packed, min(packed, max(2, -(-COLD // (out * inputs * 2))))
+
+
+def trial_bytes(out: int, inputs: int, dtype: torch.dtype, rows: int, *, copies: bool) -> int:
+    """Memory of a trial: its weights in every form, one more that is unpacked, x, and three outputs."""
+    packed, dense = counts(out, inputs)
+    forms = choices.FORMS[True, copies]
+    held = dense * choices.held_bytes(out, inputs, forms, dtype.itemsize)
+    held += (packed - dense + 1) * choices.held_bytes(out, inputs, itemsize=dtype.itemsize)
+    return held + (out * inputs + rows * (inputs + 3 * out)) * dtype.itemsize
+
+
 class _Trial:
-    """Enough weights of one shape that none is found in the cache."""
+    """Weights of one shape."""
 
     def __init__(self, out: int, inputs: int, dtype: torch.dtype) -> None:
         self.out, self.inputs, self.dtype = out, inputs, dtype
-        count = min(MOST, max(2, -(-COLD // (out * inputs * 9 // 8))))
-        self.fragments = [to_fragments(*random_packed(out, inputs, dtype, "cuda")) for _ in range(count)]
-        self.dense = [expand(*pair, (out, inputs)) for pair in self.fragments[: max(2, -(-COLD // (out * inputs * 2)))]]
+        packed, dense = counts(out, inputs)
+        self.fragments = [to_fragments(*random_packed(out, inputs, dtype, "cuda")) for _ in range(packed)]
+        self.dense = [expand(*pair, (out, inputs)) for pair in self.fragments[:dense]]
 
     @functools.cached_property
     def compressed(self) -> list[Tensor]:

@@ -23,11 +23,13 @@ from sparseforge_core.runtime.kernels import KernelWeight, choices, cusparselt, 
 from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.cusparselt import filled_up
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
+from sparseforge_core.runtime.kernels.measure import COLD
 from sparseforge_core.runtime.kernels.nvrtc import FOLDER, compile_ahead
 from sparseforge_core.runtime.kernels.operator import PRODUCT
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import PAIRS, random_packed
 from sparseforge_core.runtime.kernels.table import Choice
+from sparseforge_core.runtime.kernels.tuning import counts, trial_bytes
 from sparseforge_core.runtime.linear import PackedWeight, SparseLinear
 from sparseforge_core.runtime.packed import Layout, Packed, check_indices, layout_of, pack, unpack
 from sparseforge_core.sparsity.patterns import nm, top_mask
@@ -331,6 +333,16 @@ def test_measurements_of_bfloat16_speak_for_float16_until_there_are_some(monkeyp
     assert choices.choose(12288, 4096, 1, torch.float16, 0) == own
     assert choices.choose(12288, 4096, 1, torch.bfloat16, 0) == one
     choices.choose.cache_clear()
+
+
+def test_the_memory_of_measuring_is_known_before() -> None:
+    """Gate and up of LLaMA-2-7B at 8,192 rows: two weights in all forms, x and outputs; small weights are many."""
+    dense = 22016 * 4096 * 2
+    assert counts(22016, 4096) == (3, 2)
+    found = trial_bytes(22016, 4096, torch.bfloat16, 8192, copies=True)
+    assert found == 2 * dense * 2.125 + 2 * dense * 0.5625 + dense + 8192 * (4096 + 3 * 22016) * 2
+    assert counts(16, 64) == (256, 256)
+    assert counts(4096, 4096)[0] * 4096 * 4096 * 9 / 8 >= COLD
 
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
