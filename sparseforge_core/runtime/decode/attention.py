@@ -74,6 +74,7 @@ def attend(
     kv = pair % KV
     lane = tl.arange(0, ROWS)
     whole = tl.arange(0, HEAD)
+    half = tl.arange(0, HALF)
     partner = (whole + HALF) % HEAD
     cos = tl.load(cos_table + place * HALF + whole % HALF)
     sin = tl.load(sin_table + place * HALF + whole % HALF)
@@ -84,6 +85,8 @@ def attend(
     q = _turned(q, q_partner, whole, partner, q_norm, cos, sin, eps, HEAD, NORMED)
     if DOTS:
         q = q.to(keys.dtype.element_ty)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(q, (ROWS, 2, HALF)), (0, 2, 1)))
     held = pair.to(tl.int64) * capacity * HEAD
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -105,13 +108,16 @@ def attend(
     for start in range(0, STRETCH, BLOCK):
         token = begin + start + tl.arange(0, BLOCK)
         seen = (token < place)[:, None]
-        place_of = held + token[:, None] * HEAD + whole[None, :]
-        old_keys = tl.load(keys + place_of, mask=seen, other=0.0)
-        old_values = tl.load(values + place_of, mask=seen, other=0.0)
+        place_of = held + token[:, None] * HEAD
+        old_values = tl.load(values + place_of + whole[None, :], mask=seen, other=0.0)
         if DOTS:
+            old_keys = tl.load(keys + place_of + whole[None, :], mask=seen, other=0.0)
             score = tl.dot(q, tl.trans(old_keys), input_precision="ieee") * scale
-        else:
-            score = tl.sum(q[:, None, :] * old_keys.to(tl.float32)[None, :, :], 2) * scale
+        else:  # half by half: a sum over half as many threads
+            first_half = tl.load(keys + place_of + half[None, :], mask=seen, other=0.0).to(tl.float32)
+            second_half = tl.load(keys + place_of + HALF + half[None, :], mask=seen, other=0.0).to(tl.float32)
+            terms = low[:, None, :] * first_half[None, :, :] + high[:, None, :] * second_half[None, :, :]
+            score = tl.sum(terms, 2) * scale
         score = tl.where((token < place)[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
