@@ -40,6 +40,7 @@ ALIGNED = 64
 ROW = 16
 """Entries of which a stored row must hold a multiple."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One site as the kernels see it; tensors in the stored layout."""

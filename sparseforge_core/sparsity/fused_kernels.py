@@ -119,7 +119,8 @@ def update(
             else:
                 total += yi
             if GATHER:
-                sum_h += hi
+                if CRITERION == OBD:
+                    sum_h += hi
                 sum_x += tl.where(there, x, 0.0)
                 sum_squares += tl.where(there, yi * yi, 0.0)
             if PACKED:
