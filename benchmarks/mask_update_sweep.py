@@ -11,6 +11,7 @@ kernel takes that moves the same bytes in the same tiles and computes nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -56,7 +57,7 @@ def ways(track: SparseForgeTrack) -> dict[str, Callable[[int], Tensor]]:
     entries = [track._entry(site) for site in track.sites]
     known = torch.zeros(len(entries), 3, dtype=torch.float64, device=track.sites[0].weight.device)
     lean = track._way(5000)
-    every = {name: type(lean)(**{**vars(lean), "rows": rows}) for name, rows in (("rows_16", 16), ("rows_1", 1))}
+    every = {f"rows_{rows}": dataclasses.replace(lean, rows=rows) for rows in (16, 1)}
     fused.update_masks(entries, every["rows_1"], gathered=known)
     return {
         "rows_16": lambda step: fused.update_masks(entries, every["rows_16"]),

@@ -176,8 +176,9 @@ def touched(site: Site, track: SparseForgeTrack) -> int:
 def agreement(track: SparseForgeTrack) -> float:
     """Share of the hard mask's entries that the fused update and `gate.py` decide alike, from one state."""
     site, step = track.sites[0], 6000
-    before = [tensor.clone() for tensor in site.mask.stored()]
+    before, known = [tensor.clone() for tensor in site.mask.stored()], track.known
     track._update_masks(step)
+    track.known = known
     fused_hard, fused_mask = site.mask.hard.clone(), site.mask.mask.clone()
     for tensor, value in zip(site.mask.stored(), before, strict=True):
         tensor.copy_(value)

@@ -139,7 +139,7 @@ def _joined(x, BLOCK: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def groups(row_of, tile, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Of a site's tile: its first entry, the distance of a group's entries, and which of its groups exist, `[BLOCK]`."""
+    """Of a site's tile: its first entry, the distance of a group's entries, and which groups exist, `[BLOCK]`."""
     if TRANSPOSED:
         # Groups run down the stored rows: the j-th entries of neighbouring groups lie side by side.
         columns = tl.multiple_of(tl.load(row_of + 7), 16)

@@ -129,6 +129,7 @@ def every_method() -> list[Any]:
         SparseForge(criterion=SparseGPTScore(), calibration_samples=4),
         SparseForge(threshold="nth", log_scores=False),
         SparseForge(mask_storage="int16", statistics_rows=4, curvature=Fisher(storage="bfloat16")),
+        SparseForge(mask_storage="int16", statistics_of="last-update"),
         LITERAL,
         PUBLISHED,
         COMPENSATED,

@@ -168,7 +168,7 @@ def properties() -> None:
 
     @settings(max_examples=8, deadline=None, derandomize=True, database=None)
     @given(
-        st.integers(0, 10_000), st.floats(0.05, 2.0, width=32), share, share, share, st.booleans(), share,
+        st.integers(0, 10_000), st.floats(0.0625, 2.0, width=32), share, share, share, st.booleans(), share,
         st.sampled_from([0.0, 0.4]), st.booleans(),
     )  # fmt: skip
     def hold(
@@ -234,7 +234,8 @@ def losses() -> None:
 
 
 CASES = {
-    "every-way": every_way, "by-the-last": by_the_last, "properties": properties, "not-finite": not_finite, "averages": averages, "losses": losses,
+    "every-way": every_way, "by-the-last": by_the_last, "properties": properties, "not-finite": not_finite,
+    "averages": averages, "losses": losses,
 }  # fmt: skip
 
 if __name__ == "__main__":
