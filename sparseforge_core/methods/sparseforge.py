@@ -22,7 +22,7 @@ from sparseforge_core.methods.shards import all_whole, each_part, each_whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.blocks import stream_blocks
-from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
+from sparseforge_core.observe.curvature import AdamSecondMoment, Batch, Curvature, Estimate, Fisher
 from sparseforge_core.observe.grams import Grams
 from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
@@ -155,6 +155,10 @@ class SparseForge(Method):
     def form(self) -> GateForm:
         """How eqs. (3) and (4) are read."""
         return GateForm(threshold=self.threshold, scope=self.gate_scope, order=self.order, push_target=self.push_target)
+
+    @property
+    def reads_moments(self) -> bool:
+        return self.criterion.needs == "curvature" and isinstance(self.curvature, AdamSecondMoment)
 
     def unshardable(self) -> str | None:
         if self.compensation is not None:
