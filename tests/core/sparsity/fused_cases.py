@@ -159,6 +159,15 @@ def every_way() -> None:
         compare([site], PLAIN)
 
 
+def whole_tiles() -> None:
+    """Sites of which every program has all its groups: nothing is asked before it is read."""
+    for transposed, packed in itertools.product((False, True), repeat=2):
+        common: dict[str, Any] = {"transposed": transposed, "packed": packed, "criterion": HessianOBD()}
+        entries = [entry(shape, 2, 4, **common, seed=i) for i, shape in enumerate([(32, 64), (64, 64)])]
+        assert fused._plan_of(entries, 1).even
+        compare(entries, PLAIN)
+
+
 def properties() -> None:
     """Any point of the annealing, any state."""
     from hypothesis import given, settings
@@ -234,8 +243,8 @@ def losses() -> None:
 
 
 CASES = {
-    "every-way": every_way, "by-the-last": by_the_last, "properties": properties, "not-finite": not_finite,
-    "averages": averages, "losses": losses,
+    "every-way": every_way, "by-the-last": by_the_last, "whole-tiles": whole_tiles, "properties": properties,
+    "not-finite": not_finite, "averages": averages, "losses": losses,
 }  # fmt: skip
 
 if __name__ == "__main__":
