@@ -460,8 +460,8 @@ class SparseForgeTrack(MaskedTrack):
         self._settle()
         state = {**super().state(), "step": torch.tensor(self.step)}
         state.update({f"norms/{name}": value for name, value in self.norms.items()})
-        if self.known is not None:
-            state["known"] = self.known
+        if self.method.statistics_of == "last-update":  # there from the first step on, so that every reader asks for it
+            state["known"] = self._unknown().fill_(math.nan) if self.known is None else self.known
         if self.curvature is not None:
             state.update({f"curvature/{name}": value for name, value in self.curvature.state().items()})
         return state
@@ -469,7 +469,9 @@ class SparseForgeTrack(MaskedTrack):
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.step = int(state["step"])
-        self.known = state["known"].to(self.sites[0].weight.device) if "known" in state else None
+        if self.method.statistics_of == "last-update":
+            known = state["known"].to(self.sites[0].weight.device)
+            self.known = None if bool(known.isnan().all()) else known
         for name in self.norms:
             self.norms[name].copy_(state[f"norms/{name}"])
         if self.curvature is not None:
