@@ -123,6 +123,9 @@ def _add_running(commands: Any) -> None:
     plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="with --memory: of each GPU")
     plan.add_argument("--micro-batch", type=int, default=1, help="with --memory: sequences per forward and GPU")
     plan.add_argument("--length", type=int, default=4096, help="with --memory: tokens per sequence")
+    plan.add_argument(
+        "--eight-bit-moments", action="store_true", help="with --memory: TrainPlan.moments='8-bit', so never sharded"
+    )
     plan.add_argument("--no-teacher", action="store_true", help="with --memory: without distillation")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(

@@ -169,16 +169,17 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
 
 def _plan_memory(options: argparse.Namespace) -> int:
     from flows.memory import plan, table
-    from sparseforge_core.memory import Spread
+    from sparseforge_core.memory import ADAM_BYTES, EIGHT_BIT_BYTES, Spread
 
     spreads = [
         Spread(
             gpus=gpus,
-            sharded=gpus > 1,
+            sharded=gpus > 1 and not options.eight_bit_moments,
             micro_batch=options.micro_batch,
             length=options.length,
             recompute=recompute,
             teacher=not options.no_teacher,
+            moment_bytes=EIGHT_BIT_BYTES if options.eight_bit_moments else ADAM_BYTES,
         )
         for gpus in options.gpus
         for recompute in (False, True)

@@ -234,6 +234,11 @@ class Method(ABC):
     """Whether a side branch (the recipe's `slorb`) can be trained beside it."""
     card: ClassVar[MethodCard]
 
+    @property
+    def reads_moments(self) -> bool:
+        """Whether it looks at the optimizer's second moments, and so needs them as they are."""
+        return False
+
     def unshardable(self) -> str | None:
         """Why its state cannot be sharded with the weights, or None where it can. A method that says nothing cannot."""
         return "it reads weights or masks as a whole where only shards are"

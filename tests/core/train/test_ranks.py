@@ -38,8 +38,8 @@ from tests.core.train.team import (
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
-WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2)))
-"""Its curvature is each replica's own, or in shards: what a checkpoint must keep apart."""
+WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2), statistics_of="last-update"))
+"""Its curvature is each replica's own, or in shards: what a checkpoint must keep apart; its statistics are of all."""
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "replicas": (cell(), {"sharding": "replicate", "micro_batch": 1}),
