@@ -155,6 +155,9 @@ class SparseForge(Method):
         """How eqs. (3) and (4) are read."""
         return GateForm(threshold=self.threshold, scope=self.gate_scope, order=self.order, push_target=self.push_target)
 
+    def begins_from(self) -> Method | None:
+        return self.start_from
+
     def unshardable(self) -> str | None:
         if self.start_from is not None:
             return "start_from prunes whole blocks before anything is sharded"
