@@ -58,17 +58,22 @@ class KeptSolutions:
         """
         identity = {"format": FORMAT, "method": specs.encode(method), **self.about(), "code": code_hash()}
         folder = self.folder / content_key(identity)
-        with files.only_one(folder):
-            found = _read(folder, identity)
-            if found is None:
-                began = time.perf_counter()
-                solved = make()
-                seconds = time.perf_counter() - began
-                _write(folder, solved, {"identity": identity, "seconds": seconds})
-            else:
-                solved, seconds = found
-                log.info("%s: taken from %s, where it took %.1f s", method.kind, folder, seconds)
-        self.used.append({"key": folder.name, "method": method.kind, "reused": found is not None, "seconds": seconds})
+        while True:
+            seen = _stamp(folder)
+            found = _read(folder, identity)  # without the lock: many may read at once
+            if found is not None:
+                log.info("%s: taken from %s, where it took %.1f s", method.kind, folder, found[1])
+                return self._said(folder, method, *found, reused=True)
+            with files.only_one(folder):
+                if _stamp(folder) == seen:  # nobody made it while this process waited
+                    began = time.perf_counter()
+                    solved = make()
+                    seconds = time.perf_counter() - began
+                    _write(folder, solved, {"identity": identity, "seconds": seconds})
+                    return self._said(folder, method, solved, seconds, reused=False)
+
+    def _said(self, folder: Path, method: Method, solved: Solved, seconds: float, *, reused: bool) -> Solved:
+        self.used.append({"key": folder.name, "method": method.kind, "reused": reused, "seconds": seconds})
         return solved
 
 
@@ -122,6 +127,15 @@ def _write(folder: Path, solved: Solved, about: dict[str, Any]) -> None:
         save_file(tensors, temporary / TENSORS)
         body["files"] = {TENSORS: files.sha256(temporary / TENSORS)}
         files.write_json(temporary / MANIFEST, files.seal(body))
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Which folder it is; None where there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _read(folder: Path, identity: dict[str, Any]) -> tuple[Solved, float] | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparseforge_core import solutions
+from sparseforge_core import files, solutions
 from sparseforge_core.methods import (
     ALPS,
     BESA,
@@ -48,6 +51,8 @@ PRIORS = (
     BESA(samples=4, length=16, candidates=10),
     OWL(pruner=PRIOR, samples=4, length=16),
 )
+
+SOLVED = Solved(masks={"w": torch.tensor([True, False])}, weights={}, patterns={"w": nm(1, 2)}, findings={"a": 0.1})
 
 
 def recipe_of(method: Method, **changes: Any) -> Recipe:
@@ -203,12 +208,11 @@ def test_a_damaged_solution_is_reported_and_made_anew(
 
 def test_of_two_at_once_one_works_and_the_other_waits(tmp_path: Path) -> None:
     calls: list[float] = []
-    solved = Solved(masks={"w": torch.tensor([True, False])}, weights={}, patterns={"w": nm(1, 2)}, findings={"a": 0.1})
 
     def make() -> Solved:
         calls.append(time.monotonic())
         time.sleep(0.5)
-        return solved
+        return SOLVED
 
     doors = [KeptSolutions(tmp_path, lambda: {"model": "tiny"}) for _ in range(3)]
     found: list[Solved] = []
@@ -219,8 +223,30 @@ def test_of_two_at_once_one_works_and_the_other_waits(tmp_path: Path) -> None:
         thread.join()
     assert len(calls) == 1
     assert sorted(door.used[0]["reused"] for door in doors) == [False, True, True]
-    assert all(torch.equal(each.masks["w"], solved.masks["w"]) for each in found)
-    assert all((each.patterns, each.findings) == (solved.patterns, solved.findings) for each in found)
+    assert all(torch.equal(each.masks["w"], SOLVED.masks["w"]) for each in found)
+    assert all((each.patterns, each.findings) == (SOLVED.patterns, SOLVED.findings) for each in found)
+
+
+def _dies_in_the_middle(home: Path) -> None:
+    """Make a solution, and be killed between the tensors and the manifest."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    files.write_json = die
+    KeptSolutions(home, lambda: {"model": "tiny"})(PRIOR, lambda: SOLVED)
+
+
+def test_a_maker_that_is_killed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_dies_in_the_middle, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "solutions").rglob("solution.safetensors")), "it was not killed in the middle"
+    door = KeptSolutions(tmp_path, lambda: {"model": "tiny"})
+    assert torch.equal(door(PRIOR, lambda: SOLVED).masks["w"], SOLVED.masks["w"])
+    assert door.used[0]["reused"] is False
+    assert len(list((tmp_path / "solutions").rglob("solution.safetensors"))) == 1
 
 
 def test_a_maker_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
