@@ -147,6 +147,8 @@ def _train_to_the_end(
         journal: Tracker = NullTracker()
         if rank() == 0:
             journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
+        for used in prepared.solutions.used:
+            journal.event("solution", used)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
             outcome = train(run, on_step=seen, should_stop=should_stop)
@@ -168,6 +170,8 @@ def _train_to_the_end(
     rows = train_rows(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
+    if prepared.solutions.used:
+        context["solutions"] = prepared.solutions.used
     return write_stage(directory, cell, "train", None, rows, context)
 
 

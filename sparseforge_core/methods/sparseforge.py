@@ -166,6 +166,9 @@ class SparseForge(Method):
     def reads_moments(self) -> bool:
         return self.criterion.needs == "curvature" and isinstance(self.curvature, AdamSecondMoment)
 
+    def begins_from(self) -> Method | None:
+        return self.start_from
+
     def unshardable(self) -> str | None:
         if self.start_from is not None:
             return "start_from prunes whole blocks before anything is sharded"
