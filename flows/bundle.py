@@ -16,6 +16,7 @@ from typing import Any
 
 from flows.grids import GRIDS, grid_named
 from flows.grids.planned import Plan, expand
+from flows.home import Home
 from flows.provenance import ROOT, provenance
 from flows.stages import TRAIN
 from sparseforge_core import bundles, files, specs
@@ -30,6 +31,7 @@ from sparseforge_core.store.rows import PlannedCell
 SLURM = ROOT / "infra" / "slurm"
 """The template of the job array."""
 
+MILLION = 1_000_000
 LEAST = 4
 """Characters of a cell's key that must be given."""
 
@@ -68,10 +70,63 @@ class Chosen:
         return found
 
 
-def choose(names: Sequence[str], *, grid: str | None = None, pool: str | None = None) -> Chosen:
+@dataclass(frozen=True, kw_only=True)
+class Only:
+    """Which cells of a grid are wanted; what is empty takes all. What they need comes along in any case."""
+
+    pool: str | None = None
+    variants: tuple[str, ...] = ()
+    """As a listing shows them, in capitals or not."""
+    seeds: tuple[int, ...] = ()
+    millions: tuple[int, ...] = ()
+    """Retraining tokens, in whole millions: 12 for 12,009,472."""
+    without: frozenset[str] = frozenset()
+    """Keys of cells to leave out."""
+
+    def of(self, plan: Plan, grid: str) -> list[str]:
+        """Keys of the cells of a plan. Raises RecipeError for a wish that no cell fulfils."""
+        folded = {name.casefold() for name in self.variants}
+        asked: tuple[tuple[str, Iterable[Any], set[Any]], ...] = (
+            ("variant", self.variants, {cell.variant for cell in plan.cells}),
+            ("seed", self.seeds, {cell.seed for cell in plan.cells}),
+            ("millions of tokens", self.millions, {cell.tokens // MILLION for cell in plan.cells}),
+        )
+        for what, wanted, known in asked:
+            texts = {str(one).casefold() for one in known}
+            for one in wanted:
+                if str(one).casefold() not in texts:
+                    raise RecipeError(f"grid {grid}: " + unknown(what, str(one), map(str, known)))
+        return [
+            cell.key
+            for cell in plan.cells
+            if self.pool in (None, cell.pool)
+            and (not folded or cell.variant.casefold() in folded)
+            and (not self.seeds or cell.seed in self.seeds)
+            and (not self.millions or cell.tokens // MILLION in self.millions)
+            and cell.key not in self.without
+        ]
+
+
+ALL = Only()
+
+
+def trained(home: Home) -> frozenset[str]:
+    """The cells whose training the store has recorded. Raises StoreError if there is no store."""
+    from sparseforge_core.store.results import Results
+
+    results = Results(home.store_url)
+    try:
+        statuses = results.stage_statuses()
+    finally:
+        results.close()
+    return frozenset(cell for (cell, stage), status in statuses.items() if (stage, status) == (TRAIN, "done"))
+
+
+def choose(names: Sequence[str], *, grid: str | None = None, only: Only = ALL) -> Chosen:
     """The cells that are named: by a grid, or by the beginning of a key in `grid` (default: the first that has it).
 
-    Raises RecipeError for a name that is neither, or that begins several keys.
+    `only` chooses among the cells of grids that are named as a whole. Raises RecipeError for a name that is neither,
+    that begins several keys, or of which nothing is left.
     """
     chosen, plans = Chosen(), dict[str, Plan]()
 
@@ -82,7 +137,9 @@ def choose(names: Sequence[str], *, grid: str | None = None, pool: str | None = 
 
     for name in names:
         if name in GRIDS:
-            keys = [c.key for c in plan_of(name).cells if pool is None or c.pool == pool]
+            keys = only.of(plan_of(name), name)
+            if not keys:
+                raise RecipeError(f"grid {name} has no cell with all that was asked for: {only}")
             chosen.add(plan_of(name), name, keys)
             continue
         for candidate in (grid,) if grid else GRIDS:
