@@ -150,6 +150,7 @@ BROAD_EXCEPT: dict[str, str] = {
 COMMAND_LINES = {
     "analysis/make_tables.py",
     "analysis/measurements.py",
+    "analysis/study.py",
     "flows/cli.py",
     "flows/doctor.py",
     "flows/listing.py",

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis.make_tables import make_tables
+from analysis.study_report import report
 from flows import grids
 from flows.bundle import choose, write_bundle
 from flows.cli import main as cli
@@ -34,6 +36,7 @@ from sparseforge_core.opening import open_finished
 from sparseforge_core.packing import pack
 from sparseforge_core.run import run_bundle
 from sparseforge_core.schedules import WarmupLinear
+from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import read_journal
 
@@ -146,6 +149,13 @@ def test_an_archive_brings_home_all_but_weights(troubled: Path, tmp_path: Path) 
         assert (again.recorded, again.known) == (0, 9)
     assert not folder.exists()
     assert store.fsck() == []
+    store_results = Results(home.store_url)
+    made = make_tables(store_results, "tiny-smoke", tmp_path / "out", only=["table-2"])
+    assert [name for name, *_ in made.missing["table-2"]] == ["dense"], "all but the suite that failed is in"
+    page = report(store_results, "tiny-smoke", store="store.db")
+    assert "4 of 5 cells are finished, 9 of 10 stages" in page
+    assert re.search(r"\| SparseForge \|.*\| \d+\.\d\d \| cpu \|", page), "what it cost"
+    store_results.close()
     states = {(state.variant, state.stage.partition("-")[0]): state for state in store.work("tiny-smoke")}
     assert {state.status for place, state in states.items() if place != ("Dense", "too")} == {"done"}
     key = states["SparseForge", TRAIN].cell_key
