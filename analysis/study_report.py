@@ -34,8 +34,9 @@ of perplexity is relative, with a 95 % bootstrap interval over items and seeds i
 """,
     "significance": """### Against {reference}: what is significant
 
-Paired tests of each row on the same windows and questions, over seeds where there are several, with Holm's correction in
-each column, at 5 %. Differences of perplexity are of its logarithm (0.01 is about 1 %); *better* and *worse* are the row's.
+Paired tests of each row on the same windows and questions, over seeds where there are several, with Holm's correction
+in each column, at 5 %. Differences of perplexity are of its logarithm (0.01 is about 1 %); *better* and *worse* are the
+row's.
 """,
     "budgets": """## Perplexity against retraining tokens
 

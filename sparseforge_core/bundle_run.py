@@ -21,7 +21,7 @@ import torch
 from sparseforge_core import files, measured
 from sparseforge_core.bundles import Entry
 from sparseforge_core.checkpoint import drop_weights, dropped
-from sparseforge_core.errors import CellsFailed, FolderHeld, Interrupted, SparseForgeError, described
+from sparseforge_core.errors import BundleError, CellsFailed, FolderHeld, Interrupted, SparseForgeError, described
 from sparseforge_core.evaluate.suites import Suite, suite_key
 from sparseforge_core.identity import cell_key, required_cells
 from sparseforge_core.opening import divergence
@@ -97,13 +97,14 @@ class Walk:
                 raise Interrupted("stopped between two cells; run the same command again to go on from here")
             if self._settled(key, entry):
                 return True
-            if self._waits(entry) or self._is_late(key, entry):
+            if self._is_late(key, entry) or self._waits(key, entry):
                 continue
             try:
                 with files.held(self.cells.parent / CLAIMS / key, seconds=0):
                     if not self._settled(key, entry):  # somebody may have finished it in the meantime
                         self._run(key, entry)
-                        self._settled(key, entry)
+                        if not self._settled(key, entry):
+                            raise BundleError(f"cell {key} ended and left no results in {self.cells / key}")
             except FolderHeld:
                 continue
             return True
@@ -136,10 +137,13 @@ class Walk:
             (folder / suite_key(suite) / measured.FILE).is_file() for suite in entry.suites
         )
 
-    def _waits(self, entry: Entry) -> bool:
-        """Whether a cell that this one reads is still to be made by somebody here."""
-        needed = {cell_key(cell) for cell in required_cells(entry.cell)} & set(self.left)
-        return any(not is_trained(self.cells / key / TRAIN) for key in needed)
+    def _waits(self, key: str, entry: Entry) -> bool:
+        """Whether a cell that this one reads is still to be made; it is late where that one is."""
+        read = {cell_key(cell) for cell in required_cells(entry.cell)} & set(self.left)
+        needed = {one for one in read if not is_trained(self.cells / one / TRAIN)}
+        if late := [self.late[one] for one in needed if one in self.late]:
+            self.late[key] = max(late)
+        return bool(needed)
 
     def _is_late(self, key: str, entry: Entry) -> bool:
         """Whether a cell, by what the last one took, would not end in time."""

@@ -40,7 +40,7 @@ from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import read_journal
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 TOO_WIDE = PerplexitySuite(name="too-wide", text="heldout", window=128, limit=8)
 """The tiny models accept 64 tokens."""
 
@@ -255,19 +255,22 @@ def test_a_dropped_model_is_believed_only_by_its_manifest(
     assert not (home.root / "cells").exists()
 
 
+def never(*_: object) -> None:
+    raise AssertionError("nothing is to be started")
+
+
 def test_no_cell_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
     write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
     bundle = bundles.read_bundle(tmp_path / "carried")
-    started: list[str] = []
-    work = Work(
-        train=lambda cell: started.append(cell_key(cell)), measure=lambda cell, suite: None, should_stop=lambda: False
-    )
-    Walk(bundle.entries, bundle.entries, tmp_path / "cells", work, seconds=0.0).go()
-    assert started == []
-    walk = Walk(bundle.entries, bundle.entries, tmp_path / "cells", work, seconds=100.0)
-    walk.last = (99.0, bundle.entries[0].cell.recipe.train.tokens // 2)  # twice the tokens: 198 s
+    home = tmp_path / "carried" / "home"
+    assert run_bundle(tmp_path / "carried", home, Execution(), lambda: False, seconds=0.0) == home / "cells"
+    assert not (home / "cells").exists()
+    work = Work(train=never, measure=never, should_stop=lambda: False)
+    first = bundle.entries[0].cell
+    walk = Walk(bundle.entries, bundle.entries, home / "cells", work, seconds=100.0)
+    walk.last = (99.0, first.recipe.train.tokens // 2)  # twice the tokens: 198 s
     walk.go()
-    assert not {cell_key(bundle.entries[0].cell)} & set(started)
+    assert set(walk.left) == set(walk.late) == {cell_key(entry.cell) for entry in bundle.entries}
 
 
 @pytest.mark.usefixtures("planned")
