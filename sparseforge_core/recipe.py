@@ -37,6 +37,8 @@ class TrainPlan:
     """Matrices that carry no mask and are no embeddings, or every matrix as in the paper's published code."""
     rule: Literal["adamw", "muon"] = "adamw"
     """Update rule of the masked weights, where the method has none of its own; everything else follows AdamW."""
+    unmasked_rate: float = 1.0
+    """Factor on the learning rate of what carries no mask (embeddings, norms, biases): it was not damaged."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -48,6 +50,8 @@ class TrainPlan:
                 raise RecipeError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.steps < 0:
             raise RecipeError(f"steps={self.steps}: must be 0 or more")
+        if self.unmasked_rate < 0:
+            raise RecipeError(f"unmasked_rate={self.unmasked_rate}: must not be negative; 0 leaves them as they are")
         if self.clip <= 0:
             raise RecipeError(f"clip={self.clip}: must be above 0")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 
-FUSED = ("sparsity/fused", "sparsity/fused_kernels", "objective/fused_kernels")
+FUSED = ("sparsity/fused", "sparsity/fused_kernels", "sparsity/fused_sweep_kernels", "objective/fused_kernels")
 """Files of GPU kernels, which are imported where `fused.refusal` has found that they apply."""
 
 DOORS: dict[str, tuple[str, ...]] = {
