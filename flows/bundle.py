@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flows.bundle_data import copy_corpora, copy_measured
 from flows.grids import GRIDS, grid_named
 from flows.grids.planned import Plan, expand
 from flows.home import Home
@@ -22,7 +24,7 @@ from flows.stages import TRAIN
 from sparseforge_core import bundles, files, specs
 from sparseforge_core.data.corpora import Corpus, HubText, TextFiles
 from sparseforge_core.errors import BundleError, RecipeError, unknown
-from sparseforge_core.evaluate.suites import Suite
+from sparseforge_core.evaluate.suites import WIKITEXT_ENV, Suite
 from sparseforge_core.identity import loads
 from sparseforge_core.models.sources import Hub, Local, Packaged, TokenizerDir
 from sparseforge_core.recipe import Cell
@@ -176,7 +178,8 @@ def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bo
     ordered = sorted(cells, key=lambda key: levels[key])
     corpora = _corpora(whole)
     _copy_code(folder)
-    _copy_data(folder, corpora)
+    copy_corpora(folder, corpora)
+    copy_measured(folder, suites)
     entries = [
         {
             "cell": json.loads(chosen.cells[key].cell_json),
@@ -237,7 +240,8 @@ def _not_carried(whole: Iterable[Cell | Suite]) -> list[str]:
                 case Suite():
                     if tasks := getattr(part, "tasks", ()):
                         found[f"lm-eval with the tasks of suite {part.name} ({', '.join(tasks)})"] = None
-                    if (text := getattr(part, "text", "heldout")) not in ("heldout", "named"):
+                    carried = ("heldout", "named", *(("wikitext2",) if os.environ.get(WIKITEXT_ENV) else ()))
+                    if (text := getattr(part, "text", "heldout")) not in carried:
                         found[f"the text {text} of suite {part.name}"] = None
     return list(found)
 
@@ -247,18 +251,6 @@ def _copy_code(folder: Path) -> None:
     with files.new_folder(folder / bundles.CODE) as temporary:
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / "sparseforge_core", temporary / "sparseforge_core", ignore=ignore)
-
-
-def _copy_data(folder: Path, corpora: Iterable[Corpus]) -> None:
-    """The local files of corpora, each of which must be the one in the recipe. Raises DataError otherwise."""
-    for corpus in corpora:
-        if not isinstance(corpus, TextFiles):
-            continue
-        for path, source in zip(corpus.paths, corpus.checked(), strict=True):
-            if not Path(path).is_absolute() and ".." not in Path(path).parts:
-                target = folder / bundles.DATA / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
 
 
 def _write_slurm(folder: Path, levels: list[int]) -> None:

@@ -28,6 +28,9 @@ TASKS = (
 )
 """lm-eval tasks that our suites may name."""
 
+WIKITEXT_ENV = "SPARSEFORGE_WIKITEXT2"
+"""The environment variable that names a folder with wiki.test.raw."""
+
 
 class Suite:
     """Base of every suite."""
