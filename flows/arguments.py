@@ -145,6 +145,12 @@ def _add_carrying(commands: Any) -> None:
     bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     bundle.add_argument("--grid", help="where the keys are looked up (default: the first grid that has each)")
     bundle.add_argument("--pool", help="of a grid only the cells placed there, and what they need")
+    bundle.add_argument("--variant", nargs="+", metavar="NAME", help="of a grid only these, as `plan` has them")
+    bundle.add_argument("--seed", type=int, nargs="+", help="of a grid only these seeds")
+    bundle.add_argument(
+        "--millions", type=int, nargs="+", metavar="N", help="of a grid only these budgets, whole millions of tokens"
+    )
+    bundle.add_argument("--missing", action="store_true", help="of a grid only cells that the store has no training of")
     bundle.add_argument(
         "--there", action="store_true", help="models, texts and tasks that a bundle cannot carry are on that machine"
     )
@@ -157,7 +163,10 @@ def _add_carrying(commands: Any) -> None:
         epilog="example: sparseforge ingest carried",
     )
     ingest.add_argument(
-        "folder", type=Path, metavar="DIR|FILE.json", help="the bundle's folder, with its home/ in it, or the results"
+        "folder",
+        type=Path,
+        metavar="DIR|ARCHIVE|FILE.json",
+        help="the bundle's folder, with its home/ in it; what `sparseforge_core.run pack` made of it; or the results",
     )
     for command in (bundle, ingest):
         command.add_argument("--quiet", action="store_true", help="say nothing")
