@@ -11,7 +11,7 @@ from pathlib import Path
 
 from analysis.accuracy_tables import MEAN, TASKS
 from analysis.audit import audit_table
-from analysis.drawing import save
+from analysis.drawing import pictures
 from analysis.exhibits import FIGURES, TABLES
 from analysis.figures import short
 from analysis.frames import ExhibitData, ExhibitRow
@@ -87,10 +87,11 @@ def _section(key: str, name: str, content: str) -> str:
 
 
 def _figure(name: str, material: Material) -> str:
-    made = FIGURES[name](material.exhibits, material.curves)
-    if made is None:
+    drawing = FIGURES[name](material.exhibits, material.curves)
+    if drawing is None:
         return ""
-    return f"<figure>{inline_svg(save(made[0], '.svg').decode())}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+    svg = pictures(drawing, (".svg",))[".svg"].decode()
+    return f"<figure>{inline_svg(svg)}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
 
 
 def inline_svg(text: str) -> str:
