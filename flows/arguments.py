@@ -263,10 +263,14 @@ def _add_trusting(commands: Any) -> None:
     audit = commands.add_parser(
         "audit",
         help="what in a table does not add up: means, differences, ranks, numbers stated twice",
-        description="Recompute a grid's tables from their printed numbers, or the paper's with `published`.",
+        description="Recompute a grid's tables from their printed numbers, the paper's with `published`, or anybody's.",
         epilog="example: sparseforge audit published --json",
     )
-    audit.add_argument("what", metavar="published|GRID", help="the paper's numbers, or a grid of this store")
+    audit.add_argument(
+        "what",
+        metavar="published|GRID|FILE.csv",
+        help="the paper's numbers, a grid of this store, or a table typed off a page (head: table,row,column,text)",
+    )
     for command in (verify, audit):
         command.add_argument("--json", action="store_true", help="machine-readable")
     completion = commands.add_parser(

@@ -359,12 +359,16 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
 
 
 def _audit(options: argparse.Namespace, home: Home) -> int:
-    from analysis.audit import audit_numbers, audit_table, report_lines
+    from analysis.audit import audit_numbers, audit_table, numbers_of, report_lines
 
-    if options.what == "published":
+    aside: list[str] = []
+    if options.what.endswith(".csv"):
+        found = audit_numbers(numbers_of(Path(options.what)))
+    elif options.what == "published":
         from flows.grids.published import FIGURE_2, NOT_AT_HAND, PUBLISHED, TWICE
 
-        found, aside = audit_numbers([*PUBLISHED, FIGURE_2], TWICE), [f"not checked: {text}" for text in NOT_AT_HAND]
+        found = audit_numbers([*PUBLISHED, FIGURE_2], TWICE)
+        aside += [f"not checked: {text}" for text in NOT_AT_HAND]
     else:
         from analysis.exhibits import TABLES
         from analysis.make_tables import collect
@@ -373,7 +377,7 @@ def _audit(options: argparse.Namespace, home: Home) -> int:
         results = Results(home.store_url)
         exhibits = collect(results, results.grid(options.what)["name"]).exhibits
         tables = [build(exhibits[name]) for name, build in TABLES.items()]
-        found, aside = [finding for table in tables for finding in audit_table(table)], []
+        found = [finding for table in tables for finding in audit_table(table)]
     if options.json:
         print(json.dumps([finding.as_json() for finding in found], indent=1))
     else:
