@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from sparseforge_core.errors import StoreError
+from sparseforge_core.store import presence
 
 LOCK_SECONDS = 30.0
 """How long a transaction waits for another one before it gives up."""
@@ -40,7 +41,8 @@ def make_engine(url: str, *, writable: bool = True, lock_seconds: float = LOCK_S
     """An engine for a SQLite file or a PostgreSQL database. Raises StoreError for any other URL.
 
     Transactions that write take SQLite's write lock when they begin: the driver's own habit of taking it at the first
-    write loses updates between processes without an error. An engine that is not writable creates and changes nothing.
+    write loses updates between processes without an error. None makes a SQLite file (`migrate.upgrade` does), and one
+    that is not writable changes nothing.
     """
     parsed = _parse(url)
     if parsed.get_backend_name() == "postgresql":
@@ -60,6 +62,8 @@ def make_engine(url: str, *, writable: bool = True, lock_seconds: float = LOCK_S
 
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
+    if writable:
+        presence.watch(engine)
     return engine
 
 
@@ -132,6 +136,8 @@ def _read_only_file(url: sa.URL) -> sa.URL:
     """The URL that opens an existing file for reading only. Raises StoreError if there is none."""
     file = Path(str(url.database))
     if not file.is_file():
+        if presence.is_marked(file):
+            raise presence.away(file)
         raise StoreError(
             f"there is no store at {file}; make one with `make demo` or `sparseforge run demo`, or use --db"
         )

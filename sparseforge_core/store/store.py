@@ -45,13 +45,14 @@ log = logging.getLogger(__name__)
 class ResultStore:
     """Everything that writes. Opening it creates or upgrades the schema; threads may share one, processes may not.
 
-    `url` is a SQLite file or a PostgreSQL database; `lock_seconds` is how long to wait for another writer. Every
-    method raises StoreError when the database is unreachable, locked, read-only, full or not ours.
+    `url` is a SQLite file or a PostgreSQL database; `lock_seconds` is how long to wait for another writer; with
+    `create=False` a SQLite file that is not there is one that is away. Every method raises StoreError when the database
+    is unreachable, away, locked, read-only, full or not ours.
     """
 
-    def __init__(self, url: str, *, lock_seconds: float = LOCK_SECONDS) -> None:
+    def __init__(self, url: str, *, lock_seconds: float = LOCK_SECONDS, create: bool = True) -> None:
         self.engine = make_engine(url, lock_seconds=lock_seconds)
-        upgrade(self.engine, lock_seconds=lock_seconds)
+        upgrade(self.engine, lock_seconds=lock_seconds, create=create)
 
     def close(self) -> None:
         """Close every connection; the store opens new ones if it is used again."""
