@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import urllib.parse
 from collections.abc import Iterator
@@ -97,6 +98,17 @@ def readable_errors(engine: sa.Engine) -> Iterator[None]:
         if hint is None and not isinstance(error, (sa.exc.OperationalError, sa.exc.InternalError)):
             raise
         raise StoreError(f"store {where(engine)}: {reason}; {hint or 'see the log of the database'}") from error
+
+
+def clock(connection: sa.Connection) -> datetime.datetime:
+    """The present moment by the one clock that all who use a store share: the server's, or that of the file's machine.
+
+    A lease is over by the same clock that its heartbeats were told by, however wrong those of the workers' machines go.
+    """
+    if connection.dialect.name == "postgresql":
+        found: datetime.datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return found.astimezone(datetime.UTC)
+    return datetime.datetime.now(datetime.UTC)
 
 
 def where(engine: sa.Engine) -> str:
