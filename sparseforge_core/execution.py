@@ -73,7 +73,7 @@ def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: fl
             micro_batch=min(execution.micro_batch or share, share),
             length=recipe.train.length,
             recompute=execution.recompute,
-            teacher=recipe.objective.distills,
+            teacher=recipe.objective.teacher_bytes,
             masks=recipe.method.sparsifies,
             mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
             curvature_bytes=_curvature_bytes(recipe.method),
