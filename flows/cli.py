@@ -170,16 +170,17 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
 
 def _plan_memory(options: argparse.Namespace) -> int:
     from flows.memory import plan, table
-    from sparseforge_core.memory import Spread
+    from sparseforge_core.memory import ADAM_BYTES, EIGHT_BIT_BYTES, Spread
 
     spreads = [
         Spread(
             gpus=gpus,
-            sharded=gpus > 1,
+            sharded=gpus > 1 and not options.eight_bit_moments,
             micro_batch=options.micro_batch,
             length=options.length,
             recompute=recompute,
             teacher=not options.no_teacher,
+            moment_bytes=EIGHT_BIT_BYTES if options.eight_bit_moments else ADAM_BYTES,
         )
         for gpus in options.gpus
         for recompute in (False, True)
@@ -358,12 +359,16 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
 
 
 def _audit(options: argparse.Namespace, home: Home) -> int:
-    from analysis.audit import audit_numbers, audit_table, report_lines
+    from analysis.audit import audit_numbers, audit_table, numbers_of, report_lines
 
-    if options.what == "published":
+    aside: list[str] = []
+    if options.what.endswith(".csv"):
+        found = audit_numbers(numbers_of(Path(options.what)))
+    elif options.what == "published":
         from flows.grids.published import FIGURE_2, NOT_AT_HAND, PUBLISHED, TWICE
 
-        found, aside = audit_numbers([*PUBLISHED, FIGURE_2], TWICE), [f"not checked: {text}" for text in NOT_AT_HAND]
+        found = audit_numbers([*PUBLISHED, FIGURE_2], TWICE)
+        aside += [f"not checked: {text}" for text in NOT_AT_HAND]
     else:
         from analysis.exhibits import TABLES
         from analysis.make_tables import collect
@@ -372,7 +377,7 @@ def _audit(options: argparse.Namespace, home: Home) -> int:
         results = Results(home.store_url)
         exhibits = collect(results, results.grid(options.what)["name"]).exhibits
         tables = [build(exhibits[name]) for name, build in TABLES.items()]
-        found, aside = [finding for table in tables for finding in audit_table(table)], []
+        found = [finding for table in tables for finding in audit_table(table)]
     if options.json:
         print(json.dumps([finding.as_json() for finding in found], indent=1))
     else:

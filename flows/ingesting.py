@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.cycle import plan_grid, record, recorded
+from flows.cycle import FOLDER_SECONDS, beating, plan_grid, record, recorded
+from flows.failures import patiently
 from flows.home import Home
 from flows.provenance import provenance
 from flows.stages import TRAIN
@@ -215,13 +216,13 @@ def _bring(store: ResultStore, home: Home, stage: Carried) -> int:
         log.warning("%s", error)
         return 0
     target = home.cell(stage.cell) / stage.stage
-    with recorded(store, attempt):
+    with recorded(store, attempt), beating(store, attempt), files.held(target, seconds=FOLDER_SECONDS):
         files.write_text(home.cell(stage.cell) / "cell.json", store.cell_body(stage.cell))
         with files.new_folder(target) as temporary:
             for name in stage.names:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage.folder / name, temporary / name, follow_symlinks=False)
-        record(store, attempt, target / measured.FILE)
+        patiently(lambda: record(store, attempt, target / measured.FILE))
         if (target / FINAL).is_dir():
             verify(target / FINAL, stage.cell)
     return 1

@@ -149,6 +149,8 @@ def _train_to_the_end(
         journal: Tracker = NullTracker()
         if rank() == 0:
             journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
+        for used in prepared.solutions.used:
+            journal.event("solution", used)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
             outcome = train(run, on_step=seen, should_stop=should_stop)
@@ -172,6 +174,8 @@ def _train_to_the_end(
     context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
     if execution.companions is not None:
         context["companions"] = execution.companions
+    if prepared.solutions.used:
+        context["solutions"] = prepared.solutions.used
     return write_stage(directory, cell, "train", None, rows, context)
 
 

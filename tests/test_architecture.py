@@ -72,7 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "runtime": core("sparsity models.folders files checkpoint"),
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
     CORE + "execution": BELOW_TRAIN | core("train memory ranks"),
-    CORE + "preparing": BELOW_TRAIN | core("execution train tracking.tracker ranks"),
+    CORE + "solutions": core("checkpoint data.cache files methods.base sparsity"),
+    CORE + "preparing": BELOW_TRAIN | core("execution solutions train tracking.tracker ranks"),
     CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
     CORE + "run": BELOW_TRAIN
     | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint")
@@ -94,11 +95,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.outlook": core("runtime") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
     "flows.cli": core("store files memory") | {"flows", "analysis"},
-    "analysis": core("store.results store.rows store.outcomes store.curves"),
+    "analysis": core("store.results store.rows store.shown store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 
-FUSED = ("sparsity/fused", "sparsity/fused_kernels", "sparsity/fused_sweep_kernels", "objective/fused_kernels")
+FUSED = (
+    *(f"sparsity/{file}" for file in ("fused", "fused_kernels", "fused_sweep_kernels")),
+    *(f"sparsity/{file}" for file in ("group_kernels", "statistics_kernels")),
+    "objective/fused_kernels",
+)
 """Files of GPU kernels, which are imported where `fused.refusal` has found that they apply."""
 
 DOORS: dict[str, tuple[str, ...]] = {
@@ -107,7 +112,6 @@ DOORS: dict[str, tuple[str, ...]] = {
     "sqlalchemy": ("sparseforge_core/store/",),
     "alembic": ("sparseforge_core/store/",),
     "psycopg": ("sparseforge_core/store/",),
-    "pandas": ("sparseforge_core/store/results.py", "analysis/"),
     "scipy": ("analysis/",),
     "matplotlib": ("analysis/", "sparseforge_core/tracking/"),
     "lm_eval": tuple(f"sparseforge_core/evaluate/{file}.py" for file in ("harness", "packed_lm", "stock_tasks")),
@@ -130,7 +134,7 @@ DOORS: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed")),
-        *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "stage_rows")),
+        *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "solutions", "stage_rows")),
         *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "bundle_run")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
@@ -361,7 +365,8 @@ def test_what_an_import_costs(statement: str, never: set[str]) -> None:
 
 
 TRAINING = core(
-    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution preparing"
+    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution preparing "
+    "solutions"
 )
 """Rooms that decide what a model becomes."""
 

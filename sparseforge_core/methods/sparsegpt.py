@@ -51,6 +51,12 @@ class SparseGPT(Method):
         if not 0.0 < self.damping <= 1.0:
             raise RecipeError(f"damping={self.damping}: must lie in (0, 1]")
 
+    def calibrates(self) -> bool:
+        return True
+
+    def moves_weights(self) -> bool:
+        return True
+
     def start(self, around: Surroundings) -> SparseGPTTrack:
         return SparseGPTTrack(self, around)
 

@@ -40,6 +40,7 @@ ALIGNED = 64
 ROW = 16
 """Entries of which a stored row must hold a multiple."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One site as the kernels see it; tensors in the stored layout."""
@@ -179,7 +180,7 @@ def _update_batch(entries: list[Entry], way: Way, known: Tensor | None, gathered
         PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
         HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
         ABOVE_HALF=way.quench_view == "threshold", PACKED=packed, HALF=anchors[1].dtype == torch.bfloat16,
-        GATHER=gathered is not None, REPEAT=REPEAT, BLOCK=TILE // pattern.cols, num_warps=WARPS,
+        EVEN=plan.even, GATHER=gathered is not None, REPEAT=REPEAT, BLOCK=TILE // pattern.cols, num_warps=WARPS,
     )  # fmt: skip
     shares = torch.empty(len(entries), 3, device=device)
     statistics.site_reports[sites](
@@ -218,6 +219,8 @@ class _Plan:
     most: int
     most_looked: int
     """The most programs of one site."""
+    even: bool
+    """Whether the update's tiles hold all their groups, everywhere."""
 
 
 def _plan_of(entries: list[Entry], every: int) -> _Plan:
@@ -235,7 +238,7 @@ def _plan(
     device: torch.device,
 ) -> _Plan:  # fmt: skip
     rows: list[list[int]] = []
-    programs, looks = [0], [0]
+    programs, looks, even = [0], [0], True
     for place in places:
         shape, size = place[5:], math.prod(place[5:])
         columns, groups, block = shape[-1], size // m, tile // m
@@ -244,13 +247,14 @@ def _plan(
         length, kept = (size, 1) if every == 1 else (columns, math.ceil(size // columns / every))
         sizes = [groups, columns, tiles, size, length, columns * every, looks[-1], length * kept]
         rows.append([*place[:5], programs[-1], *sizes])
+        even = even and tiles % repeat == 0 and (columns if transposed else groups) % block == 0
         programs.append(programs[-1] + math.ceil(tiles / repeat))
         looks.append(looks[-1] + kept * math.ceil(length / tile))
     counts, looked = ([b - a for a, b in itertools.pairwise(ends)] for ends in (programs, looks))
     table = _host(rows, torch.int64, device).to(device, non_blocking=True)
     return _Plan(
         table, _owners(tuple(counts), device), torch.tensor(programs, device=device),
-        _owners(tuple(looked), device), torch.tensor(looks, device=device), max(counts), max(looked),
+        _owners(tuple(looked), device), torch.tensor(looks, device=device), max(counts), max(looked), even,
     )  # fmt: skip
 
 

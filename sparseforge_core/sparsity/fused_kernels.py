@@ -65,13 +65,13 @@ def update(
     KEEP: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, CRITERION: tl.constexpr, LOG: tl.constexpr,
     MIDPOINT: tl.constexpr, BLEND: tl.constexpr, PULL_GATE: tl.constexpr, FIXED: tl.constexpr,
     HYSTERESIS: tl.constexpr, BY_SCORES: tl.constexpr, ABOVE_HALF: tl.constexpr, PACKED: tl.constexpr,
-    HALF: tl.constexpr, GATHER: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, EVEN: tl.constexpr, GATHER: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lines 8-12 of algorithm 1 and the quenched view, for REPEAT tiles of `BLOCK` groups.
 
     Added up are entries of the hard mask that flipped, of m between 0.1 and 0.9, and |m - m_hat|; with GATHER also what
-    the next update may standardise by. A group with a score that is not finite is left as it is, and its program
-    reports NaN flips.
+    the next update may standardise by. With EVEN all groups of all tiles exist. A group with a score that is not finite
+    is left as it is, and its program reports NaN flips.
     """
     program = tl.program_id(0)
     site = tl.load(owner + program).to(tl.int64)
@@ -90,19 +90,19 @@ def update(
     sum_x, sum_y = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     sum_squares = tl.zeros((BLOCK,), tl.float32)
     for turn in range(REPEAT):
-        first, out, there = groups(row_of, tile + turn, BLOCK, M, TRANSPOSED)
-        w = load(weights, first, out, there, BLOCK, M, TRANSPOSED)
+        first, out, there = groups(row_of, tile + turn, BLOCK, M, TRANSPOSED, EVEN)
+        w = load(weights, first, out, there, BLOCK, M, TRANSPOSED, EVEN)
         h = w
         if CRITERION == OBD:
             if HALF:
-                h = load_halves(statistics, first, out, there, BLOCK, M, TRANSPOSED)
+                h = load_halves(statistics, first, out, there, BLOCK, M, TRANSPOSED, EVEN)
             else:
-                h = load(statistics, first, out, there, BLOCK, M, TRANSPOSED)
+                h = load(statistics, first, out, there, BLOCK, M, TRANSPOSED, EVEN)
         if PACKED:
-            stored = load_halves(masks, first, out, there, BLOCK, M, TRANSPOSED)
+            stored = load_halves(masks, first, out, there, BLOCK, M, TRANSPOSED, EVEN)
         else:
-            stored = load(masks, first, out, there, BLOCK, M, TRANSPOSED)
-            kept = load(hards, first, out, there, BLOCK, M, TRANSPOSED)
+            stored = load(masks, first, out, there, BLOCK, M, TRANSPOSED, EVEN)
+            kept = load(hards, first, out, there, BLOCK, M, TRANSPOSED, EVEN)
         y, m, old = (), (), ()
         for i in tl.static_range(M):
             if HALF:
@@ -119,7 +119,8 @@ def update(
             else:
                 total += yi
             if GATHER:
-                sum_h += hi
+                if CRITERION == OBD:
+                    sum_h += hi
                 sum_x += tl.where(there, x, 0.0)
                 sum_squares += tl.where(there, yi * yi, 0.0)
             if PACKED:
@@ -192,11 +193,11 @@ def update(
                 view = view + (softness * new[i] + (1.0 - softness) * shown,)
         flips += tl.where(good, flipped, tl.where(there, float("nan"), 0.0))
         if PACKED:
-            store_halves(masks, first, out, there, codes, BLOCK, M, TRANSPOSED)
+            store_halves(masks, first, out, there, codes, BLOCK, M, TRANSPOSED, EVEN)
         else:
-            store(masks, first, out, there, new, BLOCK, M, TRANSPOSED)
-            store(hards, first, out, there, bits, BLOCK, M, TRANSPOSED)
-            store(views, first, out, there, view, BLOCK, M, TRANSPOSED)
+            store(masks, first, out, there, new, BLOCK, M, TRANSPOSED, EVEN)
+            store(hards, first, out, there, bits, BLOCK, M, TRANSPOSED, EVEN)
+            store(views, first, out, there, view, BLOCK, M, TRANSPOSED, EVEN)
 
     row = partial + program.to(tl.int64) * SUMS
     tl.store(row, tl.sum(flips))

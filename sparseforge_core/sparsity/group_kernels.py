@@ -138,17 +138,21 @@ def _joined(x, BLOCK: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def groups(row_of, tile, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Of a site's tile: its first entry, the distance of a group's entries, and which of its groups exist, `[BLOCK]`."""
+def groups(row_of, tile, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr):
+    """Of a site's tile: its first entry, the distance of a group's entries, and which groups exist, `[BLOCK]`."""
     if TRANSPOSED:
         # Groups run down the stored rows: the j-th entries of neighbouring groups lie side by side.
         columns = tl.multiple_of(tl.load(row_of + 7), 16)
         across = tl.cdiv(columns, BLOCK)
         column = tile % across * BLOCK
-        left = tl.where(tile < tl.load(row_of + 8), columns - column, 0).to(tl.int32)
+        left = BLOCK
+        if not EVEN:
+            left = tl.where(tile < tl.load(row_of + 8), columns - column, 0).to(tl.int32)
         return tile // across * (columns * M) + column, columns, tl.arange(0, BLOCK) < left
     else:
-        left = tl.maximum(tl.minimum(tl.load(row_of + 6) - tile * BLOCK, BLOCK), 0).to(tl.int32)
+        left = BLOCK
+        if not EVEN:
+            left = tl.maximum(tl.minimum(tl.load(row_of + 6) - tile * BLOCK, BLOCK), 0).to(tl.int32)
         return tile * (BLOCK * M), 1, tl.arange(0, BLOCK) < left
 
 
@@ -159,35 +163,56 @@ def _places(BLOCK: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def load(base, first, out, there, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The M entries of each group, as M tensors `[BLOCK]`."""
-    if TRANSPOSED:
-        found = (tl.load(base + first + tl.arange(0, BLOCK), mask=there, other=0),)
-        for j in tl.static_range(1, M):
-            found = found + (tl.load(base + (first + j * out) + tl.arange(0, BLOCK), mask=there, other=0),)
-        return found
+def _read(pointers, there, EVEN: tl.constexpr):
+    """What lies there, 0 where nothing does; with EVEN something does everywhere."""
+    if EVEN:
+        return tl.load(pointers)
     else:
-        return _split(tl.load(base + first + _places(BLOCK, M), mask=there[:, None], other=0), BLOCK, M)
+        return tl.load(pointers, mask=there, other=0)
 
 
 @triton.jit
-def store(base, first, out, there, x, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _write(pointers, values, there, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=there)
+
+
+@triton.jit
+def load(base, first, out, there, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr):
+    """The M entries of each group, as M tensors `[BLOCK]`; with EVEN all groups exist."""
+    if TRANSPOSED:
+        found = (_read(base + first + tl.arange(0, BLOCK), there, EVEN),)
+        for j in tl.static_range(1, M):
+            found = found + (_read(base + (first + j * out) + tl.arange(0, BLOCK), there, EVEN),)
+        return found
+    else:
+        return _split(_read(base + first + _places(BLOCK, M), there[:, None], EVEN), BLOCK, M)
+
+
+@triton.jit
+def store(
+    base, first, out, there, x, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr
+):
     """Write M tensors `[BLOCK]` as the entries of each group."""
     if TRANSPOSED:
         for j in tl.static_range(M):
-            tl.store(base + (first + j * out) + tl.arange(0, BLOCK), x[j], mask=there)
+            _write(base + (first + j * out) + tl.arange(0, BLOCK), x[j], there, EVEN)
     else:
-        tl.store(base + first + _places(BLOCK, M), _joined(x, BLOCK, M), mask=there[:, None])
+        _write(base + first + _places(BLOCK, M), _joined(x, BLOCK, M), there[:, None], EVEN)
 
 
 @triton.jit
-def load_halves(base, first, out, there, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
+def load_halves(
+    base, first, out, there, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr
+):
     """The M entries of each group, of 16 bits, in the upper or the lower half of words; see `bfloat` and `unpacked`."""
     if TRANSPOSED:
-        return load(base.to(tl.pointer_type(tl.int16), bitcast=True), first, out, there, BLOCK, M, TRANSPOSED)
+        return load(base.to(tl.pointer_type(tl.int16), bitcast=True), first, out, there, BLOCK, M, TRANSPOSED, EVEN)
     else:
         words = (base + first).to(tl.pointer_type(tl.int32), bitcast=True)
-        return _split(tl.load(words + _places(BLOCK, M // 2), mask=there[:, None], other=0), BLOCK, M // 2)
+        return _split(_read(words + _places(BLOCK, M // 2), there[:, None], EVEN), BLOCK, M // 2)
 
 
 @triton.jit
@@ -223,17 +248,19 @@ def packed(m, raised, kept):
 
 
 @triton.jit
-def store_halves(base, first, out, there, x, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr):
+def store_halves(
+    base, first, out, there, x, BLOCK: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr
+):
     """Write the low halves of M words `[BLOCK]` as the entries of each group."""
     if TRANSPOSED:
         for j in tl.static_range(M):
-            tl.store(base + (first + j * out) + tl.arange(0, BLOCK), x[j].to(tl.int16), mask=there)
+            _write(base + (first + j * out) + tl.arange(0, BLOCK), x[j].to(tl.int16), there, EVEN)
     else:
         words = (base + first).to(tl.pointer_type(tl.int32), bitcast=True)
         pairs = ()
         for j in tl.static_range(M // 2):
             pairs = pairs + (bytes_of(x[2 * j], x[2 * j + 1], 0x5410),)
-        tl.store(words + _places(BLOCK, M // 2), _joined(pairs, BLOCK, M // 2), mask=there[:, None])
+        _write(words + _places(BLOCK, M // 2), _joined(pairs, BLOCK, M // 2), there[:, None], EVEN)
 
 
 @triton.jit

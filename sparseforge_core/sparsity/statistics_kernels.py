@@ -144,9 +144,7 @@ def site_means(
 
 
 @triton.jit
-def site_spreads(
-    table, bounds, partial, known, standard, LOG: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
-):
+def site_spreads(table, bounds, partial, known, standard, LOG: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """Deviation of the scores of each site, from `sum_logs`."""
     site = tl.program_id(0)
     totals = _totals(partial, tl.load(bounds + site), tl.load(bounds + site + 1), MOST, BLOCK)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskTrack
 from sparseforge_core.models.sites import Site
 from sparseforge_core.recipe import TrainPlan
+from sparseforge_core.train.eight_bit import EightBitAdamW
 from sparseforge_core.train.muon import MuonAdam
 
 
@@ -24,8 +23,9 @@ def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track:
     """
     masked = {id(site.weight) for site in sites}
     spared: set[int] = set()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if plan.decayed == "unmasked":
-        spared = masked | {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        spared = masked | embeddings
     matrices = _matrices(sites, track) if plan.rule == "muon" else []
     elsewhere = {id(weight) for weight in matrices}
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -38,6 +38,9 @@ def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track:
         {"params": parameters, "weight_decay": decay, "rate_scale": rate}
         for (decay, rate), parameters in sorted(found.items())
     ]
+    if plan.moments == "8-bit":
+        _refuse_own_rule(track, "train.moments='8-bit'", "'float32'")
+        return EightBitAdamW(groups, betas=plan.betas, eps=plan.eps, spared=embeddings)
     if not matrices:
         return track.optimizer(groups, betas=plan.betas, eps=plan.eps)
     decay = plan.weight_decay if plan.decayed == "all" else 0.0
@@ -46,14 +49,16 @@ def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track:
 
 def _matrices(sites: list[Site], track: MaskTrack) -> list[nn.Parameter]:
     """The masked weights, for a rule of the plan's choice."""
-    if type(track).optimizer is not MaskTrack.optimizer:
-        raise RecipeError(
-            f"train.rule='muon': {type(track).__name__} brings an update rule of its own; leave the rule at 'adamw'"
-        )
+    _refuse_own_rule(track, "train.rule='muon'", "'adamw'")
     found = [site.weight for site in sites if site.weight.requires_grad]
     if not found:
         raise RecipeError("train.rule='muon': no masked weight trains here; leave the rule at 'adamw'")
     return found
+
+
+def _refuse_own_rule(track: MaskTrack, asked: str, usual: str) -> None:
+    if type(track).optimizer is not MaskTrack.optimizer:
+        raise RecipeError(f"{asked}: {type(track).__name__} brings an update rule of its own; leave it at {usual}")
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

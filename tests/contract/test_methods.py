@@ -132,6 +132,7 @@ def every_method() -> list[Any]:
         BEGUN,
         SparseForge(threshold="nth", log_scores=False),
         SparseForge(mask_storage="int16", statistics_rows=4, curvature=Fisher(storage="bfloat16")),
+        SparseForge(mask_storage="int16", statistics_of="last-update"),
         LITERAL,
         PUBLISHED,
         COMPENSATED,

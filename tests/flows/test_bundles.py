@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import grids
+from flows import grids, ingesting
 from flows.bundle import choose, write_bundle
 from flows.bundle_data import copy_measured
 from flows.cycle import ready
@@ -26,7 +26,7 @@ from flows.ingesting import Ingested, ingest
 from sparseforge_core import bundles, files
 from sparseforge_core.checkpoint import verify
 from sparseforge_core.data.corpora import TextFiles
-from sparseforge_core.errors import BundleError, DataError, RecipeError
+from sparseforge_core.errors import BundleError, DataError, FolderHeld, RecipeError
 from sparseforge_core.evaluate.suites import WIKITEXT2_2048, HarnessSuite, Suite
 from sparseforge_core.execution import Execution
 from sparseforge_core.run import run_bundle
@@ -87,6 +87,20 @@ def test_what_was_made_elsewhere_is_recorded_once_and_its_models_stay(here: Here
     assert ready(states) == []
     key = next(s.cell_key for s in states if s.method == "sparseforge")
     verify(here.home.cell(key) / "train" / "final", key)
+
+
+def test_an_ingest_does_not_write_beside_a_process_that_still_writes(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingesting, "FOLDER_SECONDS", 0.1)
+    key = here.stage().parent.name
+    with (
+        files.held(here.home.cell(key) / "train", seconds=1.0),
+        pytest.raises(FolderHeld, match="is still being written"),
+    ):
+        here.ingest()
+    recorded = here.recorded()
+    assert here.ingest() == Ingested(recorded=7 - recorded, known=recorded, unfinished=0)
 
 
 def test_a_bundle_that_is_half_done_is_ingested_in_two_goes(here: Here, tmp_path: Path) -> None:

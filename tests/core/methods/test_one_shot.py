@@ -1,4 +1,4 @@
-"""Annealing that begins at a one-shot solution: its mask and weights, with the dense weights waiting behind the mask."""
+"""Annealing that begins at a one-shot solution: its mask and weights, the dense weights waiting behind the mask."""
 
 from __future__ import annotations
 
