@@ -36,6 +36,8 @@ class Execution:
     """Whether activations of a block are computed again in backward instead of kept."""
     deterministic: bool = False
     """Whether GPUs use only algorithms that give the same bits each time, where there are any; slower."""
+    companions: int | None = None
+    """Processes that worked on other cells beside this one when it began, if known: the device was theirs too."""
     heartbeat: float = HEARTBEAT
     """Seconds after which a rank that is silent, or behind the others, ends them all."""
 

@@ -92,6 +92,8 @@ class Contender:
     lr: Schedule | None = None
     """None for a method that does not train."""
     rule: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.0
+    decayed: Literal["unmasked", "all"] = "unmasked"
     objective: Objective = TAUGHT
     slorb: SLoRB | None = None
 
@@ -103,9 +105,15 @@ class Contender:
             corpus=BOOKS,
             pattern=nm(2, 4) if self.method.sparsifies else None,
             objective=self.objective if self.lr else TaskOnly(),
-            train=replace(plan(tokens, self.lr), rule=self.rule) if self.lr else TrainPlan(),
+            train=self.plan(tokens),
             slorb=self.slorb,
         )
+
+    def plan(self, tokens: int) -> TrainPlan:
+        """The contender's steps at a budget; none where it has no learning rate."""
+        if self.lr is None:
+            return TrainPlan()
+        return replace(plan(tokens, self.lr), rule=self.rule, weight_decay=self.weight_decay, decayed=self.decayed)
 
 
 def rate(peak: float) -> Schedule:
@@ -124,12 +132,18 @@ FORGE = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION 
 
 
 def _paper(peak: float) -> Contender:
-    """The paper's text, its cosine scaled to another peak."""
+    """The paper's text with its weight decay, its cosine scaled to another peak."""
     preset = presets.PAPER
     assert isinstance(preset.lr, WarmupCosine)
     lr = replace(preset.lr, peak=peak, last=peak / 10)
     return Contender(
-        label="SparseForge (paper)", method=preset.method, lr=lr, objective=preset.objective, slorb=preset.slorb
+        label="SparseForge (paper)",
+        method=preset.method,
+        lr=lr,
+        weight_decay=preset.weight_decay,
+        decayed=preset.decayed,
+        objective=preset.objective,
+        slorb=preset.slorb,
     )
 
 
