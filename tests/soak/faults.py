@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from flows import cycle
+from flows import cycle, failures
 from flows.provenance import process_alive
 from sparseforge_core.errors import StoreError
 from sparseforge_core.store.store import ResultStore
@@ -31,18 +31,16 @@ PATIENCE = 0.5
 
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
-    """Processes forked meanwhile give up soon on a locked store, or on a folder that a stopped process still holds."""
+    """Processes forked meanwhile give up soon on a store that is locked or full, and on a folder that is still held."""
     defaults = ResultStore.__init__.__kwdefaults__
-    before, folder = dict(defaults), getattr(cycle, "FOLDER_SECONDS", None)
-    defaults["lock_seconds"] = PATIENCE
-    if folder is not None:
-        cycle.FOLDER_SECONDS = PATIENCE  # type: ignore[attr-defined]
+    before, folder, waits = dict(defaults), cycle.FOLDER_SECONDS, failures.WAITS
+    defaults["lock_seconds"] = cycle.FOLDER_SECONDS = PATIENCE
+    failures.WAITS = (PATIENCE,)  # type: ignore[assignment]
     try:
         yield
     finally:
         defaults.update(before)
-        if folder is not None:
-            cycle.FOLDER_SECONDS = folder  # type: ignore[attr-defined]
+        cycle.FOLDER_SECONDS, failures.WAITS = folder, waits
 
 
 def begun(scratch: Path) -> World:
@@ -154,11 +152,13 @@ def full_disk(start: World, reference: Reference, scratch: Path, wanted: int, co
             log = scratch / "full.log"
             if resize:
                 resize(_used(scratch / "disk") + room, False)
-                code = end_of(fork(world.drain, log))
+                with impatient():
+                    code = end_of(fork(world.drain, log))
                 resize(None, False)
                 counts.add(counts.faults, "disk full (tmpfs, ENOSPC)")
             else:
-                code = end_of(fork(lambda: _limited(world, 1024 + 40_000 * number // wanted), log))  # noqa: B023
+                with impatient():
+                    code = end_of(fork(lambda: _limited(world, 1024 + 40_000 * number // wanted), log))  # noqa: B023
                 counts.add(counts.faults, "disk full (RLIMIT_FSIZE, EFBIG)")
             if code == CRASHED:
                 counts.tracebacks += 1
