@@ -89,8 +89,7 @@ def only_one(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in list(path.parent.glob(f".{path.name}.*.tmp")):
-            _remove(leftover)
+        remove_leftovers(path)
         yield
 
 
@@ -169,6 +168,12 @@ def remove_folder(path: Path) -> None:
 def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Delete what killed writers left in a folder, and in those below it, that has one writer at a time."""
     for leftover in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
+        _remove(leftover)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed writers left of a file that has one writer at a time."""
+    for leftover in list(path.parent.glob(f".{path.name}.*.tmp")):
         _remove(leftover)
 
 
