@@ -1,10 +1,12 @@
-"""Whether masks and curvature kept in few bytes cost quality: one tiny model, annealed both ways, seed by seed.
+"""Whether masks and curvature kept in few bytes cost quality: one tiny model, annealed in each way, seed by seed.
 
-python benchmarks/lean_storage.py [--seeds 3] [--steps 300] [--pretrain 1000] [--home DIR] [--json]
+python benchmarks/lean_storage.py [--seeds 3] [--steps 300] [--pretrain 1000] [--update-every 1]
+    [--model FOLDER --text FILE] [--home DIR] [--json]
 
-A tiny LLaMA is pretrained on the demo's text and annealed to 2:4 by the method's defaults and by its lean form (m and
-hard mask in 16 bits, average of squared gradients in bfloat16, a layer's statistics from every 16th row). Printed: the
-held-out perplexity of each, and of the finished masks the share on which both agree.
+A tiny LLaMA is pretrained on the demo's text and annealed to 2:4 by the method's defaults, by its lean form (m and
+hard mask in 16 bits, average of squared gradients in bfloat16, a layer's statistics from every 16th row), and by the
+defaults and the lean form with the statistics of the update before, and by the lean form with Adam's moments in 8 bits.
+Printed: the held-out perplexity of each, and of the finished masks the share on which it agrees with the defaults.
 """
 
 from __future__ import annotations
@@ -16,23 +18,34 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors.torch import load_file
 
 from benchmarks.train import DEFAULT, LEAN
-from sparseforge_core.data.corpora import PythonDocs
+from sparseforge_core.data.corpora import Corpus, PythonDocs, TextFiles
 from sparseforge_core.evaluate.suites import HELDOUT
-from sparseforge_core.methods import DenseControl, SparseForge
-from sparseforge_core.models.sources import Tiny, TrainedBPE
+from sparseforge_core.methods import Dense, DenseControl, SparseForge
+from sparseforge_core.models.hub import weights_digest
+from sparseforge_core.models.sources import Local, ModelSource, Tiny, TrainedBPE
 from sparseforge_core.objective import Distill
 from sparseforge_core.opening import cell_folder
 from sparseforge_core.recipe import Cell, Recipe, Trained, TrainPlan
 from sparseforge_core.run import evaluate_cell, train_cell
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
+
+LAST: dict[str, Any] = {"statistics_rows": 1, "statistics_of": "last-update"}
+WAYS: dict[str, tuple[SparseForge, Literal["float32", "8-bit"]]] = {
+    "default": (DEFAULT, "float32"),
+    "lean": (LEAN, "float32"),
+    "default_last": (dataclasses.replace(DEFAULT, **LAST), "float32"),
+    "lean_last": (dataclasses.replace(LEAN, **LAST), "float32"),
+    "lean_8_bit": (LEAN, "8-bit"),
+}
+"""Name -> method, and how Adam's moments are kept."""
 
 CORPUS = PythonDocs()
 TEXT = dataclasses.replace(HELDOUT, window=128, limit=160)
@@ -45,13 +58,14 @@ def pretraining(steps: int) -> Recipe:
     return Recipe(model=source, method=DenseControl(), corpus=CORPUS, train=plan)
 
 
-def annealing(method: SparseForge, dense: Recipe, steps: int) -> Recipe:
+def annealing(name: str, source: ModelSource, corpus: Corpus, steps: int, update_every: int) -> Recipe:
     """One way from there to 2:4."""
-    plan = TrainPlan(steps=steps, sequences=8, length=128, lr=WarmupLinear(peak=2e-3))
+    method, moments = WAYS[name]
+    plan = TrainPlan(steps=steps, sequences=8, length=128, lr=WarmupLinear(peak=2e-3), moments=moments)
     return Recipe(
-        model=Trained(recipe=dense, seed=0),
-        method=dataclasses.replace(method, update_every=1),
-        corpus=CORPUS,
+        model=source,
+        method=dataclasses.replace(method, update_every=update_every),
+        corpus=corpus,
         pattern=nm(2, 4),
         objective=Distill(),
         train=plan,
@@ -79,17 +93,30 @@ def agreement(cells: list[Cell], home: Path) -> float:
 
 
 def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
-    """Both ways at every seed."""
-    dense = pretraining(options.pretrain)
-    base = perplexity(Cell(recipe=dense), home)
-    rows = []
+    """Every way at every seed."""
+    if options.model is None:
+        dense = pretraining(options.pretrain)
+        source: ModelSource = Trained(recipe=dense, seed=0)
+        corpus: Corpus = CORPUS
+        base = perplexity(Cell(recipe=dense), home)
+    else:
+        source = Local(path=str(options.model), sha256=weights_digest(options.model))
+        corpus = CORPUS if options.text is None else TextFiles.of(options.text)
+        base = perplexity(Cell(recipe=Recipe(model=source, method=Dense(), corpus=corpus)), home)
+    rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        cells = [Cell(recipe=annealing(method, dense, options.steps), seed=seed) for method in (DEFAULT, LEAN)]
-        default, lean = (perplexity(cell, home) for cell in cells)
-        rows.append({"seed": seed, "default": default, "lean": lean, "same_mask": agreement(cells, home)})
+        cells = {
+            name: Cell(recipe=annealing(name, source, corpus, options.steps, options.update_every), seed=seed)
+            for name in WAYS
+        }
+        found = {name: perplexity(cell, home) for name, cell in cells.items()}
+        same = {name: agreement([cells["default"], cell], home) for name, cell in cells.items() if name != "default"}
+        rows.append({"seed": seed, "perplexity": found, "same_mask": same})
         print(rows[-1], flush=True)
-    ratios = [row["lean"] / row["default"] for row in rows]
-    return {"dense": base, "rows": rows, "lean_over_default": statistics.mean(ratios), "ratios": ratios}
+    over = {
+        name: statistics.mean(row["perplexity"][name] / row["perplexity"]["default"] for row in rows) for name in WAYS
+    }
+    return {"dense": base, "rows": rows, "over_default": over}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the annealing")
     parser.add_argument("--steps", type=int, default=300, help="annealing steps, of 1,024 tokens")
     parser.add_argument("--pretrain", type=int, default=1000, help="pretraining steps")
+    parser.add_argument("--model", type=Path, help="a pretrained model's folder, instead of a pretraining")
+    parser.add_argument("--text", type=Path, help="with --model: a file of documents, instead of the demo's text")
+    parser.add_argument("--update-every", type=int, default=1, help="steps between mask updates")
     parser.add_argument("--home", type=Path, help="folder for the cells; a temporary one unless given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -106,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    print(f"dense {found['dense']:.3f}; lean over default, mean over seeds: {found['lean_over_default']:.4f}")
+    over = ", ".join(f"{name} {ratio:.4f}" for name, ratio in found["over_default"].items())
+    print(f"dense {found['dense']:.3f}; over the default's perplexity, mean over seeds: {over}")
     return 0
 
 

@@ -43,7 +43,6 @@ from sparseforge_core.objective import Distill, batch_losses
 from sparseforge_core.objective import fused as fused_head
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.presets import preset_named
-from sparseforge_core.sparsity import fused
 from sparseforge_core.sparsity.patterns import nm
 
 PEAK_FLOPS = 989e12
@@ -111,15 +110,14 @@ def checks(options: argparse.Namespace, device: torch.device) -> Iterator[Figure
 def mask_update(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]:
     """The mask update of a 7B-shaped layer over reading and writing its tensors once."""
     bandwidth = copy_bandwidth(device, options.copy)
-    sampled = dataclasses.replace(DEFAULT, statistics_rows=16)
-    usual = fused.TILE
-    for name, method, tile in (
-        ("", LEAN, usual),
-        (".sampled", sampled, usual),
-        (".default", DEFAULT, usual),
-        *(((".tile_512", LEAN, 512), (".tile_2048", LEAN, 2048)) if options.sweep else ()),
+    last: dict[str, Any] = {"statistics_rows": 1, "statistics_of": "last-update"}
+    for name, method in (
+        ("", LEAN),
+        (".last_update", dataclasses.replace(LEAN, **last)),
+        (".all_rows", dataclasses.replace(LEAN, statistics_rows=1)),
+        (".sampled", dataclasses.replace(DEFAULT, statistics_rows=16)),
+        (".default", DEFAULT),
     ):
-        fused.TILE = tile
         track = track_of(options.sites, method, device)
         seconds = [_seconds(lambda track=track, turn=turn: several(track, turn), device) / AT_ONCE for turn in range(7)]
         once = sum(touched(site, track) for site in track.sites) / bandwidth
@@ -129,7 +127,6 @@ def mask_update(options: argparse.Namespace, device: torch.device) -> Iterator[F
         if device.type == "cuda":
             yield Figure(f"mask_update_agrees{name}", agreement(track), "share of hard masks as gate.py has them")
         track.sites.clear()
-        fused.TILE = usual
         release(device)
 
 
@@ -176,8 +173,9 @@ def touched(site: Site, track: SparseForgeTrack) -> int:
 def agreement(track: SparseForgeTrack) -> float:
     """Share of the hard mask's entries that the fused update and `gate.py` decide alike, from one state."""
     site, step = track.sites[0], 6000
-    before = [tensor.clone() for tensor in site.mask.stored()]
+    before, known = [tensor.clone() for tensor in site.mask.stored()], track.known
     track._update_masks(step)
+    track.known = known
     fused_hard, fused_mask = site.mask.hard.clone(), site.mask.mask.clone()
     for tensor, value in zip(site.mask.stored(), before, strict=True):
         tensor.copy_(value)
@@ -303,7 +301,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="some parts only")
     parser.add_argument("--seconds", type=float, default=3600, help="time for all of it; parts that would not fit wait")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--sweep", action="store_true", help="the mask update in tiles of other sizes too")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument(
         "--published-micro-batch", type=int, default=4, help="sequences that its second derivative sees"

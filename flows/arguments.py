@@ -123,6 +123,9 @@ def _add_running(commands: Any) -> None:
     plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="with --memory: of each GPU")
     plan.add_argument("--micro-batch", type=int, default=1, help="with --memory: sequences per forward and GPU")
     plan.add_argument("--length", type=int, default=4096, help="with --memory: tokens per sequence")
+    plan.add_argument(
+        "--eight-bit-moments", action="store_true", help="with --memory: TrainPlan.moments='8-bit', so never sharded"
+    )
     plan.add_argument("--no-teacher", action="store_true", help="with --memory: without distillation")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(
@@ -142,6 +145,12 @@ def _add_carrying(commands: Any) -> None:
     bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     bundle.add_argument("--grid", help="where the keys are looked up (default: the first grid that has each)")
     bundle.add_argument("--pool", help="of a grid only the cells placed there, and what they need")
+    bundle.add_argument("--variant", nargs="+", metavar="NAME", help="of a grid only these, as `plan` has them")
+    bundle.add_argument("--seed", type=int, nargs="+", help="of a grid only these seeds")
+    bundle.add_argument(
+        "--millions", type=int, nargs="+", metavar="N", help="of a grid only these budgets, whole millions of tokens"
+    )
+    bundle.add_argument("--missing", action="store_true", help="of a grid only cells that the store has no training of")
     bundle.add_argument(
         "--there", action="store_true", help="models, texts and tasks that a bundle cannot carry are on that machine"
     )
@@ -154,7 +163,10 @@ def _add_carrying(commands: Any) -> None:
         epilog="example: sparseforge ingest carried",
     )
     ingest.add_argument(
-        "folder", type=Path, metavar="DIR|FILE.json", help="the bundle's folder, with its home/ in it, or the results"
+        "folder",
+        type=Path,
+        metavar="DIR|ARCHIVE|FILE.json",
+        help="the bundle's folder, with its home/ in it; what `sparseforge_core.run pack` made of it; or the results",
     )
     for command in (bundle, ingest):
         command.add_argument("--quiet", action="store_true", help="say nothing")
@@ -319,4 +331,10 @@ def _add_exporting(commands: Any) -> None:
             "--cache",
             default="auto",
             help="static (one CUDA graph a token, LLaMA-like models), ordinary (transformers' own), or auto",
+        )
+        command.add_argument(
+            "--mode",
+            default="decode",
+            help="decode (packed weights alone, the default), or throughput (also what long prompts and large batches "
+            "need; a GPU only)",
         )

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 some cells failed or something is partial; 2 bad input; 13
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -169,16 +170,17 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
 
 def _plan_memory(options: argparse.Namespace) -> int:
     from flows.memory import plan, table
-    from sparseforge_core.memory import Spread
+    from sparseforge_core.memory import ADAM_BYTES, EIGHT_BIT_BYTES, Spread
 
     spreads = [
         Spread(
             gpus=gpus,
-            sharded=gpus > 1,
+            sharded=gpus > 1 and not options.eight_bit_moments,
             micro_batch=options.micro_batch,
             length=options.length,
             recompute=recompute,
             teacher=not options.no_teacher,
+            moment_bytes=EIGHT_BIT_BYTES if options.eight_bit_moments else ADAM_BYTES,
         )
         for gpus in options.gpus
         for recompute in (False, True)
@@ -222,10 +224,17 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
     return OK
 
 
-def _bundle(options: argparse.Namespace, _home: Home) -> int:
-    from flows.bundle import choose, write_bundle
+def _bundle(options: argparse.Namespace, home: Home) -> int:
+    from flows.bundle import Only, choose, trained, write_bundle
 
-    chosen = choose(options.what, grid=options.grid, pool=options.pool)
+    only = Only(
+        pool=options.pool,
+        variants=tuple(options.variant or ()),
+        seeds=tuple(options.seed or ()),
+        millions=tuple(options.millions or ()),
+        without=trained(home) if options.missing else frozenset(),
+    )
+    chosen = choose(options.what, grid=options.grid, only=only)
     count = write_bundle(chosen, options.out, there=options.there, slurm=options.slurm)
     file = options.out / "bundle.json"
     if options.json:
@@ -252,16 +261,21 @@ def _ingest(options: argparse.Namespace, home: Home) -> int:
             print(f"{GRID}: {count} stages recorded; see `sparseforge tables --grid {GRID}`")
         return OK
     from flows.ingesting import ingest
+    from flows.unpacking import unpacked
 
-    found = ingest(store, home, options.folder)
+    with contextlib.nullcontext(options.folder) if options.folder.is_dir() else unpacked(options.folder) as folder:
+        found = ingest(store, home, folder)
     store.close()
     if options.json:
         print(json.dumps({"folder": str(options.folder), **dataclasses.asdict(found)}))
     elif not options.quiet:
+        other = f", {found.other} of another model than the recorded one left out" if found.other else ""
         print(
             f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
-            f"{found.unfinished} not finished yet"
+            f"{found.unfinished} not finished yet{other}"
         )
+        for why in found.failed:
+            print(f"  failed there: {why}")
     return OK
 
 

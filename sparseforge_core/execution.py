@@ -77,6 +77,7 @@ def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: fl
             masks=recipe.method.sparsifies,
             mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
             curvature_bytes=_curvature_bytes(recipe.method),
+            moment_bytes=memory.ADAM_BYTES if recipe.train.moments == "float32" else memory.EIGHT_BIT_BYTES,
         ),
         gpu_bytes,
     )

@@ -18,6 +18,10 @@ MASK_BYTES = 4 + 4 + 1
 """Of a masked weight: m, view, hard mask."""
 CURVATURE_BYTES = 4
 ADAM_BYTES = 8
+EIGHT_BIT_BYTES = 2 + 8 / 256
+"""Of a masked weight whose moments are kept in 8 bits: two codes, and two float32 scales for 256 of them."""
+MOVING_BYTES = 28
+"""Of each entry of the one tensor whose 8-bit moments move: both in float32, their shares, codes and signs."""
 UPDATE_BYTES = 64
 """Of each entry of the one site whose mask is being updated: it is whole then, and its scores in several forms."""
 RESERVE = 0.08
@@ -119,6 +123,8 @@ class Spread:
     mask_bytes: int = MASK_BYTES
     curvature_bytes: int = CURVATURE_BYTES
     """Of a masked weight; 0 where no average of its own is kept."""
+    moment_bytes: float = ADAM_BYTES
+    """Of a weight inside of blocks: EIGHT_BIT_BYTES where `TrainPlan.moments` is "8-bit"."""
 
     @property
     def parts(self) -> int:
@@ -145,7 +151,7 @@ def lines(shape: Shape, spread: Spread) -> list[Line]:
     found = [
         Line("weights", 4 * p / n, f"4 B x {p / 1e6:,.0f}M{cut}"),
         Line("gradients", 4 * p / n, f"4 B x {p / 1e6:,.0f}M{cut}"),
-        Line("Adam moments", ADAM_BYTES * p / n, f"{ADAM_BYTES} B x {p / 1e6:,.0f}M{cut}"),
+        _moments(shape, spread, cut),
     ]
     if spread.masks:
         for what, each in (("masks", spread.mask_bytes), ("curvature", spread.curvature_bytes)):
@@ -169,6 +175,18 @@ def lines(shape: Shape, spread: Spread) -> list[Line]:
     found += _activations(shape, tokens, recompute=spread.recompute)
     found.append(_logits(shape, tokens, teacher=spread.teacher))
     return found
+
+
+def _moments(shape: Shape, spread: Spread, cut: str) -> Line:
+    p, m, n = shape.parameters, shape.masked, spread.parts
+    if spread.moment_bytes == ADAM_BYTES:
+        return Line("Adam moments", ADAM_BYTES * p / n, f"{ADAM_BYTES} B x {p / 1e6:,.0f}M{cut}")
+    count = spread.moment_bytes * m + ADAM_BYTES * shape.outside + MOVING_BYTES * shape.largest_site
+    how = (
+        f"{spread.moment_bytes:.2f} B x {m / 1e6:,.0f}M in blocks, {ADAM_BYTES} B outside, "
+        f"{MOVING_BYTES} B x {shape.largest_site / 1e6:,.0f}M on the move"
+    )
+    return Line("Adam moments", count / n, how + cut)
 
 
 def _activations(shape: Shape, tokens: int, *, recompute: bool) -> list[Line]:
@@ -220,6 +238,8 @@ def _advice(shape: Shape, spread: Spread, usable: float) -> str:
     for gpus in (spread.gpus, 2, 4, 8, 16, 32, 64):
         for recompute in (spread.recompute, True):
             better = replace(spread, gpus=gpus, sharded=gpus > 1, micro_batch=1, recompute=recompute)
+            if better.sharded:  # 8-bit moments are those of whole tensors
+                better = replace(better, moment_bytes=ADAM_BYTES)
             if gpus >= spread.gpus and need(shape, better) <= usable:
                 how = " with recomputed activations" if recompute else ""
                 return f"Use {gpus} GPU(s), sharded, micro-batch 1{how}: {need(shape, better) / GIB:.1f} GiB each"

@@ -37,6 +37,10 @@ class TrainPlan:
     """Matrices that carry no mask and are no embeddings, or every matrix as in the paper's published code."""
     rule: Literal["adamw", "muon"] = "adamw"
     """Update rule of the masked weights, where the method has none of its own; everything else follows AdamW."""
+    unmasked_rate: float = 1.0
+    """Factor on the learning rate of what carries no mask (embeddings, norms, biases): it was not damaged."""
+    moments: Literal["float32", "8-bit"] = "float32"
+    """How AdamW's two moments of large matrices are kept; "8-bit" rounds them in blocks of 256 (arXiv 2110.02861)."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -48,8 +52,12 @@ class TrainPlan:
                 raise RecipeError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.steps < 0:
             raise RecipeError(f"steps={self.steps}: must be 0 or more")
+        if self.unmasked_rate < 0:
+            raise RecipeError(f"unmasked_rate={self.unmasked_rate}: must not be negative; 0 leaves them as they are")
         if self.clip <= 0:
             raise RecipeError(f"clip={self.clip}: must be above 0")
+        if self.moments == "8-bit" and self.rule != "adamw":
+            raise RecipeError(f"moments='8-bit': rule={self.rule!r} keeps no moments of masked weights; use 'adamw'")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise RecipeError(f"betas={self.betas}: each must lie in [0, 1)")
 
@@ -87,6 +95,11 @@ class Recipe:
             raise RecipeError(f"train.steps={self.train.steps}: method {self.method.kind!r} does not train; use 0")
         if self.method.trains and not self.train.steps:
             raise RecipeError(f"train.steps=0: method {self.method.kind!r} trains; give it steps")
+        if self.train.moments == "8-bit" and self.method.reads_moments:
+            raise RecipeError(
+                f"train.moments='8-bit': method {self.method.kind!r} takes its curvature from AdamW's second moment, "
+                "which is rounded then; use moments='float32', or curvature Fisher"
+            )
         if self.slorb is not None and not self.method.sparsifies:
             raise RecipeError(f"slorb: method {self.method.kind!r} prunes nothing that a branch could restore")
         if self.slorb is not None and not self.method.branches:

@@ -14,21 +14,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparseforge_core.distributed import whole as gathered
+from sparseforge_core.distributed import whole as gathered_whole
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
+from sparseforge_core.methods.one_shot import Solution, one_shot_solution
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.methods.shards import all_whole, each_part, each_whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.blocks import stream_blocks
-from sparseforge_core.observe.curvature import Batch, Curvature, Estimate, Fisher
+from sparseforge_core.observe.curvature import AdamSecondMoment, Batch, Curvature, Estimate, Fisher
 from sparseforge_core.observe.grams import Grams
 from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.schedules import Constant, Geometric, Linear, Schedule, SmoothStep
 from sparseforge_core.sparsity.arriving import Arriving
 from sparseforge_core.sparsity.compensation import Compensation, compensate
-from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, Magnitude, not_finite, standardize
+from sparseforge_core.sparsity.criteria import Criterion, HessianOBD, Magnitude, not_finite, observed, standardize
 from sparseforge_core.sparsity.fused import Entry, Way, refusal, update_masks
 from sparseforge_core.sparsity.gate import (
     AnnealPoint,
@@ -93,6 +94,9 @@ class SparseForge(Method):
     """What the hard mask is the top N of: m, ties told apart by the scores, or the scores themselves."""
     rescale_rows: bool = False
     """Whether each output row of the effective weight keeps the norm that it has without a mask."""
+    start_from: Method | None = None
+    """A one-shot method whose solution is where annealing starts: m is its mask, kept weights are as it left them, and
+    pruned ones stay dense behind the mask. None: m = 1 and the dense weights (algorithm 1, line 1)."""
     compensation: Compensation | None = None
     """At the projection: whether survivors take over what the view still let through (optimal brain surgeon)."""
     pruned_decay: Schedule = Constant(value=0.0)
@@ -103,6 +107,8 @@ class SparseForge(Method):
     """How m is kept: 9 bytes an entry with its hard mask and view, or 2 ('int16', steps of 1/32767)."""
     statistics_rows: int = 1
     """A layer's mean curvature, and mean and spread of its scores, are those of every n-th stored row; 1: of all."""
+    statistics_of: Literal["this-update", "last-update"] = "this-update"
+    """Whose scores these are: the update's own, which takes two passes more, or those that the update before saw."""
 
     card: ClassVar[MethodCard] = MethodCard("SparseForge, arXiv 2605.06402", "retraining")
 
@@ -126,8 +132,15 @@ class SparseForge(Method):
                 "mask_storage='int16': its view is x m + (1 - x) TopN(m) and nothing else; with rescale_rows or "
                 "quench_view='threshold' use 'float32'"
             )
+        if self.statistics_of == "last-update" and self.statistics_rows != 1:
+            raise RecipeError(
+                f"statistics_rows={self.statistics_rows}: with statistics_of='last-update' an update gathers its "
+                "statistics from all rows, as it passes them anyway; leave it at 1"
+            )
         if self.compensation is not None and self.rescale_rows:
             raise RecipeError("rescale_rows: with compensation the survivors are fitted already; choose one of the two")
+        if self.start_from is not None and (self.start_from.trains or not self.start_from.sparsifies):
+            raise RecipeError(f"start_from: {type(self.start_from).__name__} is no one-shot method")
         if self.cooling is not None and not 0.0 < self.cooling < 1.0:
             raise RecipeError(f"cooling={self.cooling}: gamma must lie between 0 and 1, both excluded")
         self._check_schedules()
@@ -149,7 +162,16 @@ class SparseForge(Method):
         """How eqs. (3) and (4) are read."""
         return GateForm(threshold=self.threshold, scope=self.gate_scope, order=self.order, push_target=self.push_target)
 
+    @property
+    def reads_moments(self) -> bool:
+        return self.criterion.needs == "curvature" and isinstance(self.curvature, AdamSecondMoment)
+
+    def begins_from(self) -> Method | None:
+        return self.start_from
+
     def unshardable(self) -> str | None:
+        if self.start_from is not None:
+            return "start_from prunes whole blocks before anything is sharded"
         if self.compensation is not None:
             return "compensation carries calibration text through whole blocks at the projection"
         if self.criterion.needs == "curvature" and not self.curvature.shards:
@@ -176,17 +198,33 @@ class SparseForgeTrack(MaskedTrack):
         if method.criterion.needs in ("input_norms", "inverse_gram"):
             observe = input_norms if method.criterion.needs == "input_norms" else inverse_gram_diagonals
             self.norms = observe(around.model, around.sites, around.calibration(method.calibration_samples, 2048))
+        begun = None if method.start_from is None else one_shot_solution(method.start_from, around)
         super().__init__(around, storage=method.mask_storage)
         self.method, self.around = method, around
         self.reported: Arriving | None = None
         self._order: list[Site] = []
+        self.known: Tensor | None = None
+        """What the last update gathered of each site (`criteria.observed`), float64 `[sites, 3]`, in their order."""
         self.seen: dict[str, float] | None = None
         """What is worth logging of the masks since the last update, where the kernels said it."""
+        self.places = {site.name: place for place, site in enumerate(self.sites)}
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
         self.step = 0
         self.curvature: Estimate | None = None
+        if begun is not None:
+            self._begin_from(begun)
         self.placed()
+
+    @torch.no_grad()
+    def _begin_from(self, solution: dict[str, Solution]) -> None:
+        """m and the kept weights become those of a one-shot solution."""
+        for site in self.sites:
+            found = solution[site.name]
+            hard = site.mask.matrix(found.hard)
+            site.weight.copy_(torch.where(found.hard, found.weight, site.weight))
+            site.mask.move(hard.to(site.weight.dtype), hard)
+        self._show(0, self.sites)
 
     def placed(self) -> None:
         if self.method.criterion.needs == "curvature":
@@ -231,31 +269,55 @@ class SparseForgeTrack(MaskedTrack):
         way = self._way(step)
         reports: list[Tensor] = []
         self._order = []
+        gathered = self._unknown() if self.method.statistics_of == "last-update" else None
         # Shards: one site at a time is whole, and what is done to it is what is done to all of them on one rank.
         for sites in [[site] for site in self.sites] if self.sharded else [self.sites]:
             with all_whole(sites):
-                reports += self._update_sites(sites, way, step)
+                reports += self._update_sites(sites, way, step, gathered)
+        self.known = gathered
         self.reported = Arriving(torch.cat(reports))
         if first:
             self._start_branches("first-mask")
 
-    def _update_sites(self, sites: list[Site], way: Way, step: int) -> list[Tensor]:
+    def _unknown(self) -> Tensor:
+        """Room for what is known of each site."""
+        return torch.zeros(len(self.sites), 3, dtype=torch.float64, device=self.sites[0].weight.device)
+
+    def _update_sites(self, sites: list[Site], way: Way, step: int, gathered: Tensor | None) -> list[Tensor]:
         """Lines 8-13 for some sites, by the fused kernels where these can; what is to be read of them later."""
         together = [site for site in sites if self._refusal(site) is None]
         names = {site.name for site in together}
         alone = [site for site in sites if site.name not in names]
-        reports = [update_masks([self._entry(site) for site in together], way)] if together else []
+        reports = [self._update_together(together, way, gathered)] if together else []
         for site in alone:
-            flipped = self._update_site(site, way)
+            flipped = self._update_site(site, way, gathered)
             # What only a look at all masks would say is left to `summary`, which takes one if it must.
             reports.append(torch.stack([flipped, *[torch.full_like(flipped, math.inf)] * 2])[None])
         self._show(step, sites if self.method.mask_storage == "int16" else alone)
         self._order += [*together, *alone]
         return reports
 
+    def _update_together(self, sites: list[Site], way: Way, gathered: Tensor | None) -> Tensor:
+        """Lines 8-13 for sites that the fused kernels cover."""
+        entries = [self._entry(site) for site in sites]
+        if gathered is None:
+            return update_masks(entries, way)
+        everything = len(sites) == len(self.sites)
+        places = [self.places[site.name] for site in sites]
+        known = self.known if self.known is None or everything else self.known[places]
+        found = gathered if everything else gathered[places]
+        report = update_masks(entries, way, known=known, gathered=found)
+        for i, (site, entry) in enumerate(zip(sites, entries, strict=True)):
+            if entry.scores is not None and self.curvature is not None:  # which the kernels were given no curvature of
+                found[i, 0] = gathered_whole(self.curvature.of(site)).mean()
+        if not everything:
+            gathered[places] = found
+        return report
+
     def _way(self, step: int) -> Way:
         """What an update after `step` does."""
-        method, progress, first = self.method, self.phases.progress(step), self.phases.updates(step) == 1
+        method, progress = self.method, self.phases.progress(step)
+        first = self.phases.updates(step) == 1 and method.start_from is None
         return Way(
             at=self.anneal_point(step),
             form=method.form,
@@ -283,15 +345,20 @@ class SparseForgeTrack(MaskedTrack):
             return Entry(**known)
         if isinstance(self.method.criterion, HessianOBD) and self.curvature is not None:
             statistic, scale = self.curvature.kept(site)
-            return Entry(**known, statistic=gathered(statistic), scale=scale)
-        return Entry(**known, scores=site.matrix(self._scores(site)).contiguous())
+            return Entry(**known, statistic=gathered_whole(statistic), scale=scale)
+        return Entry(**known, scores=site.matrix(self._scores(site, self._statistic(site))).contiguous())
 
-    def _update_site(self, site: Site, way: Way) -> Tensor:
+    def _update_site(self, site: Site, way: Way, gathered: Tensor | None = None) -> Tensor:
         """Lines 8-13 for one site; returns the share of its hard mask that flipped."""
-        soft, pattern = site.mask, site.pattern
-        scores = self._scores(site)
+        soft, pattern, place = site.mask, site.pattern, self.places[site.name]
+        statistic, known = self._statistic(site), None if self.known is None else self.known[place]
+        scores = self._scores(site, statistic)
         looked = self._looked_at(site.matrix(scores))
-        z = standardize(scores, log=way.log, where=f"site {site.name}", looked=looked)  # line 8, section 4.1
+        where = f"site {site.name}"
+        z = standardize(scores, log=way.log, where=where, looked=looked, known=known)  # line 8, section 4.1
+        if gathered is not None:
+            curvature = None if self.curvature is None else statistic
+            gathered[place] = observed(scores, curvature, log=way.log, known=known)
         z = pattern.groups(z)
         keep = pattern.keep_of(z.shape[-1])
         mask, old = pattern.groups(soft.matrix(soft.mask)), pattern.groups(soft.matrix(soft.hard))
@@ -369,14 +436,18 @@ class SparseForgeTrack(MaskedTrack):
             site.mask.set_view(0.0, keep_norm_of=site.weight.detach())
         site.mask.freeze(site.weight, site.pattern, site.name, rows_rescaled=self.method.rescale_rows)
 
-    def _scores(self, site: Site) -> Tensor:
-        """s of a site as `[..., out, in]`: curvature and weight in, importance out."""
+    def _statistic(self, site: Site) -> Tensor | None:
+        """What the criterion observes of a site, as `[..., out, in]`."""
         if self.curvature is not None:
-            statistic: Tensor | None = site.matrix(gathered(self.curvature.of(site)))
-        else:
-            statistic = self.norms.get(site.name)
+            return site.matrix(gathered_whole(self.curvature.of(site)))
+        return self.norms.get(site.name)
+
+    def _scores(self, site: Site, statistic: Tensor | None) -> Tensor:
+        """s of a site as `[..., out, in]`: curvature and weight in, importance out."""
         looked = None
-        if self.curvature is not None and statistic is not None:
+        if self.known is not None:
+            looked = self.known[self.places[site.name], :1].to(site.weight.dtype)  # the mean itself
+        elif self.curvature is not None and statistic is not None:
             looked = self._looked_at(site.matrix(statistic))
         return self.method.criterion.score(site.matrix(site.weight.detach()), statistic, looked=looked)
 
@@ -414,6 +485,8 @@ class SparseForgeTrack(MaskedTrack):
         self._settle()
         state = {**super().state(), "step": torch.tensor(self.step)}
         state.update({f"norms/{name}": value for name, value in self.norms.items()})
+        if self.method.statistics_of == "last-update":  # there from the first step on, so that every reader asks for it
+            state["known"] = self._unknown().fill_(math.nan) if self.known is None else self.known
         if self.curvature is not None:
             state.update({f"curvature/{name}": value for name, value in self.curvature.state().items()})
         return state
@@ -421,6 +494,9 @@ class SparseForgeTrack(MaskedTrack):
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.step = int(state["step"])
+        if self.method.statistics_of == "last-update":
+            known = state["known"].to(self.sites[0].weight.device)
+            self.known = None if bool(known.isnan().all()) else known
         for name in self.norms:
             self.norms[name].copy_(state[f"norms/{name}"])
         if self.curvature is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from sparseforge_core.errors import CurvatureUnavailable, NotFinite
@@ -91,23 +92,43 @@ def _of(everything: Tensor, looked: Tensor | None) -> Tensor:
     return everything if looked is None else looked
 
 
-def standardize(scores: Tensor, *, log: bool, where: str = "a layer", looked: Tensor | None = None) -> Tensor:
+def standardize(
+    scores: Tensor, *, log: bool, where: str = "a layer", looked: Tensor | None = None, known: Tensor | None = None
+) -> Tensor:
     """Layer-wise z-scores (section 4.1), of the scores or of their logarithm.
 
     Raw products of curvature and weight are heavy-tailed: a few columns set sigma and the gaps inside groups
     vanish against the temperature. The logarithm keeps the order and makes the gaps comparable. Constant scores
-    become zeros. `looked` is the part of the scores whose mean and spread are taken, if not all. Raises
-    NotFinite, naming `where`, if a score is not finite.
+    become zeros. `looked` is the part of the scores whose mean and spread are taken, if not all. With `known`
+    (`observed`, of an earlier update) floor and sigma are those, and the mean, which no difference of z-scores shows,
+    is that of these scores. Raises NotFinite, naming `where`, if a score is not finite.
     """
     s = scores.float()
     seen = s if looked is None else looked.float()
+    mean = seen.mean() if known is None else known[1].float()
     if log:
-        floor = 1e-10 * seen.mean()
-        s = (s + floor + 1e-38).log()
-        seen = s if looked is None else (seen + floor + 1e-38).log()
+        s = _log(s, mean)
+        seen = s if looked is None else _log(seen, mean)
     if not all_finite(s):
         raise not_finite(where)
-    return (s - seen.mean()) / (seen.std(correction=0) + 1e-6)
+    spread = seen.std(correction=0) if known is None else known[2].float()
+    return (s - seen.mean()) / (spread + 1e-6)
+
+
+def _log(scores: Tensor, mean: Tensor) -> Tensor:
+    return (scores + 1e-10 * mean + 1e-38).log()
+
+
+def observed(scores: Tensor, curvature: Tensor | None, *, log: bool, known: Tensor | None = None) -> Tensor:
+    """What another update may standardise by: mean curvature, mean score, deviation; float64 `[3]`.
+
+    The deviation is that of the scores or of their logarithms, above the floor that `known` says, or their own mean.
+    """
+    s = scores.float()
+    mean = s.mean()
+    x = _log(s, mean if known is None else known[1].float()) if log else s
+    h = mean.new_zeros(()) if curvature is None else curvature.float().mean()
+    return torch.stack([h, mean, x.std(correction=0)]).double()
 
 
 def not_finite(where: str) -> NotFinite:

@@ -1,9 +1,10 @@
 """The mask update of many sites at once, on a GPU: the same numbers as `gate.py`, each tensor read and written once.
 
 The statistics of a layer (mean curvature, mean and spread of the scores) take two passes over weight and curvature, or
-over every n-th row of them; everything else (scores, standardisation, threshold, gate, blend, push, average, top N,
-quenched view) is one pass. All sites of a model share five kernel launches. What the kernels do not cover is said by
-`refusal`, and is computed by `gate.py`: there is no third way.
+over every n-th row of them, or are those that the last update gathered; everything else (scores, standardisation,
+threshold, gate, blend, push, average, top N, quenched view) is one pass. All sites of a model share six kernel
+launches, or three. What the kernels do not cover is said by `refusal`, and is computed by `gate.py`: there is no third
+way.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from sparseforge_core.sparsity.patterns import GroupPattern, Pattern
 SIZES = (2, 4, 8, 16)
 """Group sizes that the kernels hold in registers."""
 
-TILE = 2048
-"""Entries that one program works on."""
+TILE, REPEAT, WARPS = 2048, 4, 4
+"""Entries that a program works on at once, how often an update's does, and warps of a program."""
+
+ADDED = 256
+"""Rows of sums that are added at once."""
 
 ALIGNED = 64
 """Bytes: 16 entries of float32, of which a thread reads four at once."""
 
 ROW = 16
 """Entries of which a stored row must hold a multiple."""
-
-LOG_FLOOR, SMALLEST, SPREAD_FLOOR = 1e-10, 1e-38, 1e-6
-"""The constants of `criteria.standardize`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,23 +96,36 @@ def refusal(weight: Tensor, soft: SoftMask, pattern: Pattern, form: GateForm, *,
     return None if available() else "Triton is not installed"
 
 
-def update_masks(entries: Sequence[Entry], way: Way) -> Tensor:
+def update_masks(
+    entries: Sequence[Entry], way: Way, *, known: Tensor | None = None, gathered: Tensor | None = None
+) -> Tensor:
     """Move the masks, hard masks and views of all entries.
 
     Returns means over the entries of each, `[sites, 3]`: of what flipped in the hard mask, of what lies between 0.1 and
     0.9 in m, and of |m - m_hat|. Nothing waits for the device. A site with a score that is not finite reports NaN for
     its flips, and the groups in question (all, where the site's statistics are not finite) stay as they are. Raises
     ValueError for entries that `refusal` refuses.
+
+    Args:
+        entries: the sites.
+        way: what is done to them.
+        known: what scores are standardised by, float64 `[sites, 3]` (`criteria.observed`); None: by what this
+            update's passes find.
+        gathered: where this update's own such numbers are written, over all rows; None: nowhere.
     """
-    flips: list[Tensor | None] = [None] * len(entries)
     batches: dict[tuple[Any, ...], list[int]] = {}
     for place, entry in enumerate(entries):
         batches.setdefault(_kind(entry), []).append(place)
+    if len(batches) == 1:
+        return _update_batch(list(entries), way, known, gathered)
+    found = torch.empty(len(entries), 3, device=entries[0].weight.device)
     for places in batches.values():
-        shares = _update_batch([entries[place] for place in places], way)
-        for place, share in zip(places, shares.unbind(), strict=True):
-            flips[place] = share
-    return torch.stack([share for share in flips if share is not None])
+        some = None if known is None else known[places]
+        new = None if gathered is None else torch.empty_like(gathered[places])
+        found[places] = _update_batch([entries[place] for place in places], way, some, new).to(found.device)
+        if gathered is not None and new is not None:
+            gathered[places] = new
+    return found
 
 
 def _kind(entry: Entry) -> tuple[Any, ...]:
@@ -123,67 +137,57 @@ def _kind(entry: Entry) -> tuple[Any, ...]:
     return entry.weight.device, entry.pattern, entry.soft.transposed, packed, dtype, entry.scale, entry.scores is None
 
 
-def _update_batch(entries: list[Entry], way: Way) -> Tensor:
+def _update_batch(entries: list[Entry], way: Way, known: Tensor | None, gathered: Tensor | None) -> Tensor:
     import triton
 
     from sparseforge_core.sparsity import fused_kernels as kernels
+    from sparseforge_core.sparsity import statistics_kernels as statistics
 
     first, pattern = entries[0], entries[0].pattern
     assert isinstance(pattern, GroupPattern)
-    device, m = first.weight.device, pattern.cols
-    given = first.scores is not None
-    criterion = kernels.GIVEN if given else kernels.OBD if isinstance(way.criterion, HessianOBD) else kernels.MAGNITUDE
-    if not given and not isinstance(way.criterion, (HessianOBD, Magnitude)):
+    device, sites = first.weight.device, (len(entries),)
+    obd = first.scores is None and isinstance(way.criterion, HessianOBD)
+    if first.scores is None and not isinstance(way.criterion, (HessianOBD, Magnitude)):
         raise ValueError(f"{type(way.criterion).__name__}: the kernels need its scores")
-    eps = way.criterion.relative_eps if isinstance(way.criterion, HessianOBD) and not given else 0.0
-    packed, transposed = isinstance(first.soft, PackedMask), first.soft.transposed
-    plan = _Plan(entries, m, transposed, way.rows)
-    table, owner, sampled = plan.table, plan.owner, plan.looked
+    criterion = kernels.OBD if obd else kernels.MAGNITUDE if first.scores is None else kernels.GIVEN
+    eps = way.criterion.relative_eps if obd and isinstance(way.criterion, HessianOBD) else 0.0
+    plan, anchors = _plan_of(entries, way.rows), _anchors(first)
+    table, packed = plan.table, isinstance(first.soft, PackedMask)
 
-    def total(partial: Tensor, ends: Tensor) -> Tensor:
-        sums = torch.empty(len(entries), 3, dtype=torch.float64, device=device)
-        most = triton.next_power_of_2(plan.most)
-        kernels.add_up[(len(entries),)](partial, ends[:-1], ends[1:], sums, MOST=most, BLOCK=1024)
-        return sums
-
-    partial = torch.empty(max(len(owner), len(sampled)), 3, device=device)
-    looked = {"CRITERION": criterion, "SAMPLED": way.rows > 1, "BLOCK": TILE, "num_warps": 4}
-    anchors = _anchors(first)
-    kernels.sum_scores[(len(sampled),)](table, sampled, *anchors[:2], partial, first.scale, **looked)
-    averages = total(partial, plan.looked_bounds) / plan.counts[:, None]
-    means = _means(averages, eps, obd=criterion == kernels.OBD, log=way.log)
-    kernels.sum_logs[(len(sampled),)](table, sampled, *anchors[:2], partial, means, first.scale, LOG=way.log, **looked)
-    spread = _spread(total(partial, plan.looked_bounds) / plan.counts[:, None])
+    partial = torch.empty(max(len(plan.owner), len(plan.looked)), kernels.SUMS.value, device=device)
+    standard = torch.empty(len(entries), kernels.CONSTANTS.value, device=device)
+    by = {"CRITERION": criterion, "LOG": way.log}
+    if known is None:
+        known = torch.empty(len(entries), statistics.KNOWN.value, dtype=torch.float64, device=device)
+        adding = {"LOG": way.log, "MOST": triton.next_power_of_2(plan.most_looked), "BLOCK": ADDED}
+        looked, of = (len(plan.looked),), (table, plan.looked, *anchors[:2])
+        statistics.sum_scores[looked](*of, partial, CRITERION=criterion, BLOCK=TILE, num_warps=4)
+        bounds = plan.looked_bounds
+        statistics.site_means[sites](
+            table, bounds, partial, known, standard, first.scale, eps, CRITERION=criterion, **adding
+        )
+        statistics.sum_logs[looked](*of, standard, partial, **by, BLOCK=TILE, num_warps=4)
+        statistics.site_spreads[sites](table, bounds, partial, known, standard, **adding)
+    else:
+        statistics.site_constants[sites](known, standard, first.scale, eps, **by, num_warps=1)
     at, form = way.at, way.form
-    kernels.update[(len(owner),)](
-        table, owner, *anchors, means, spread, partial, first.scale,
+    kernels.update[(len(plan.owner),)](
+        table, plan.owner, *anchors, standard, partial,
         1.0 / at.temperature, float(at.structure_mix), float(at.mid_push), float(at.mask_rate),
-        float(way.margin), float(way.softness),
-        KEEP=pattern.keep, M=m, TRANSPOSED=transposed, CRITERION=criterion, LOG=way.log,
+        float(way.margin), float(way.softness), **by,
+        KEEP=pattern.keep, M=pattern.cols, TRANSPOSED=first.soft.transposed,
         MIDPOINT=form.threshold == "midpoint", BLEND=form.order == "blend-then-push",
         PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
         HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
-        ABOVE_HALF=way.quench_view == "threshold", PACKED=packed,
-        BLOCK=TILE // m, num_warps=4,
+        ABOVE_HALF=way.quench_view == "threshold", PACKED=packed, HALF=anchors[1].dtype == torch.bfloat16,
+        EVEN=plan.even, GATHER=gathered is not None, REPEAT=REPEAT, BLOCK=TILE // pattern.cols, num_warps=WARPS,
     )  # fmt: skip
-    return (total(partial, plan.bounds) / plan.sizes[:, None]).float()
-
-
-def _means(mean: Tensor, relative_eps: float, *, obd: bool, log: bool) -> Tensor:
-    """Of each site: eps, the floor under the logarithm, and the pivot, float32 `[sites, 3]`."""
-    if obd:
-        eps = relative_eps * mean[:, 0]
-        score = mean[:, 1] + eps * mean[:, 2]
-    else:
-        eps, score = torch.zeros_like(mean[:, 0]), mean[:, 0]
-    floor = LOG_FLOOR * score + SMALLEST
-    return torch.stack([eps, floor, (score + floor).log() if log else score], dim=1).float()
-
-
-def _spread(mean: Tensor) -> Tensor:
-    """Of each site: mean, and one over the standard deviation, float32 `[sites, 3]`."""
-    variance = (mean[:, 1] - mean[:, 0].square()).clamp_min(0.0)
-    return torch.stack([mean[:, 0], 1.0 / (variance.sqrt() + SPREAD_FLOOR), mean[:, 2]], dim=1).float()
+    shares = torch.empty(len(entries), 3, device=device)
+    statistics.site_reports[sites](
+        table, plan.bounds, partial, shares, known, known if gathered is None else gathered, first.scale,
+        LOG=way.log, GATHER=gathered is not None, MOST=triton.next_power_of_2(plan.most), BLOCK=ADDED,
+    )  # fmt: skip
+    return shares
 
 
 def _anchors(entry: Entry) -> list[Tensor]:
@@ -201,33 +205,57 @@ def _distances(tensors: list[Tensor], anchors: list[Tensor]) -> list[int]:
     return [(tensor.data_ptr() - anchor.data_ptr()) // tensor.element_size() for tensor, anchor in pairs]
 
 
+@dataclass(frozen=True)
 class _Plan:
-    """Where everything is, and which tile belongs to whom, on the device."""
+    """Where everything is, and whose each program is, on the device."""
 
-    def __init__(self, entries: list[Entry], m: int, transposed: bool, every: int) -> None:
-        rows: list[list[int]] = []
-        anchors = _anchors(entries[0])
-        first = sampled_first = 0
-        tiles, sampled_tiles = [], []
-        for entry in entries:
-            weight = entry.weight
-            columns = weight.shape[-1]
-            kept_rows = math.ceil(weight.numel() // columns / every)
-            block = TILE // m
-            groups = weight.numel() // m
-            tiles.append(groups // columns * math.ceil(columns / block) if transposed else math.ceil(groups / block))
-            sampled_tiles.append(math.ceil(kept_rows * columns / TILE))
-            sizes = [groups, columns, kept_rows, columns * every, sampled_first]
-            rows.append([*_distances(_anchors(entry), anchors), first, *sizes])
-            first, sampled_first = first + tiles[-1], sampled_first + sampled_tiles[-1]
-        device = entries[0].weight.device
-        self.most = max(tiles)
-        self.table = _host(rows, torch.int64, device).to(device, non_blocking=True)
-        self.bounds, self.owner = _bounds(tuple(tiles), device), _owners(tuple(tiles), device)
-        looked = tuple(sampled_tiles)
-        self.looked_bounds, self.looked = _bounds(looked, device), _owners(looked, device)
-        counts = [[entry.weight.numel(), row[7] * row[8]] for entry, row in zip(entries, rows, strict=True)]
-        self.sizes, self.counts = _host(counts, torch.float64, device).to(device, non_blocking=True).unbind(1)
+    table: Tensor
+    owner: Tensor
+    bounds: Tensor
+    """The first program of each site in the update, and the number of programs."""
+    looked: Tensor
+    looked_bounds: Tensor
+    """The same for the passes over looked at rows."""
+    most: int
+    most_looked: int
+    """The most programs of one site."""
+    even: bool
+    """Whether the update's tiles hold all their groups, everywhere."""
+
+
+def _plan_of(entries: list[Entry], every: int) -> _Plan:
+    """The plan of these entries, made anew when a tensor or a shape is another."""
+    anchors = _anchors(entries[0])
+    places = tuple((*_distances(_anchors(entry), anchors), *entry.weight.shape) for entry in entries)
+    pattern = entries[0].pattern
+    assert isinstance(pattern, GroupPattern)
+    return _plan(places, pattern.cols, entries[0].soft.transposed, every, TILE, REPEAT, entries[0].weight.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(
+    places: tuple[tuple[int, ...], ...], m: int, transposed: bool, every: int, tile: int, repeat: int,
+    device: torch.device,
+) -> _Plan:  # fmt: skip
+    rows: list[list[int]] = []
+    programs, looks, even = [0], [0], True
+    for place in places:
+        shape, size = place[5:], math.prod(place[5:])
+        columns, groups, block = shape[-1], size // m, tile // m
+        tiles = groups // columns * math.ceil(columns / block) if transposed else math.ceil(groups / block)
+        # All rows together are one long row: only where some are left out must a tile end with its row.
+        length, kept = (size, 1) if every == 1 else (columns, math.ceil(size // columns / every))
+        sizes = [groups, columns, tiles, size, length, columns * every, looks[-1], length * kept]
+        rows.append([*place[:5], programs[-1], *sizes])
+        even = even and tiles % repeat == 0 and (columns if transposed else groups) % block == 0
+        programs.append(programs[-1] + math.ceil(tiles / repeat))
+        looks.append(looks[-1] + kept * math.ceil(length / tile))
+    counts, looked = ([b - a for a, b in itertools.pairwise(ends)] for ends in (programs, looks))
+    table = _host(rows, torch.int64, device).to(device, non_blocking=True)
+    return _Plan(
+        table, _owners(tuple(counts), device), torch.tensor(programs, device=device),
+        _owners(tuple(looked), device), torch.tensor(looks, device=device), max(counts), max(looked), even,
+    )  # fmt: skip
 
 
 def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -240,12 +268,6 @@ def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """Whose each tile is; kept, for a model asks for the same again and again."""
     return torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles)).to(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _bounds(tiles: tuple[int, ...], device: torch.device) -> Tensor:
-    """The first tile of each site, and the number of tiles."""
-    return torch.tensor([0, *tiles]).cumsum(0).to(device)
 
 
 def average_square(average: Tensor, gradient: Tensor, decay: float) -> None:
@@ -271,7 +293,7 @@ def average_squares(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> Non
 
     Averages are all of one type. What a pair must be is said by `averages_together`.
     """
-    from sparseforge_core.sparsity import fused_kernels as kernels
+    from sparseforge_core.sparsity import statistics_kernels as kernels
 
     averages, gradients = pairs[0]
     tiles = [math.ceil(average.numel() / TILE) for average, _ in pairs]

@@ -5,6 +5,7 @@ Row order is fixed in Python, so that SQLite and PostgreSQL give the same record
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
 from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.dossier import Dossier, dossier, matching, recipes_of
-from sparseforge_core.store.engine import make_engine, reading
+from sparseforge_core.store.engine import clock, make_engine, reading
+from sparseforge_core.store.health import problems
 from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
 from sparseforge_core.store.migrate import require_newest
 from sparseforge_core.store.outcomes import unpack
@@ -28,7 +30,7 @@ from sparseforge_core.store.shown import (
     StoredCurve,
     TidyMeasurement,
 )
-from sparseforge_core.store.states import grid_attempts, stage_states, statuses
+from sparseforge_core.store.states import attempt_record, grid_attempts, stage_states, statuses
 
 
 class Results:
@@ -234,6 +236,22 @@ class Results:
         table = schema.attempt
         chosen = sa.select(table.c.cell_key, table.c.stage, table.c.items_sha256).where(table.c.status == "done")
         return {(row.cell_key, row.stage): row.items_sha256 for row in self._rows(chosen)}
+
+    def attempts(self, cell_key: str) -> list[AttemptRecord]:
+        """Every try at the stages of a cell, oldest first."""
+        table = schema.attempt
+        chosen = sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)
+        return [attempt_record(row) for row in self._rows(chosen)]
+
+    def now(self) -> datetime.datetime:
+        """The present moment by the clock that heartbeats are told by."""
+        with reading(self.engine) as connection:
+            return clock(connection)
+
+    def problems(self) -> list[str]:
+        """What in the store contradicts itself, one sentence each; an empty list is a sound store."""
+        with reading(self.engine) as connection:
+            return problems(connection)
 
     def breaks(self) -> list[Break]:
         """Every contradiction between the results log, itself and the results; see `ledger.py`."""

@@ -35,6 +35,7 @@ from sparseforge_core.models.heads import Split
 from sparseforge_core.models.sites import Site
 from sparseforge_core.ranks import Beats
 from sparseforge_core.recipe import Recipe
+from sparseforge_core.train import eight_bit
 from sparseforge_core.train.averaging import Average
 from sparseforge_core.train.optimizer import clip
 
@@ -143,6 +144,11 @@ def refuse(recipe: Recipe, sharding: Sharding, ranks: int, *, compiled: bool = F
         raise RecipeError(
             "sharding shard: train.rule='muon' makes the singular values of whole matrices one, and a rank has a part "
             "of each; use replicate"
+        )
+    if sharding == "shard" and ranks > 1 and recipe.train.moments != "float32":
+        raise RecipeError(
+            f"sharding shard: train.moments={recipe.train.moments!r} keeps a scale for each 256 entries of a whole "
+            "tensor, and a rank has a part of each; use replicate"
         )
     if compiled and sharding == "shard" and ranks > 1:
         raise RecipeError("compile: sharded blocks are not compiled; leave --compile out, or use replicate")
@@ -300,4 +306,5 @@ def device_bytes(recipe: Recipe, model: nn.Module, sites: list[Site]) -> float:
     """What a replica's state takes without activations: float32 weights, gradients, moments; masks; a teacher."""
     total = sum(parameter.numel() for parameter in model.parameters())
     masked = sum(site.weight.numel() for site in sites)
-    return 16.0 * total + 13.0 * masked + (2.0 * total if recipe.objective.distills else 0.0)
+    saved = (8.0 - eight_bit.BYTES) * masked if recipe.train.moments == "8-bit" else 0.0
+    return 16.0 * total - saved + 13.0 * masked + (2.0 * total if recipe.objective.distills else 0.0)

@@ -17,8 +17,10 @@ from sparseforge_core import ranks
 from sparseforge_core.identity import dumps
 from sparseforge_core.methods.ast import AST
 from sparseforge_core.methods.cast import CAST
+from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.maskllm import MaskLLM
 from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.observe.curvature import MicroBatchFisher
 from sparseforge_core.sparsity.patterns import BLOCK_16
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -38,8 +40,8 @@ from tests.core.train.team import (
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
-WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2)))
-"""Its curvature is each replica's own, or in shards: what a checkpoint must keep apart."""
+WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2), statistics_of="last-update"))
+"""Its curvature is each replica's own, or in shards: what a checkpoint must keep apart; its statistics are of all."""
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "replicas": (cell(), {"sharding": "replicate", "micro_batch": 1}),
@@ -55,6 +57,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ast": (cell(AST(refresh_every=3), slorb=SLoRB(k=16)), {"sharding": "shard"}),
     "cast": (cell(CAST(scale_blocks=4)), {"sharding": "shard"}),
     "maskllm": (cell(MaskLLM(prior=None)), {"sharding": "replicate"}),
+    "from-a-solution": (cell(FrozenMask(prior=SparseGPT(samples=4, length=16))), {"sharding": "replicate"}),
     "experts": (cell(architecture="qwen3_moe"), {"sharding": "replicate"}),
 }
 
