@@ -331,7 +331,7 @@ def test_statistics_of_the_last_update_are_those_that_it_saw(criterion: Criterio
     track._update_masks(2)  # by what was seen before; what it sees itself is for the third
     power = 1.0 if isinstance(criterion, Magnitude | HessianRatio) else 2.0
     assert torch.allclose(track.known[:, 1], seen[:, 1] * 3.0**power, rtol=1e-4)
-    assert torch.allclose(track.known[:, 2], seen[:, 2], rtol=1e-3)
+    assert torch.allclose(track.known[:, 2], seen[:, 2], rtol=1e-2)  # the floor under the logarithm is the old one
 
 
 @pytest.mark.parametrize(
