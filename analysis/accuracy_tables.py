@@ -20,8 +20,9 @@ TASKS = {
     "arc_easy": "ARC-e",
     "arc_challenge": "ARC-c",
     "openbookqa": "OBQA",
+    "lambada_openai": "LAMBADA",
 }
-"""Tasks in the papers' order, with their names there."""
+"""Tasks in the papers' order, with their names there; LAMBADA is in none of their tables."""
 
 VARIANTS = {"dense": "Dense", "dense-control": "Dense control", "sparseforge": "SparseForge"}
 """Rows of one model in Tables 1, 4, 5 and 6, by the last part of their name."""

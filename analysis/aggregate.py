@@ -46,7 +46,8 @@ def over_seeds(values: Iterable[float]) -> Estimate | None:
     mean = statistics.fmean(known)
     if len(known) == 1:
         return Estimate(mean, None, 1, None)
-    std = statistics.stdev(known)
+    # not `statistics.stdev`, which adds fractions: a large store asks for thousands of these
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1))
     return Estimate(mean, std, len(known), half_width(std / math.sqrt(len(known)), len(known)))
 
 

@@ -1,8 +1,8 @@
-"""Work done aside: calls in a few forked processes, while this one goes on with something else.
+"""Work done aside: one forked process beside this one, which gets ready while this one is still reading.
 
-A fork shares what was read from the store without copying or pickling it; only results come back. Where forking is
-not safe (other threads run, or the system is not Linux) or of no use (one core), the calls run here, one by one, and
-give the same bytes.
+What is handed over and what comes back is pickled, so it should be small. Where forking is not safe (other threads
+run, or the system is not Linux) or of no use (one core), the calls run here when their results are asked for, and give
+the same.
 """
 
 from __future__ import annotations
@@ -13,57 +13,70 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
 from sparseforge_core.errors import SparseForgeError
 
-Call = Callable[[str], Any]
-
-_call: Call | None = None
-"""In a forked process: what it was forked to do."""
+Result = Callable[[], Any]
+Submit = Callable[[str, Callable[..., Any], Any], Result]
+"""(name, function, argument): begins a call; what it gives waits for the result."""
 
 
 def may_fork() -> bool:
-    """Whether forked processes are safe here and would run beside this one."""
+    """Whether a forked process is safe here and would run beside this one."""
     return sys.platform == "linux" and threading.active_count() == 1 and len(os.sched_getaffinity(0)) > 1
 
 
-@contextmanager
-def aside(call: Call, names: Sequence[str]) -> Iterator[Callable[[str], Any]]:
-    """Begin `call(name)` for every name; gives a function that waits for the result of one.
+def here(_: str, call: Callable[..., Any], argument: Any) -> Result:
+    """Submit a call to nobody: it runs in this process, when its result is asked for."""
+    return lambda: call(argument)
 
-    What a call raises is raised where its result is asked for. Raises SparseForgeError if a process was killed.
+
+@contextmanager
+def aside(ready: Callable[[], None] = lambda: None) -> Iterator[Submit]:
+    """A process that begins with `ready()` now, and then does what it is given, one call after another.
+
+    What a call raises is raised where its result is asked for. Raises SparseForgeError there if the process was killed.
     """
-    processes = min(len(names), len(os.sched_getaffinity(0))) if may_fork() else 0
-    if processes < 2:
-        yield call
+    if not may_fork():
+        yield here
         return
     with warnings.catch_warnings():
         # Python 3.12 counts the idle threads of numerical libraries; ours is the only one that runs Python code.
         warnings.simplefilter("ignore", DeprecationWarning)
-        with _forked(call, processes) as pool:
-            begun: dict[str, Future[Any]] = {name: pool.submit(_run, name) for name in names}
-            yield lambda name: _result(begun[name], name)
+        fork = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(1, mp_context=fork, initializer=_begin, initargs=(ready,))
+        pool.submit(int)  # forks
+
+    def submit(name: str, call: Callable[..., Any], argument: Any) -> Result:
+        future: Future[Any] = pool.submit(call, argument)
+        return lambda: _result(future, name)
+
+    try:
+        yield submit
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _forked(call: Call, processes: int) -> Executor:
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_remember, initargs=(call,))
+@contextmanager
+def hasty() -> Iterator[None]:
+    """No garbage collections for a while: thousands of records are made at once, all of which are still needed."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
-def _remember(call: Call) -> None:
-    global _call
-    _call = call
+def _begin(ready: Callable[[], None]) -> None:
     gc.disable()  # its life is short, and a collection would copy the pages that it shares
-
-
-def _run(name: str) -> Any:
-    assert _call is not None
-    return _call(name)
+    ready()
 
 
 def _result(future: Future[Any], name: str) -> Any:

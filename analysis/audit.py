@@ -6,14 +6,18 @@ finding is a number that no unrounded numbers behind the printed ones could give
 
 from __future__ import annotations
 
+import csv
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from analysis.accuracy_tables import TASKS
 from analysis.render import TEXT_STYLE, cell_text
 from analysis.table import Table
+from sparseforge_core.errors import SparseForgeError
 
 Kind = Literal["mean", "difference", "rank", "stated twice", "direction"]
 
@@ -39,8 +43,19 @@ class Number(Protocol):
     def text(self) -> str: ...
 
 
+@dataclass(frozen=True)
+class TypedNumber:
+    """A number typed off a page."""
+
+    exhibit: str
+    row: str
+    column: str
+    text: str
+
+
 Place = tuple[str, str, str]
 """Exhibit, row, column."""
+CSV_HEAD = ("table", "row", "column", "text")
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,31 @@ def audit_numbers(numbers: Iterable[Number], same: Sequence[tuple[Place, Place]]
     for (exhibit, row), texts in rows.items():
         found += [*_mean(exhibit, row, texts), *_difference(exhibit, row, texts), *_direction(exhibit, row, texts)]
     return [*found, *_twice(rows, same)]
+
+
+def numbers_of(path: Path) -> list[TypedNumber]:
+    """The numbers of a CSV file with the columns of CSV_HEAD; columns are called as in our own tables.
+
+    Raises SparseForgeError for a file that cannot be read, another head, or a text that is no number.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparseForgeError(f"{path} cannot be read ({error}); name a CSV file") from error
+    wanted = f"the head must be {','.join(CSV_HEAD)}, and each line one printed number"
+    if not lines or tuple(lines[0]) != CSV_HEAD:
+        raise SparseForgeError(f"{path} begins with {','.join(lines[0]) if lines else 'nothing'}; {wanted}")
+    found = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            exhibit, row, column, text = line
+            if not math.isfinite(float(text)):
+                raise ValueError(f"{text} is no number that could be printed")
+        except ValueError as error:
+            raise SparseForgeError(f"{path}, line {number}: {','.join(line)!r} ({error}); {wanted}") from error
+        found.append(TypedNumber(exhibit, row, column, text))
+    return found
 
 
 def audit_table(table: Table) -> list[Finding]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from analysis.aside import aside
 
 # Okabe and Ito's palette without its yellow: told apart by readers with any colour vision, and in grey by the markers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -22,6 +24,8 @@ STYLE = {
     "svg.hashsalt": "sparseforge",
     "pdf.fonttype": 42,  # letters stay letters: publishers refuse type 3
 }
+Pictures = dict[str, bytes]
+"""The files of one figure, by ending."""
 # No date, no version: the same store gives the same bytes.
 FORMATS: dict[str, dict[str, Any]] = {
     ".svg": {"metadata": {"Date": None, "Creator": None}},
@@ -67,3 +71,19 @@ def save(figure: Any, ending: str) -> bytes:
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format=ending[1:], **FORMATS[ending])
     return buffer.getvalue()
+
+
+def pictures(drawing: Any, endings: Sequence[str] = tuple(FORMATS)) -> Pictures:
+    """A figure as the bytes of its files, by ending; `drawing` holds its numbers and draws itself."""
+    figure = drawing.draw()
+    return {ending: save(figure, ending) for ending in endings}
+
+
+def drawn(drawings: Mapping[str, Any]) -> dict[str, Pictures]:
+    """The files of several figures, by name; half of them are drawn in a process that shares what `get_ready` did."""
+    names = list(drawings)
+    half = (len(names) + 1) // 2
+    with aside() as submit:
+        there = [submit(name, pictures, drawings[name]) for name in names[:half]]
+        here = [pictures(drawings[name]) for name in names[half:]]
+        return dict(zip(names, [*(result() for result in there), *here], strict=True))

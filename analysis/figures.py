@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import pandas as pd
 
 from analysis.accuracy_tables import MEAN
 from analysis.aggregate import Estimate
 from analysis.drawing import COLORS, MARKERS, new_figure, plain
 from analysis.frames import ExhibitData
+from analysis.table import quoted_rows
+from sparseforge_core.store.shown import ShownCurve
 
+FIGURE = "accuracy-vs-tokens"
 DASHES: tuple[tuple[float, ...], ...] = ((5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3))
-CHOICES = {"boolq": 2, "rte": 2, "winogrande": 2, "piqa": 2}
-"""Answers to choose from; the other tasks have four."""
+CHOICES = {"boolq": 2, "rte": 2, "winogrande": 2, "piqa": 2, "lambada_openai": math.inf}
+"""Answers to choose from, any word for LAMBADA; the other tasks have four."""
 GUESSING = "uniform guessing"
 WIDTH, HEIGHT, ROW, USUAL = 7.4, 3.7, 0.19, 3
 """Inches: of the figure with the usual rows of legend, and of each row more."""
@@ -54,26 +56,60 @@ def series(data: ExhibitData) -> dict[str, list[Point]]:
         diverged = max(row.diverged.get(metric, 0), row.diverged.get(MEAN, 0))
         point = Point(int(row.variant), row.estimate(metric), _percent(row.estimate(MEAN)), diverged=diverged)
         found.setdefault(row.group, []).append(point)
-    for name, numbers in data.published.groupby("row", sort=False):
-        method, _, tokens = str(name).rpartition("/")
-        values = dict(zip(numbers.column, numbers.value, strict=True))
-        source = str(numbers.source.iloc[0])
+    for name, numbers in quoted_rows(data.published).items():
+        method, _, tokens = name.rpartition("/")
+        values = {number.column: number.value for number in numbers}
+        source = numbers[0].source
         point = Point(int(tokens), _quoted(values.get("perplexity")), _quoted(values.get(accuracy)), source)
         found.setdefault(method, []).append(point)
     return {name: sorted(points, key=lambda p: (bool(p.source), p.tokens)) for name, points in found.items()}
 
 
-def accuracy_vs_tokens(data: ExhibitData) -> Any:
+@dataclass(frozen=True)
+class AccuracyVsTokens:
     """The figure of two panels. Methods without retraining are lines across; quoted points are hollow."""
-    with new_figure(WIDTH, HEIGHT) as figure:
-        left, right = figure.subplots(1, 2)
-        drawn = series(data)
-        _panel(left, drawn, "perplexity", "Perplexity (lower is better)")
-        _panel(right, drawn, "accuracy", "Mean zero-shot accuracy, %")
-        _scale_perplexity(left, drawn)
-        _draw_chance(right, data)
-        _legend(figure, (left, right), drawn)
-    return figure
+
+    points: dict[str, list[Point]]
+    """By method."""
+    guessing: float | None
+    """Accuracy in percent of guessing; None where several suites share the axis, or none has one."""
+
+    def draw(self) -> Any:
+        """The figure."""
+        with new_figure(WIDTH, HEIGHT) as figure:
+            left, right = figure.subplots(1, 2)
+            _panel(left, self.points, "perplexity", "Perplexity (lower is better)")
+            _panel(right, self.points, "accuracy", "Mean zero-shot accuracy, %")
+            _scale_perplexity(left, self.points)
+            if self.guessing is not None:
+                right.axhline(self.guessing, color="0.45", linewidth=0.9, label=GUESSING, zorder=1)
+            _legend(figure, (left, right), self.points)
+        return figure
+
+    def csv(self) -> str:
+        """The numbers behind the figure, accuracy in percent."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["method", "tokens", "quantity", "mean", "std", "ci95", "n", "published in"])
+        for name, points in self.points.items():
+            for point in points:
+                for quantity in ("perplexity", "accuracy"):
+                    value: Estimate | None = getattr(point, quantity)
+                    if value is not None:
+                        numbers = ["" if v is None else f"{v:.12g}" for v in (value.mean, value.std, value.half)]
+                        writer.writerow([name, point.tokens, quantity, *numbers, value.n, point.source])
+                if point.diverged:
+                    writer.writerow([name, point.tokens, "diverged", "", "", "", point.diverged, point.source])
+        return out.getvalue()
+
+
+def accuracy_vs_tokens(exhibits: Mapping[str, ExhibitData], _: Sequence[ShownCurve]) -> AccuracyVsTokens | None:
+    """What the exhibit of that name has to draw; None for a grid without rows for it."""
+    data = exhibits[FIGURE]
+    if not data.rows and not data.published:
+        return None
+    suites = data.of_kind("zero-shot")
+    return AccuracyVsTokens(series(data), chance(suites[0]["tasks"]) if len(suites) == 1 else None)
 
 
 def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) -> None:
@@ -171,12 +207,6 @@ def chance(tasks: list[str]) -> float:
     return 100.0 * sum(1 / CHOICES.get(task, 4) for task in tasks) / len(tasks)
 
 
-def _draw_chance(axes: Any, data: ExhibitData) -> None:
-    suites = data.of_kind("zero-shot")
-    if len(suites) == 1:
-        axes.axhline(chance(suites[0]["tasks"]), color="0.45", linewidth=0.9, label=GUESSING, zorder=1)
-
-
 def _legend(figure: Any, panels: tuple[Any, ...], drawn: dict[str, list[Point]]) -> None:
     named: dict[str, Any] = {}
     for axes in panels:
@@ -200,23 +230,6 @@ def _legend(figure: Any, panels: tuple[Any, ...], drawn: dict[str, list[Point]])
         )
 
 
-def figure_csv(data: ExhibitData) -> str:
-    """The numbers behind the figure, accuracy in percent."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "tokens", "quantity", "mean", "std", "ci95", "n", "published in"])
-    for name, points in series(data).items():
-        for point in points:
-            for quantity in ("perplexity", "accuracy"):
-                value: Estimate | None = getattr(point, quantity)
-                if value is not None:
-                    numbers = ["" if v is None else f"{v:.12g}" for v in (value.mean, value.std, value.half)]
-                    writer.writerow([name, point.tokens, quantity, *numbers, value.n, point.source])
-            if point.diverged:
-                writer.writerow([name, point.tokens, "diverged", "", "", "", point.diverged, point.source])
-    return out.getvalue()
-
-
 def _percent(value: Estimate | None) -> Estimate | None:
     if value is None:
         return None
@@ -225,7 +238,7 @@ def _percent(value: Estimate | None) -> Estimate | None:
 
 
 def _quoted(value: float | None) -> Estimate | None:
-    return None if value is None or pd.isna(value) else Estimate(float(value), None, 1, None)
+    return None if value is None else Estimate(value, None, 1, None)
 
 
 def short(tokens: int) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
-
 from analysis.aggregate import Estimate, difference, half_width, over_seeds
-from analysis.items import Bank, Items, stack
+from analysis.items import Bank, Items
 from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.store.rows import PublishedNumber
+from sparseforge_core.store.shown import MissingStage, ShownMeasurement, ShownSlot
 
 CAPTION = "__caption__"
 """The row whose note is the exhibit's caption."""
@@ -59,22 +59,17 @@ class ExhibitRow:
     """The metrics whose items make another one's: the tasks of a mean."""
     bank: Bank = field(default_factory=lambda: Bank({}))
     """Where outcomes of single items are."""
-    _items: dict[str, Items | None] = field(default_factory=dict)
-    """What `items` has given, by metric: a table, its marks and its verdicts ask for the same."""
+    _estimates: dict[str, Estimate | None] = field(default_factory=dict)
+    """What `estimate` has given, by metric: a table, its differences and its figures ask for the same."""
 
     def items(self, metric: str) -> Items | None:
         """Outcomes of the items behind a metric; None if a seed is not in or the store has no outcomes of it."""
-        if metric not in self._items:
-            self._items[metric] = self._stacked(metric)
-        return self._items[metric]
-
-    def _stacked(self, metric: str) -> Items | None:
         values = self.values.get(metric, {})
         if not values or set(values) != set(self.seeds):
             return None
         names = [NLL] if metric.endswith(":perplexity") else self.parts.get(metric, [metric])
         where = self.sources[metric]
-        return stack(self.bank, [[(*where[seed], name) for seed in sorted(values)] for name in names])
+        return self.bank.stack(tuple(tuple((*where[seed], name) for seed in sorted(values)) for name in names))
 
     @property
     def group(self) -> str:
@@ -93,7 +88,9 @@ class ExhibitRow:
 
     def estimate(self, metric: str) -> Estimate | None:
         """Over the seeds that have the metric."""
-        return over_seeds(value for _, value in sorted(self.values.get(metric, {}).items()))
+        if metric not in self._estimates:
+            self._estimates[metric] = over_seeds(value for _, value in sorted(self.values.get(metric, {}).items()))
+        return self._estimates[metric]
 
     def places(self, metric: str) -> tuple[tuple[str, str], ...]:
         """(cell, stage) behind each seed's value."""
@@ -128,7 +125,7 @@ class ExhibitData:
     """The suites that the rows show, by name: the whole of each."""
     contexts: dict[str, dict[str, str]]
     """By suite name: harness version, device and the like, as far as all rows agree."""
-    published: pd.DataFrame
+    published: Sequence[PublishedNumber]
 
     @property
     def missing(self) -> list[tuple[str, str, str, str]]:
@@ -155,42 +152,47 @@ def metric_name(suite: str, metric: str) -> str:
 
 def exhibit_data(
     exhibit: str,
-    slots: pd.DataFrame,
-    measured: pd.DataFrame,
-    missing: pd.DataFrame,
-    published: pd.DataFrame,
+    slots: Sequence[ShownSlot],
+    measured: Sequence[ShownMeasurement],
+    missing: Sequence[MissingStage],
+    published: Sequence[PublishedNumber],
     suite_specs: Mapping[str, dict[str, Any]],
     bank: Bank | None = None,
 ) -> ExhibitData:
-    """Collect an exhibit from the frames of a grid, with a bank of their items' outcomes.
+    """Collect an exhibit from its records among those of a grid, with a bank of their items' outcomes.
 
     Raises MixedSuites naming the column and the two versions.
     """
-    own_slots = slots[slots.exhibit == exhibit]
-    shown = [slot for slot in own_slots.itertuples() if slot.row != CAPTION]
+    own_slots = [slot for slot in slots if slot.exhibit == exhibit]
+    shown = [slot for slot in own_slots if slot.row != CAPTION]
     rows = {slot.row: _row(slot, suite_specs, bank or Bank({})) for slot in shown}
-    versions: dict[str, tuple[str, ...]] = {}
+    columns: dict[str, tuple[Any, ...]] = {}
     contexts: dict[str, dict[str, str]] = {}
+    agreed: set[tuple[str, int]] = set()
     planned = {metric.rpartition(":")[2] for row in rows.values() for metric in row.plans}
-    own = measured[measured.exhibit == exhibit]
-    for record in own[(own.stage == "train") | own.metric.isin(planned)].itertuples():
+    for record in measured:
+        if record.exhibit != exhibit or (record.stage != "train" and record.metric not in planned):
+            continue
         # One that diverged was not measured, and puts no number into the column.
-        if record.stage != "train" and not pd.isna(record.value):
-            _refuse_mixture(exhibit, record, versions)
-            _agree(contexts.setdefault(str(record.suite), {}), record.context or {})
+        if record.stage != "train" and record.value is not None:
+            _refuse_mixture(exhibit, record, columns)
+            if (seen := (record.suite, id(record.context))) not in agreed:
+                agreed.add(seen)
+                _agree(contexts.setdefault(record.suite, {}), record.context)
         _add(rows[record.row], record)
-    for gap in missing[missing.exhibit == exhibit].itertuples():
-        rows[gap.row].missing.append((gap.cell_key, gap.stage, gap.status))
-    caption = " ".join(own_slots[own_slots.row == CAPTION].note)
+    for gap in missing:
+        if gap.exhibit == exhibit:
+            rows[gap.row].missing.append((gap.cell_key, gap.stage, gap.status))
+    caption = " ".join(slot.note for slot in own_slots if slot.row == CAPTION)
     return ExhibitData(exhibit, caption, list(rows.values()), _suites(exhibit, shown, suite_specs), contexts, published)
 
 
-def _row(slot: Any, suite_specs: Mapping[str, dict[str, Any]], bank: Bank) -> ExhibitRow:
-    tokens = 0 if pd.isna(slot.tokens) else int(slot.tokens)
+def _row(slot: ShownSlot, suite_specs: Mapping[str, dict[str, Any]], bank: Bank) -> ExhibitRow:
     plans = frozenset(metric for key in slot.suite_keys for metric in planned_metrics(suite_specs[key]))
     harness = [suite_specs[key] for key in slot.suite_keys if suite_specs[key]["kind"] == "zero-shot"]
     parts = {"mean/acc": [f"{task}/acc" for suite in harness for task in suite["tasks"]]}
-    return ExhibitRow(slot.row, slot.label, tokens, tuple(slot.seeds), str(slot.method), plans, parts=parts, bank=bank)
+    about = slot.tokens or 0, tuple(slot.seeds), str(slot.method)
+    return ExhibitRow(slot.row, slot.label, *about, plans, parts=parts, bank=bank)
 
 
 def planned_metrics(suite: Mapping[str, Any]) -> list[str]:
@@ -205,26 +207,26 @@ def planned_metrics(suite: Mapping[str, Any]) -> list[str]:
     return [*rates, "weight_bytes_dense", "weight_bytes_packed"]
 
 
-def _add(row: ExhibitRow, record: Any) -> None:
-    metric = metric_name(str(record.suite), str(record.metric))
-    about = str((record.context or {}).get("contamination", ""))
-    row.unscanned = row.unscanned or (about if about.startswith("not scanned") else "")
+def _add(row: ExhibitRow, record: ShownMeasurement) -> None:
+    metric, seed = metric_name(record.suite, record.metric), record.seed
+    if not row.unscanned and (about := str(record.context.get("contamination", ""))).startswith("not scanned"):
+        row.unscanned = about
+    if record.value is None:
+        row.diverged[metric] = row.diverged.get(metric, 0) + 1
+        if (why := (record.detail or {}).get("why")) and (record.stage == "train" or seed not in row.reasons):
+            row.reasons[seed] = str(why)
+        return
     if metric.endswith(f"/{FOUND}"):
-        task, of = metric.rpartition("/")[0], int(record.n)
+        task, of = metric.rpartition("/")[0], record.n
         row.contaminated[task] = max(row.contaminated.get(task, (0, of)), (round(record.value * of), of))
         return
-    if pd.isna(record.value):
-        row.diverged[metric] = row.diverged.get(metric, 0) + 1
-        if (why := (record.detail or {}).get("why")) and (record.stage == "train" or record.seed not in row.reasons):
-            row.reasons[int(record.seed)] = str(why)
-        return
-    row.values.setdefault(metric, {})[int(record.seed)] = float(record.value)
-    row.sources.setdefault(metric, {})[int(record.seed)] = str(record.cell_key), str(record.stage)
-    if not pd.isna(record.stderr):
-        row.errors.setdefault(metric, {})[int(record.seed)] = float(record.stderr), int(record.n)
+    row.values.setdefault(metric, {})[seed] = record.value
+    row.sources.setdefault(metric, {})[seed] = record.cell_key, record.stage
+    if record.stderr is not None:
+        row.errors.setdefault(metric, {})[seed] = record.stderr, record.n
 
 
-def _suites(exhibit: str, slots: list[Any], specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _suites(exhibit: str, slots: list[ShownSlot], specs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     keys: dict[str, str] = {}
     for key in dict.fromkeys(key for slot in slots for key in slot.suite_keys):
         name = str(specs[key]["name"])
@@ -236,19 +238,26 @@ def _suites(exhibit: str, slots: list[Any], specs: Mapping[str, dict[str, Any]])
     return {name: specs[key] for name, key in keys.items()}
 
 
-def _refuse_mixture(exhibit: str, record: Any, versions: dict[str, tuple[str, ...]]) -> None:
-    metric = metric_name(str(record.suite), str(record.metric))
-    context, detail = record.context or {}, record.detail or {}
-    about = {"lm-eval": context.get("harness_version"), "split": detail.get("split")}
+def _refuse_mixture(exhibit: str, record: ShownMeasurement, columns: dict[str, tuple[Any, ...]]) -> None:
+    metric = metric_name(record.suite, record.metric)
+    detail = record.detail or {}
+    found: tuple[Any, ...]
     if metric.startswith(DECODE):
-        about = {"device": context.get("device"), "engine": detail.get("engine")}
-    found = (f"suite {record.stage}", *(f"{name} {value}" for name, value in about.items() if value))
-    known = versions.setdefault(metric, found)
+        found = record.stage, "device", record.context.get("device"), "engine", detail.get("engine")
+    else:
+        found = record.stage, "lm-eval", record.context.get("harness_version"), "split", detail.get("split")
+    known = columns.setdefault(metric, found)
     if known != found:
         raise MixedSuites(
-            f"{exhibit}, column {metric}: some rows were measured with {', '.join(known)}, {record.row} with "
-            f"{', '.join(found)}; evaluate all rows of a column alike"
+            f"{exhibit}, column {metric}: some rows were measured with {_version(known)}, {record.row} with "
+            f"{_version(found)}; evaluate all rows of a column alike"
         )
+
+
+def _version(found: tuple[Any, ...]) -> str:
+    stage, *about = found
+    named = [f"{name} {value}" for name, value in zip(about[::2], about[1::2], strict=True) if value]
+    return ", ".join([f"suite {stage}", *named])
 
 
 def _agree(known: dict[str, str], context: Mapping[str, Any]) -> None:

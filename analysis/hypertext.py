@@ -31,11 +31,17 @@ def fragment(table: Table, key_of: Callable[[Place], str] = lambda place: f"{pla
     return "\n".join(parts)
 
 
-def grid(head: list[str], rows: list[list[str]], kind: str = "scroll") -> str:
-    """A sortable table of finished cells (each a whole `<td>`), its heads plain text."""
-    titles = "".join(f"<th data-sort>{escape(title)}</th>" for title in head)
+def words(*texts: str) -> str:
+    """Cells of words, which begin at their left edge as numbers end at their right."""
+    return "".join(f'<td class="word">{escape(text)}</td>' for text in texts)
+
+
+def grid(head: list[str], rows: list[list[str]], frame: str = "scroll", wordy: int = 1) -> str:
+    """A sortable table of finished cells (each a whole `<td>`), its heads plain text; the first `wordy` hold words."""
+    kinds = [' class="word"' if 0 < number < wordy else "" for number in range(len(head))]
+    titles = "".join(f"<th data-sort{kind}>{escape(title)}</th>" for kind, title in zip(kinds, head, strict=True))
     body = "\n".join(row[0] if row[0].startswith("<tr") else f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="{kind}"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return f'<div class="{frame}"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def shown_columns(table: Table) -> list[int]:

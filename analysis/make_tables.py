@@ -12,18 +12,19 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from analysis.aside import aside
-from analysis.drawing import FORMATS, get_ready, save
+from analysis.aside import Submit, aside, hasty, here
+from analysis.drawing import drawn, get_ready
 from analysis.exhibits import EXHIBITS, FIGURES, SHOWN, TABLES
-from analysis.frames import ExhibitData, exhibit_data
+from analysis.frames import ExhibitData, exhibit_data, planned_metrics
 from analysis.hypertext import to_html
 from analysis.items import Bank
 from analysis.render import to_csv, to_latex, to_markdown
@@ -31,7 +32,10 @@ from analysis.table import Table
 from analysis.terminal import to_text
 from analysis.verdicts import verdicts_csv
 from sparseforge_core.errors import IncompleteExhibit, SparseForgeError, unknown
-from sparseforge_core.store.results import Results
+from sparseforge_core.store.shown import ShownCurve
+
+if TYPE_CHECKING:
+    from sparseforge_core.store.results import Results
 
 LISTED = 5
 """Missing results of an exhibit that the report names one by one."""
@@ -70,35 +74,46 @@ def make_tables(
     folder that cannot be written; MixedSuites for a column that would hold numbers that do not compare; with `strict`
     IncompleteExhibit if anything is partial, after writing. Files are replaced whole or not at all.
     """
+    with hasty(), _drawing(only) as submit:
+        report = _make(results, grid, out, only, submit)
+    if strict and report.partial:
+        raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {report.grid} lack results")
+    return report
+
+
+def _drawing(only: Sequence[str]) -> AbstractContextManager[Submit]:
+    """The process that draws, if a figure is wanted: it gets ready while this one still reads."""
     for name in only:
         if name not in EXHIBITS:
             raise SparseForgeError(unknown("exhibit", name, EXHIBITS))
+    return aside(get_ready) if not only or set(only) & set(FIGURES) else nullcontext(here)
+
+
+def _make(results: Results, grid: str | None, out: Path, only: Sequence[str], submit: Submit) -> Report:
     report = Report(results.grid(grid)["name"])
-    ready: dict[Path, bytes] = {}
-    material = collect(results, report.grid)
     wanted = list(dict.fromkeys(only or EXHIBITS))
-    figures = [name for name in wanted if name in FIGURES]
-    if figures:
-        get_ready()
-    with aside(lambda name: _figure_files(material, name, out), figures) as drawn:
-        made = {name: _table_files(material, name, out, report.tables) for name in wanted if name in TABLES}
-        made |= {name: drawn(name) for name in figures}
+    material = collect(results, report.grid)
+    found = {name: FIGURES[name](material.exhibits, material.curves) for name in wanted if name in FIGURES}
+    drawings = {name: drawing for name, drawing in found.items() if drawing is not None}
+    pictures = submit("the figures", drawn, drawings)
+    made = {name: _table_files(material, name, out, report.tables) for name in wanted if name in TABLES}
+    for name, bodies in pictures().items():
+        base = out / "figures" / name
+        files = {base.with_suffix(ending): body for ending, body in bodies.items()}
+        made[name] = {base.with_suffix(".csv"): drawings[name].csv().encode(), **files}
     for exhibit in wanted:
-        if not made[exhibit]:
+        if not made.get(exhibit):
             report.empty.append(exhibit)
-            continue
-        ready |= made[exhibit]
-        if exhibit in material.exhibits and material.exhibits[exhibit].missing:
+        elif exhibit in material.exhibits and material.exhibits[exhibit].missing:
             report.missing[exhibit] = material.exhibits[exhibit].missing
     if only and report.empty:
         raise SparseForgeError(
             f"grid {report.grid} has no rows for {', '.join(report.empty)}; --grid names another grid"
         )
-    for path, body in ready.items():
-        write(path, body)
-        report.files.append(path)
-    if strict and report.partial:
-        raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {report.grid} lack results")
+    for exhibit in wanted:
+        for path, body in made.get(exhibit, {}).items():
+            write(path, body)
+            report.files.append(path)
     return report
 
 
@@ -109,25 +124,25 @@ class Material:
     grid: str
     title: str
     exhibits: dict[str, ExhibitData]
-    curves: Any
+    curves: list[ShownCurve]
 
 
 def collect(results: Results, grid: str) -> Material:
     """Read a grid's exhibits and curves. Raises MixedSuites for a column that would hold what does not compare."""
     about = results.grid(grid)
-    slots, measured, missing = results.slots(grid), results.measurements(grid), results.missing(grid)
     suites, bank = results.suite_specs(), Bank(results.outcomes(grid))
+    metrics = {metric.rpartition(":")[2] for suite in suites.values() for metric in planned_metrics(suite)}
+    slots, measured, missing = results.slots(grid), results.measurements(grid, metrics), results.missing(grid)
     found = {}
     for exhibit in SHOWN:
-        published = results.published(exhibit)
-        published = published if about["published"] else published.iloc[:0]
+        published = results.published(exhibit) if about["published"] else []
         found[exhibit] = exhibit_data(exhibit, slots, measured, missing, published, suites, bank)
     return Material(grid, about["title"], found, results.curves(grid))
 
 
 def _table_files(material: Material, exhibit: str, out: Path, made: dict[str, Table]) -> dict[Path, bytes]:
     data = material.exhibits[exhibit]
-    if not data.rows and data.published.empty:
+    if not data.rows and not data.published:
         return {}
     table = made[exhibit] = TABLES[exhibit](data)
     base = out / "tables" / exhibit
@@ -135,16 +150,6 @@ def _table_files(material: Material, exhibit: str, out: Path, made: dict[str, Ta
     if table.verdicts:
         texts[".tests.csv"] = verdicts_csv(table.verdicts)
     return {base.with_suffix(ending): text.encode() for ending, text in texts.items()}
-
-
-def _figure_files(material: Material, exhibit: str, out: Path) -> dict[Path, bytes]:
-    made = FIGURES[exhibit](material.exhibits, material.curves)
-    if made is None:
-        return {}
-    figure, numbers = made
-    base = out / "figures" / exhibit
-    files = {base.with_suffix(ending): save(figure, ending) for ending in FORMATS}
-    return {base.with_suffix(".csv"): numbers.encode(), **files}
 
 
 def write(path: Path, body: bytes) -> None:
@@ -178,10 +183,13 @@ def run_make_tables(
 
     Raises IncompleteExhibit in strict mode when anything is partial (everything is written all the same).
     """
-    results = Results(url)
-    name = results.grid(grid)["name"]
-    target = out or home / name
-    report = make_tables(results, name, target, only or ())
+    with hasty(), _drawing(only or ()) as submit:
+        from sparseforge_core.store.results import Results  # a quarter of a second, in which the other process imports
+
+        results = Results(url)
+        name = results.grid(grid)["name"]
+        target = out or home / name
+        report = _make(results, name, target, only or (), submit)
     if as_json:
         print(json.dumps(report.as_json(), indent=1))
     elif not quiet:

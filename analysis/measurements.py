@@ -6,6 +6,8 @@ python analysis/measurements.py [--db URL] [--grid NAME] [--out FILE]
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,11 +19,16 @@ if __package__ in (None, ""):
 
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
+from sparseforge_core.store.shown import TidyMeasurement
 
 
 def measurements_csv(results: Results, grid: str) -> str:
     """The measurements of a grid's finished stages, a row each, in a fixed order; numbers as exact as the store's."""
-    return str(results.tidy(grid).to_csv(index=False, lineterminator="\n"))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(TidyMeasurement._fields)
+    writer.writerows(results.tidy(grid))
+    return out.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

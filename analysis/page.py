@@ -6,9 +6,10 @@ from html import escape
 
 STYLE = """
 :root { --ground: #fcfcfb; --card: #ffffff; --ink: #1d2126; --soft: #5d6670; --line: #dfe2e5; --head: #f3f4f5;
-  --accent: #0b62a3; --good: #1b7a4b; --bad: #b3401c; --mark: #fff3c9; --paper: #ffffff; }
+  --accent: #0b62a3; --good: #1b7a4b; --bad: #b3401c; --mark: #fff3c9; --paper: #ffffff; --shade: rgb(0 0 0 / .13); }
 :root[data-theme=dark] { --ground: #14171a; --card: #1b1f23; --ink: #e6e8ea; --soft: #9aa4ae; --line: #31373d;
-  --head: #22272c; --accent: #6bb6f0; --good: #6fcf9b; --bad: #f0936f; --mark: #4a3f16; --paper: #191919; }
+  --head: #22272c; --accent: #6bb6f0; --good: #6fcf9b; --bad: #f0936f; --mark: #4a3f16; --paper: #191919;
+  --shade: rgb(0 0 0 / .65); }
 :root[data-theme=dark] figure svg { filter: invert(.9) hue-rotate(180deg); }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 3.4rem; -webkit-text-size-adjust: 100%; }
@@ -34,10 +35,12 @@ p { margin: .4rem 0; max-width: 64rem; overflow-wrap: anywhere; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px;
-  background: var(--card); margin: .7rem 0; }
+/* A shadow on the right for as long as there is more to see: the first layer moves with the table and covers it. */
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; margin: .7rem 0;
+  background: linear-gradient(270deg, var(--card) 30%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(270deg, var(--shade), transparent) right / 1.1rem 100% no-repeat scroll var(--card); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .34rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .34rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
 thead th, thead th:first-child { background: var(--head); font-weight: 600; }
@@ -50,7 +53,7 @@ td.best { background: var(--mark); font-weight: 650; }
 td.best small { font-weight: 400; }
 td[data-p] { cursor: help; }
 td[data-p]:hover, td[data-p]:focus { outline: 2px solid var(--accent); outline-offset: -2px; }
-td.text { text-align: left; white-space: normal; min-width: 14rem; }
+th.word, td.word { text-align: left; }
 tr.reference td { color: var(--soft); }
 .tall { max-height: 31rem; overflow: auto; }
 .tall thead th { position: sticky; top: 0; z-index: 1; } .tall thead th:first-child { z-index: 2; }

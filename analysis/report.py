@@ -11,11 +11,11 @@ from pathlib import Path
 
 from analysis.accuracy_tables import MEAN, TASKS
 from analysis.audit import audit_table
-from analysis.drawing import save
+from analysis.drawing import pictures
 from analysis.exhibits import FIGURES, TABLES
 from analysis.figures import short
 from analysis.frames import ExhibitData, ExhibitRow
-from analysis.hypertext import fragment, grid
+from analysis.hypertext import fragment, grid, words
 from analysis.make_tables import Material, collect, write
 from analysis.motivation import deltas
 from analysis.page import page
@@ -87,10 +87,11 @@ def _section(key: str, name: str, content: str) -> str:
 
 
 def _figure(name: str, material: Material) -> str:
-    made = FIGURES[name](material.exhibits, material.curves)
-    if made is None:
+    drawing = FIGURES[name](material.exhibits, material.curves)
+    if drawing is None:
         return ""
-    return f"<figure>{inline_svg(save(made[0], '.svg').decode())}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+    svg = pictures(drawing, (".svg",))[".svg"].decode()
+    return f"<figure>{inline_svg(svg)}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
 
 
 def inline_svg(text: str) -> str:
@@ -122,10 +123,11 @@ def _missing(material: Material) -> str:
     gaps = [(name, *gap) for name, data in material.exhibits.items() for gap in data.missing]
     if not gaps:
         return ""
-    rows = [[f"<td>{escape(part)}</td>" for part in gap] for gap in gaps[:LISTED]]
+    rows = [[words(*gap)] for gap in gaps[:LISTED]]
     more = f"<p>and {len(gaps) - LISTED:,} more</p>" if len(gaps) > LISTED else ""
     head = ["exhibit", "row", "cell", "stage", "state"]
-    return f"<details><summary>{len(gaps):,} planned results are missing</summary>{grid(head, rows)}{more}</details>"
+    listed = grid(head, rows, wordy=len(head))
+    return f"<details><summary>{len(gaps):,} planned results are missing</summary>{listed}{more}</details>"
 
 
 def _comparison(exhibits: Iterable[ExhibitData]) -> str:
@@ -145,7 +147,7 @@ def _comparison(exhibits: Iterable[ExhibitData]) -> str:
                 else f"{row.group} at {short(row.tokens)} tokens"
             )
             rows[key] = [
-                f"<td>{escape(name)}</td><td>{escape(data.exhibit)}</td><td>{escape(row.method)}</td>",
+                words(name, data.exhibit, row.method),
                 _number(row.tokens, short(row.tokens)),
                 _number(len(row.seeds), str(len(row.seeds))),
                 "<td></td>" if accuracy is None else _number(accuracy.mean, f"{100 * accuracy.mean:.2f}"),
@@ -154,7 +156,7 @@ def _comparison(exhibits: Iterable[ExhibitData]) -> str:
     if not rows:
         return ""
     head = ["row", "shown in", "method", "tokens", "seeds", "mean accuracy, %", "perplexity"]
-    return grid(head, list(rows.values()), "scroll tall")
+    return grid(head, list(rows.values()), "scroll tall", wordy=3)
 
 
 def _number(value: float, text: str, kind: str = "") -> str:
@@ -165,20 +167,20 @@ def _verdicts(table: Table) -> str:
     if not table.verdicts:
         return ""
     rows = [_verdict(one) for one in table.verdicts]
-    head = ["row", "against", "column", "difference", "95 % bootstrap", "p", "p (Holm)", "p (TOST)", "d", "verdict"]
-    return f"<details><summary>Tests of {escape(title(table))}</summary>{grid(head, rows)}</details>"
+    head = ["row", "against", "column", "verdict", "difference", "95 % bootstrap", "p", "p (Holm)", "p (TOST)", "d"]
+    return f"<details><summary>Tests of {escape(title(table))}</summary>{grid(head, rows, wordy=4)}</details>"
 
 
 def _verdict(one: Verdict) -> list[str]:
     found, effect = one.found, "" if one.found.effect is None else f"{one.found.effect:.2f}"
     points = f"{100 * found.difference:+.2f}"
     return [
-        f"<td>{escape(one.label)}</td><td>{escape(one.reference)}</td><td>{escape(one.column)}</td>",
+        words(one.label, one.reference, one.column),
+        f'<td class="word {one.says}">{one.says}</td>',
         _number(found.difference, points),
         f"<td>{100 * one.low:+.2f} to {100 * one.high:+.2f}</td>",
         *(_number(p, f"{p:.3g}") for p in (found.p, one.corrected, one.equivalent)),
         _number(found.effect or 0.0, effect),
-        f'<td class="{one.says}">{one.says}</td>',
     ]
 
 
@@ -190,12 +192,12 @@ def _deltas(data: ExhibitData) -> str:
         tone = (' class="better"' if good else ' class="worse"') if one.significant else ""
         rows.append(
             [
-                f"<td>{escape(one.label)}</td><td>{escape(one.quantity)}</td>",
+                words(one.label, one.quantity),
                 _number(one.value, f"{one.value:+.2f}", tone),
                 f"<td>{span}</td>",
             ]
         )
-    return grid(["ablation", "quantity", "change", "95 % bootstrap"], rows) if rows else ""
+    return grid(["ablation", "quantity", "change", "95 % bootstrap"], rows, wordy=2) if rows else ""
 
 
 def _tasks(exhibits: Mapping[str, ExhibitData]) -> str:

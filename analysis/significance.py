@@ -11,7 +11,8 @@ Two sources of chance stand behind a number: which items were asked, and which s
 
 Who is best is asked of the same data that name the best, so the p of each comparison with it is corrected (Holm) as
 one of all pairs of the column. `tests/analysis/test_significance.py` measures the rate of false wins under the null.
-Only `scipy.special` is used: `scipy.stats` and statsmodels would add a second of imports for the same formulas.
+Only `scipy.special` is used (in `tails.py`): `scipy.stats` and statsmodels would add a second of imports for the same
+formulas. All differences of a column are tested at once, because thousands of small calls were what tables waited for.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from analysis.items import Array, Items
+from analysis.tails import Part, mcnemar, plain_freedom, tails, two_sided_normal
 
 LEVEL = 0.05
 DRAWS = 9_999
@@ -35,18 +36,8 @@ FEW = 200
 MANY = 500
 """Items from which a bootstrap draws their mean from its normal limit."""
 RESAMPLES = 2_000
-EXACT, STEPS = 1e-8, 100
-"""Relative precision of a quantile whose p is searched for, and the most steps of that search; it takes about ten."""
 SEED = 260_506_402
 """Of every random draw here: the same store gives the same bytes."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A source of chance in a difference: the variance it adds, and the degrees of freedom behind that number."""
-
-    variance: float
-    freedom: float
 
 
 @dataclass(frozen=True)
@@ -56,8 +47,6 @@ class Comparison:
     difference: float
     error: float
     """Its standard error, over items and seeds."""
-    freedom: float
-    """Degrees of freedom of a plain t test with the same bar at 5 %."""
     p: float
     """Two-sided."""
     test: str
@@ -67,6 +56,11 @@ class Comparison:
     seeds: tuple[int, int]
     parts: tuple[Part, ...] = ()
     """What the standard error is made of."""
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of a plain t test with the same bar at 5 %."""
+        return plain_freedom(self.parts, LEVEL)
 
 
 def paired(a: Items, b: Items) -> bool:
@@ -88,7 +82,55 @@ def pool(rows: Sequence[Items]) -> Pool | None:
     freedom = sum(row.seeds - 1 for row in several)
     if not freedom:
         return None
-    return Pool(sum(float(row.by_seed.var(ddof=1)) * (row.seeds - 1) for row in several) / freedom, freedom)
+    return Pool(sum(row.variance * (row.seeds - 1) for row in several) / freedom, freedom)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A minus B, item by item: what every test and interval of the two begins with."""
+
+    a: Items
+    b: Items
+    strata: tuple[Array, ...]
+    """The differences of the items by stratum, each `[items]` and a mean over seeds."""
+    means: Array
+    """`[strata]`."""
+    squares: Array
+    """Squared deviations from that mean, added up: `[strata]`."""
+
+    @classmethod
+    def of(cls, a: Items, b: Items) -> Apart:
+        """Raises ValueError if the two are not `paired`."""
+        if not paired(a, b):
+            raise ValueError("the outcomes are of different items and cannot be paired")
+        strata = tuple(x - y for x, y in zip(a.by_item, b.by_item, strict=True))
+        means = [d.sum() / len(d) for d in strata]
+        squares = [np.square(d - mean).sum() for d, mean in zip(strata, means, strict=True)]
+        return cls(a, b, strata, np.array(means), np.array(squares))
+
+    @property
+    def difference(self) -> float:
+        """Strata weighing alike."""
+        return float(self.means.mean())
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one seed on either side."""
+        return self.a.seeds == self.b.seeds == 1
+
+    def variances(self) -> list[float]:
+        """Of the items of each stratum; 0 for a stratum of one item, which tells nothing."""
+        return [float(q) / (len(d) - 1) if len(d) > 1 else 0.0 for q, d in zip(self.squares, self.strata, strict=True)]
+
+    def parts(self, seeds: Pool | None) -> tuple[Part, ...]:
+        """What the difference owes to the choice of items, and to the seeds of each side."""
+        items = sum(v / len(d) for v, d in zip(self.variances(), self.strata, strict=True)) / len(self.strata) ** 2
+        parts = [Part(items, max(sum(len(d) - 1 for d in self.strata), 1))]
+        several = [side for side in (self.a, self.b) if side.seeds > 1]
+        if several and (seeds := seeds or pool([self.a, self.b])) is not None:
+            own = (max(side.variance, seeds.variance) / side.seeds for side in several)
+            parts.append(Part(sum(own), seeds.freedom))
+        return tuple(parts)
 
 
 def compare(a: Items, b: Items, seeds: Pool | None = None) -> Comparison:
@@ -97,26 +139,45 @@ def compare(a: Items, b: Items, seeds: Pool | None = None) -> Comparison:
     Two seeds may lie close by luck: where the rows of the column together (`seeds`) vary more than one side does,
     that side is taken to vary as they do.
     """
-    if not paired(a, b):
-        raise ValueError("the outcomes are of different items and cannot be paired")
-    differences = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a.strata, b.strata, strict=True)]
-    difference = float(np.mean([d.mean() for d in differences]))
-    parts = _parts(a, b, differences, seeds or pool([a, b]))
-    error = math.sqrt(sum(part.variance for part in parts))
-    p, test = _items_test(differences, single=a.seeds == b.seeds == 1)
-    if max(a.seeds, b.seeds) > 1:
-        p = max(p, _two_sided(difference, error, parts))
-        test = "t over items and seeds"
-    spread = _spread(differences)
-    effect = difference / spread if spread > 0 else None
-    return Comparison(difference, error, _freedom(parts), p, test, effect, a.n, (a.seeds, b.seeds), parts)
+    return compared([Apart.of(a, b)], seeds)[0]
+
+
+def compared(pairs: Sequence[Apart], seeds: Pool | None = None) -> list[Comparison]:
+    """The tests of `compare`, of all the differences of a column at once."""
+    sources = [one.parts(seeds) for one in pairs]
+    errors = [math.sqrt(sum(part.variance for part in parts)) for parts in sources]
+    several = [not one.single and error > 0 for one, error in zip(pairs, errors, strict=True)]
+    beyond = iter(
+        tails(
+            [abs(one.difference) / error for one, error, asked in zip(pairs, errors, several, strict=True) if asked],
+            [parts for parts, asked in zip(sources, several, strict=True) if asked],
+        )
+    )
+    found = []
+    for one, parts, error, asked in zip(pairs, sources, errors, several, strict=True):
+        difference = one.difference
+        p, test = _items_test(one)
+        if not one.single:
+            certain = 1.0 if difference == 0 else 0.0
+            p = max(p, min(1.0, 2 * float(next(beyond))) if asked else certain)
+            test = "t over items and seeds"
+        spread = math.sqrt(float(np.mean(one.variances())))
+        effect = difference / spread if spread > 0 else None
+        found.append(Comparison(difference, error, p, test, effect, one.a.n, (one.a.seeds, one.b.seeds), parts))
+    return found
 
 
 def equivalence(found: Comparison, margin: float) -> float:
     """p of two one-sided t tests: small where the difference is shown to lie within (-margin, margin)."""
-    if found.error == 0:
-        return 0.0 if abs(found.difference) < margin else 1.0
-    return _tail((margin - abs(found.difference)) / found.error, found.parts)  # the harder of the two
+    return equivalences([found], margin)[0]
+
+
+def equivalences(found: Sequence[Comparison], margin: float) -> list[float]:
+    """The same of many. Of the two tests the harder one counts."""
+    asked = [one for one in found if one.error > 0]
+    harder = iter(tails([(margin - abs(one.difference)) / one.error for one in asked], [one.parts for one in asked]))
+    certain = (0.0 if abs(one.difference) < margin else 1.0 for one in found)
+    return [float(next(harder)) if one.error > 0 else sure for one, sure in zip(found, certain, strict=True)]
 
 
 def interval(a: Items, b: Items) -> tuple[float, float]:
@@ -124,21 +185,32 @@ def interval(a: Items, b: Items) -> tuple[float, float]:
 
     With more than MANY items the mean of a resample of them is drawn from its normal limit, which is what it has then.
     """
-    differences = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a.strata, b.strata, strict=True)]
-    sides = (a.seeds, b.seeds)
-    if a.n > MANY:
-        spread = math.sqrt(sum(float(d.var()) / len(d) for d in differences)) / len(differences)
+    return intervals([Apart.of(a, b)])[0]
+
+
+def intervals(pairs: Sequence[Apart]) -> list[tuple[float, float]]:
+    """The intervals of many differences."""
+    if not pairs:
+        return []
+    low, high = np.quantile([_resamples(one) for one in pairs], [LEVEL / 2, 1 - LEVEL / 2], axis=1)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _resamples(one: Apart) -> Array:
+    """The difference in each resample: `[RESAMPLES]`."""
+    sizes, sides = tuple(len(d) for d in one.strata), (one.a.seeds, one.b.seeds)
+    if one.a.n > MANY:
+        spread = math.sqrt(sum(float(q) / n / n for q, n in zip(one.squares, sizes, strict=True))) / len(sizes)
         normal, chosen = _resampled(None, sides)
-        drawn = float(np.mean([d.mean() for d in differences])) + spread * normal[0]
+        drawn = one.difference + spread * normal[0]
     else:
-        places, chosen = _resampled(tuple(len(d) for d in differences), sides)
-        drawn = np.mean([d[place].mean(axis=1) for d, place in zip(differences, places, strict=True)], axis=0)
-    for sign, side, seeds in zip((1, -1), (a, b), chosen, strict=True):
+        places, chosen = _resampled(sizes, sides)
+        drawn = np.mean([d[place].mean(axis=1) for d, place in zip(one.strata, places, strict=True)], axis=0)
+    for sign, side, seeds in zip((1, -1), (one.a, one.b), chosen, strict=True):
         if seeds is not None:
             means = side.by_seed
             drawn = drawn + sign * (means[seeds].mean(axis=1) - means.mean())
-    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
+    return drawn
 
 
 @functools.lru_cache(maxsize=16)
@@ -173,87 +245,25 @@ def leaders(items: Sequence[Items], scores: Sequence[float], *, high: bool) -> s
     """
     best = (max if high else min)(range(len(scores)), key=lambda index: scores[index])
     others = [index for index in range(len(items)) if index != best]
-    together = pool(items)
-    tested = [compare(items[best], items[index], together).p for index in others]
+    tested = compared([Apart.of(items[best], items[index]) for index in others], pool(items))
     pairs = len(items) * (len(items) - 1) // 2
-    return {best} | {index for index, p in zip(others, holm(tested, pairs), strict=True) if p > LEVEL}
+    adjusted = holm([one.p for one in tested], pairs)
+    return {best} | {index for index, p in zip(others, adjusted, strict=True) if p > LEVEL}
 
 
-def _parts(a: Items, b: Items, differences: Sequence[Array], seeds: Pool | None) -> tuple[Part, ...]:
-    """What the difference owes to the choice of items, and to the seeds of each side."""
-    items = sum(float(d.var(ddof=1)) / len(d) for d in differences if len(d) > 1) / len(differences) ** 2
-    parts = [Part(items, max(sum(len(d) - 1 for d in differences), 1))]
-    several = [side for side in (a, b) if side.seeds > 1]
-    if several and seeds is not None:
-        own = (max(float(side.by_seed.var(ddof=1)), seeds.variance) / side.seeds for side in several)
-        parts.append(Part(sum(own), seeds.freedom))
-    return tuple(parts)
-
-
-def _two_sided(difference: float, error: float, parts: Sequence[Part]) -> float:
-    if error == 0:
-        return 1.0 if difference == 0 else 0.0
-    return min(1.0, 2 * _tail(abs(difference) / error, parts))
-
-
-def _tail(t: float, parts: Sequence[Part]) -> float:
-    """The p at which the parts' own quantiles of Student's t, weighed by their variances, reach `t` (Cochran and Cox).
-
-    Of one part that is the ordinary one-sided p. The quantiles only fall with p, so that the parts' own p enclose it.
-    """
-    if t < 0:
-        return 1.0 - _tail(-t, parts)
-    known = [part for part in parts if part.variance > 0]
-    alone = [float(special.stdtr(part.freedom, -t)) for part in known]
-    low, high = min(alone), max(alone)
-    if low == 0 or high - low <= EXACT * high:
-        return high
-    total = sum(part.variance for part in known)
-
-    def beyond(log_p: float) -> float:
-        return math.log(_quantile(math.exp(log_p), known, total) / t)
-
-    left, right = math.log(low), math.log(high)
-    above, below, middle = beyond(left), beyond(right), right
-    for _ in range(STEPS):  # the Illinois method: false position that halves the weight of an end that stays
-        middle = right - below * (right - left) / (below - above)
-        found = beyond(middle)
-        if abs(found) <= EXACT:
-            break
-        if found > 0:
-            left, above, below = middle, found, below / 2
-        else:
-            right, below, above = middle, found, above / 2
-    return math.exp(middle)
-
-
-def _quantile(p: float, parts: Sequence[Part], total: float) -> float:
-    """The t whose one-sided p is `p`, weighed over the parts."""
-    return sum(part.variance * -float(special.stdtrit(part.freedom, p)) for part in parts) / total
-
-
-def _freedom(parts: Sequence[Part]) -> float:
-    """Degrees of freedom of the one t distribution with the same quantile at LEVEL, two-sided."""
-    known = [part for part in parts if part.variance > 0]
-    if len(known) < 2:
-        return float((known or list(parts))[0].freedom)
-    bar = _quantile(LEVEL / 2, known, sum(part.variance for part in known))
-    return float(special.stdtridf(LEVEL / 2, -bar))
-
-
-def _items_test(differences: Sequence[Array], *, single: bool) -> tuple[float, str]:
+def _items_test(one: Apart) -> tuple[float, str]:
     """(p, name) of a test that takes the models as they are: signs of the items' differences are as good as flipped."""
-    weighted = np.concatenate([d / len(d) / len(differences) for d in differences])
-    weighted = weighted[weighted != 0]
-    binary = single and len(differences) == 1 and all(np.isin(d, (-1, 0, 1)).all() for d in differences)
-    if binary:
-        wins, losses = int((weighted > 0).sum()), int((weighted < 0).sum())
-        return mcnemar(wins, losses), "exact McNemar"
+    strata = [d[d != 0] for d in one.strata]
+    if one.single and len(strata) == 1 and bool((np.abs(strata[0]) == 1).all()):
+        wins = int((strata[0] > 0).sum())
+        return mcnemar(wins, len(strata[0]) - wins), "exact McNemar"
+    sizes = [len(d) for d in one.strata]
+    weighted = np.concatenate([d / size / len(sizes) for d, size in zip(strata, sizes, strict=True)])
     if not len(weighted):
         return 1.0, "sign-flip permutation"
     observed = abs(float(weighted.sum()))
     if len(weighted) > FEW:
-        return float(2 * special.ndtr(-observed / math.sqrt(float((weighted**2).sum())))), "sign-flip permutation"
+        return two_sided_normal(observed / math.sqrt(float((weighted**2).sum()))), "sign-flip permutation"
     extreme = int((np.abs(_signs(len(weighted)) @ weighted) >= observed * (1 - 1e-12)).sum())
     return (extreme + 1) / (DRAWS + 1), "sign-flip permutation"
 
@@ -263,15 +273,3 @@ def _signs(n: int) -> Array:
     """The sign flips of `n` items: `[DRAWS, n]`, the same for every comparison."""
     flips = np.random.default_rng(SEED).integers(0, 2, (DRAWS, n), dtype=np.int8)
     return flips.astype(np.float64) * 2 - 1
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """Exact two-sided p of McNemar's test, from the items that only one of the two got right."""
-    if wins == losses:
-        return 1.0
-    return float(min(1.0, 2 * special.bdtr(min(wins, losses), wins + losses, 0.5)))
-
-
-def _spread(differences: Sequence[Array]) -> float:
-    """Standard deviation of the item differences, strata weighing alike."""
-    return math.sqrt(float(np.mean([d.var(ddof=1) if len(d) > 1 else 0.0 for d in differences])))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Literal
 
 from analysis.aggregate import Estimate
 from analysis.items import Items
 from analysis.significance import leaders, paired
+from sparseforge_core.store.rows import PublishedNumber
 
 if TYPE_CHECKING:
     from analysis.verdicts import Verdict
@@ -161,31 +160,39 @@ def _mean(cell: Cell) -> float:
     return cell.estimate.mean if cell.estimate is not None else 0.0
 
 
-def published_table(table: Table, numbers: pd.DataFrame) -> Table | None:
+def published_table(table: Table, numbers: Sequence[PublishedNumber]) -> Table | None:
     """The quoted numbers of an exhibit as a table of their own, each as its source prints it; None if there are none.
 
     Columns of the same title stand in the order of `table`; values come in printed units.
     """
-    if numbers.empty:
+    if not numbers:
         return None
     known = {column.title: column for column in table.columns}
-    titles = list(dict.fromkeys(numbers.column))
+    titles = list(dict.fromkeys(number.column for number in numbers))
     order = [title for title in known if title in titles] + [title for title in titles if title not in known]
     columns = [known.get(title) or Column(title, digits=None if "PPL" in title else 2) for title in order]
     quoted = Table(table.exhibit, "Published (not measured here)", "", table.first, [_unmarked(c) for c in columns])
-    for row, own in numbers.groupby("row", sort=False):
-        by_title = {number.column: _quoted(number, known.get(number.column)) for number in own.itertuples()}
+    for row, own in quoted_rows(numbers).items():
+        by_title = {number.column: _quoted(number, known.get(number.column)) for number in own}
         cells = [by_title.get(title, EMPTY) for title in order]
-        quoted.lines.append(Line(str(row), str(row), cells, source=str(own.source.iloc[0])))
+        quoted.lines.append(Line(row, row, cells, source=own[0].source))
     return quoted
+
+
+def quoted_rows(numbers: Sequence[PublishedNumber]) -> dict[str, list[PublishedNumber]]:
+    """Quoted numbers by row, in the order in which the rows begin."""
+    found: dict[str, list[PublishedNumber]] = {}
+    for number in numbers:
+        found.setdefault(number.row, []).append(number)
+    return found
 
 
 def _unmarked(column: Column) -> Column:
     return Column(column.title, column.scale, column.digits, signed=column.signed)
 
 
-def _quoted(number: Any, column: Column | None) -> Cell:
-    if number.value is None or pd.isna(number.value):
-        return Cell(text=str(number.text))
+def _quoted(number: PublishedNumber, column: Column | None) -> Cell:
+    if number.value is None:
+        return Cell(text=number.text)
     scale = column.scale if column else 1.0
-    return Cell(Estimate(float(number.value) / scale, None, 1, None), text=str(number.text))
+    return Cell(Estimate(number.value / scale, None, 1, None), text=number.text)

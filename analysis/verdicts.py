@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from analysis.frames import ExhibitData, ExhibitRow
 from analysis.items import Items
-from analysis.significance import LEVEL, Comparison, compare, equivalence, holm, interval, paired, pool
+from analysis.significance import LEVEL, Apart, Comparison, compared, equivalences, holm, intervals, paired, pool
 
 ACCURACY_MARGIN = 0.01
 """Half the width of what counts as equal accuracy: one point."""
@@ -53,14 +53,14 @@ def verdicts(data: ExhibitData, columns: Sequence[tuple[str, str]], reference: s
     for title, metric in columns:
         pairs = _pairs(data, metric, reference)
         several = pool([items for _, _, items, _ in pairs] + [other for *_, other in pairs])
-        tested = [compare(items, other, several) for _, _, items, other in pairs]
+        apart = [Apart.of(items, other) for _, _, items, other in pairs]
+        tested = compared(apart, several)
         corrected = holm([one.p for one in tested])
         accuracy = not metric.endswith(":perplexity")
         margin = ACCURACY_MARGIN if accuracy else PERPLEXITY_MARGIN
-        for (row, to, items, other), one, p in zip(pairs, tested, corrected, strict=True):
-            low, high = interval(items, other)
-            column = title if accuracy else f"log {title}"
-            equal = equivalence(one, margin)
+        column = title if accuracy else f"log {title}"
+        judged = zip(pairs, tested, corrected, intervals(apart), equivalences(tested, margin), strict=True)
+        for (row, to, *_), one, p, (low, high), equal in judged:
             found.append(Verdict(row.row, row.label, to.label, column, one, low, high, p, margin, equal, accuracy))
     return found
 

@@ -4,7 +4,8 @@ python benchmarks/decode.py [--model llama-2-7b|tiny|DIR] [--batches 1 4 16 64] 
 
 Shapes are filled with random weights, the sparse ones in exact 2:4; a packed export takes its own. One dense product is
 the fastest of cuBLAS, torch.compile and a Triton kernel, chosen for each shape in place, in graphs over the weights of
-all layers. Every length pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph.
+all layers. Prompts, and steps of more than 64 rows, are run in mode throughput, dense and sparse in turn. Every length
+pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph.
 `decode_*` figures are of the steps alone, `whole_*` of prompt and steps. Without a GPU the same loop runs on the
 reference path, which is for trying the script. Results are merged by measure into FILE.
 """
@@ -27,7 +28,6 @@ from benchmarks.decode_runs import (
     by_name,
     choose_dense,
     each_product,
-    read_choices,
     resident_bytes,
     run_batches,
     run_pairs,
@@ -37,7 +37,8 @@ from benchmarks.decode_runs import (
 )
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.runtime import prediction
-from sparseforge_core.runtime.kernels.choices import record
+from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, record
+from sparseforge_core.runtime.kernels.table import read_file
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
@@ -60,8 +61,6 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
     report.ratio(
         "step_over_strong_dense.slorb", "step_ms.dense.batch_1", f"step_ms.sparse_slorb{options.block}.batch_1"
     )
-    for length in options.prefill:
-        report.ratio(f"prefill_over_dense.{length}", f"prefill_ms.dense.{length}", f"prefill_ms.sparse.{length}")
     found = [report.value(f"prefill_over_dense.{length}") for length in options.prefill]
     if found and None not in found:
         report.add(
@@ -101,55 +100,60 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
     """Everything, a part at a time; results are saved after each model."""
     sides = Sides(options.model, machine, getattr(torch, options.dtype))
     if options.choices is not None and machine.cuda:
-        record(torch.cuda.current_device(), read_choices(options.choices))
+        record(torch.cuda.current_device(), read_file(options.choices))
     bandwidth = machine.copy_bandwidth()
     report.add("copy_bandwidth", bandwidth / 1e12, "TB/s")
     report.part("same attention", lambda: same_attention(report, sides, machine))
     report.part("same numbers", lambda: same_numbers(report, sides, machine))
     if report.failed:
         return  # the speed of wrong numbers is no result
-    for side, block, mode in (
-        ("dense", None, "decode"), ("sparse", None, "decode"), ("sparse", options.block, "decode"),
-        ("sparse", None, "throughput"),
+    for side, block in (
+        ("dense", None), ("sparse", None), ("sparse", options.block),
     ):  # fmt: skip
-        if not wanted(options, sides, side, block, mode):
+        if not wanted(options, sides, side, block):
             continue
         report.part(
-            f"{side}, {mode}{'' if block is None else f', SLoRB of {block}'}",
-            lambda side=side, block=block, mode=mode: one_model(options, report, machine, sides, side, block, mode),  # type: ignore[misc]
+            f"{side}{'' if block is None else f', SLoRB of {block}'}",
+            lambda side=side, block=block: one_model(options, report, machine, sides, side, block),  # type: ignore[misc]
         )
         machine.free()
-        if side == "sparse" and block is None and mode == "decode":
+        if side == "sparse" and block is None:
             ratios(report, options)  # what there is so far, should the rest not come
         report.save(options.out)
+    if options.prefill or max(options.batches, default=0) > LARGEST_OURS:
+        report.part("throughput", lambda: large_batches(options, report, machine, sides))
+        machine.free()
     ratios(report, options)
     report.part("prediction", lambda: compare_prediction(report, options))
     report.save(options.out)
 
 
-def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None, mode: str) -> bool:
-    """Whether a model has anything to run; an export has the side branches that it has, and one form."""
+def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None) -> bool:
+    """Whether a model has anything to run; an export has the side branches that it has."""
     if side not in options.sides:
         return False
-    if mode == "throughput":
-        return sides.folder is None and bool(options.prefill)
-    if block is not None:
-        return sides.folder is None and 1 in options.batches
-    return True
+    return block is None or (sides.folder is None and 1 in options.batches and block > 0)
+
+
+def large_batches(options: argparse.Namespace, report: Report, machine: Machine, sides: Sides) -> None:
+    """Prompts, and steps of more rows than decode mode takes, in mode `throughput`; both sides are held at once."""
+    rows = [*options.prefill, *(batch for batch in options.batches if batch > LARGEST_OURS)]
+    if options.choices is None:
+        tune(machine, sides.shapes(), sides.dtype, rows, copies=True)
+    both = {side: sides.parts(side, mode="throughput") for side in options.sides}
+    if "sparse" in both:
+        report.add("resident_bytes.sparse_throughput", resident_bytes(both["sparse"]), "bytes")
+    run_prefill(report, machine, both, options.prefill, options.repeats)
+    for side, parts in both.items():
+        run_batches(report, machine, parts, side, [batch for batch in options.batches if batch > LARGEST_OURS])
 
 
 def one_model(
-    options: argparse.Namespace, report: Report, machine: Machine, sides: Sides, side: str, block: int | None, mode: str
+    options: argparse.Namespace, report: Report, machine: Machine, sides: Sides, side: str, block: int | None
 ) -> None:
-    """Make one model and run what is asked of it."""
+    """Make one model in mode `decode` and run what is asked of it."""
     before = torch.cuda.memory_allocated() if machine.cuda else 0
-    parts = sides.parts(side, block=block, mode=mode)
-    if mode == "throughput":
-        if options.choices is None:
-            tune(machine, parts, sides.dtype, options.prefill, copies=True)
-        run_prefill(report, machine, parts, side, options.prefill, options.repeats)
-        report.add("resident_bytes.sparse_throughput", resident_bytes(parts), "bytes")
-        return
+    parts = sides.parts(side, block=block)
     choose_dense(machine, parts, ["head"] if side == "sparse" else list(by_name(parts)), compile_too=options.compile)
     if block is not None:
         run_batches(report, machine, parts, side, [1], f"_slorb{block}")
@@ -160,12 +164,14 @@ def one_model(
         report.add(f"allocated_bytes.{side}", torch.cuda.memory_allocated() - before, "bytes")
     bandwidth = 1e12 * (report.value("copy_bandwidth") or 0.0)
     if side == "sparse" and options.tune:
-        report.part("tuning", lambda: tune(machine, parts, sides.dtype, options.tune, copies=False))
+        shapes = [(p.out, p.inputs) for p in parts.products if p.name != "head"]
+        report.part("tuning", lambda: tune(machine, shapes, sides.dtype, options.tune, copies=False))
     if options.pairs:
         report.part(f"{side}: products", lambda: each_product(report, machine, parts, side, bandwidth))
     pairs = [(p, o) for p, o in options.pairs if p + o <= parts.sizes.positions]
     report.part(f"{side}: pairs", lambda: run_pairs(report, machine, parts, side, pairs, options.repeats))
-    report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, options.batches))
+    batches = [batch for batch in options.batches if batch <= LARGEST_OURS]
+    report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, batches))
     if options.late and machine.cuda:
         machine.steps.EARLY = False  # type: ignore[attr-defined]
         report.part(f"{side}: late", lambda: run_batches(report, machine, parts, side, [1], "_late"))
@@ -180,10 +186,6 @@ def one_model(
     if took:
         report.add(f"step_bytes_per_second.{side}", parts.step_bytes / took / 1e9, "TB/s")
         report.add(f"step_bandwidth_share.{side}", parts.step_bytes / took * 1e3 / bandwidth, "of copy bandwidth")
-    if side == "dense" or sides.folder is not None:
-        report.part(
-            f"{side}: prefill", lambda: run_prefill(report, machine, parts, side, options.prefill, options.repeats)
-        )
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", nargs="*", type=pair, default=list(PAIRS), help="prompt x output, such as 128x1024")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="rows of a step")
     parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 4096, 8192], help="tokens of a prompt")
-    parser.add_argument("--block", type=int, default=64, help="inputs that share a value of the SLoRB branch")
+    parser.add_argument("--block", type=int, default=64, help="inputs that share a value of the SLoRB branch; 0: none")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--repeats", type=int, default=3, help="of what takes a second or less")
     parser.add_argument("--choices", type=Path, help="choices that the kernels measured on such a GPU, to spare tuning")

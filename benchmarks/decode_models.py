@@ -183,7 +183,7 @@ class Sides:
         """One side, on the device."""
         device, steps = self.machine.device, self.machine.steps
         if self.folder is not None:
-            return self._real(side)
+            return self._real(side, mode)
         assert self.sizes is not None
         if side == "dense":
             return random_parts(self.sizes, dense_side(device, self.dtype, steps), device, self.dtype)
@@ -191,10 +191,15 @@ class Sides:
             self.sizes, sparse_side(device, self.dtype, steps, block=block, mode=mode), device, self.dtype
         )
 
-    def _real(self, side: str) -> Parts:
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the products in 2:4, where they are known before a model is made."""
+        return [] if self.sizes is None else [s for name, s in shapes_of(self.sizes).items() if name != "head"]
+
+    def _real(self, side: str, mode: Any) -> Parts:
         """Of a packed export, its dense side unpacked once."""
         assert self.folder is not None
-        model = load_sparse(self.folder, dense=side == "dense", device=str(self.machine.device))
+        mode = mode if self.machine.cuda else "decode"
+        model = load_sparse(self.folder, dense=side == "dense", device=str(self.machine.device), mode=mode)
         if side == "dense":
             return parts_of(model, lambda modules, name: Swappable(*joined(modules), name, self.machine.steps))
         return parts_of(model, on_kernels(self.machine.steps) if self.machine.cuda else reference)

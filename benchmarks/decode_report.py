@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +120,25 @@ class Machine:
         work()
         self.synchronize()
         return time.perf_counter() - began
+
+    def launched(self, work: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds until the host has queued `work`, and until the device has done it."""
+        self.synchronize()
+        began = time.perf_counter()
+        work()
+        queued = time.perf_counter() - began
+        self.synchronize()
+        return queued, time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Without Python's collector, which may stop the host for tens of milliseconds while the device waits."""
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from benchmarks.decode_models import Swappable, use_fastest
 from benchmarks.decode_report import Machine, Report
-from sparseforge_core.errors import ExportError
 from sparseforge_core.runtime.decode.loop import Decoder
 from sparseforge_core.runtime.decode.parts import Parts
 from sparseforge_core.runtime.decode.products import Product
-from sparseforge_core.runtime.kernels.choices import Choice, Table
+
+WARM, TURNS = 2, 7
+"""Prompts that only warm up, and that are timed at least, on each side."""
 
 CONTEXT = 256
 """Tokens in the cache when batches are compared."""
@@ -26,7 +25,7 @@ def resident_bytes(parts: Parts) -> int:
     """All tensors of a model, each once."""
     found = {id(t): t for b in parts.blocks for t in (b.norm, b.mlp_norm, *(b.head_norms or ()))}
     found |= {id(t): t for t in (parts.embedding, parts.norm)}
-    return sum(t.nbytes for t in found.values()) + sum(product.nbytes for product in parts.products)
+    return sum(t.nbytes for t in found.values()) + sum(product.held_bytes for product in parts.products)
 
 
 @torch.no_grad()
@@ -138,31 +137,43 @@ def show_kernels(machine: Machine, parts: Parts) -> None:
 
 
 def run_prefill(
-    report: Report, machine: Machine, parts: Parts, side: str, lengths: Sequence[int], repeats: int
+    report: Report, machine: Machine, both: Mapping[str, Parts], lengths: Sequence[int], repeats: int
 ) -> None:
-    """Milliseconds of a prompt."""
+    """Milliseconds of a prompt on either side, and their ratio: the sides take turns, so that both see one machine.
+
+    A prompt is launched kernel by kernel. `prefill_host_ms` is how long the host takes for that: where it nears the
+    whole, the host is what was measured. `prefill_spread` is how far the ratios of single turns lie apart.
+    """
     for length in lengths:
-        decoder = Decoder(parts, capacity=length, steps=machine.steps)
-        tokens = torch.randint(0, parts.sizes.vocabulary, (1, length), device=machine.device)
-        took = [machine.seconds(functools.partial(decoder.prefill, tokens)) for _ in range(repeats + 1)]
-        report.add(f"prefill_ms.{side}.{length}", 1e3 * statistics.median(took[1:]), "ms", [1e3 * t for t in took[1:]])
-        del decoder
+        decoders = {side: Decoder(parts, capacity=length, steps=machine.steps) for side, parts in both.items()}
+        tokens = torch.randint(0, next(iter(both.values())).sizes.vocabulary, (1, length), device=machine.device)
+        calls = {side: functools.partial(decoder.prefill, tokens) for side, decoder in decoders.items()}
+        took: dict[str, list[float]] = {side: [] for side in both}
+        host: dict[str, list[float]] = {side: [] for side in both}
+        with machine.undisturbed():
+            for turn in range(WARM + max(repeats, TURNS)):
+                for side, call in calls.items():
+                    launched, whole = machine.launched(call)
+                    if turn >= WARM:
+                        host[side].append(1e3 * launched)
+                        took[side].append(1e3 * whole)
+        for side in both:
+            report.add(f"prefill_ms.{side}.{length}", statistics.median(took[side]), "ms", took[side])
+            report.add(f"prefill_host_ms.{side}.{length}", statistics.median(host[side]), "ms", host[side])
+        if {"dense", "sparse"} <= both.keys():
+            ratios = [dense / sparse for dense, sparse in zip(took["dense"], took["sparse"], strict=True)]
+            report.add(f"prefill_over_dense.{length}", statistics.median(ratios), "times", ratios)
+            apart = (max(ratios) - min(ratios)) / statistics.median(ratios)
+            report.add(f"prefill_spread.{length}", apart, "of the ratio, largest less smallest turn")
+        del decoders, calls
         machine.free()
 
 
-def tune(machine: Machine, parts: Parts, dtype: torch.dtype, rows: Sequence[int], *, copies: bool) -> None:
+def tune(
+    machine: Machine, shapes: Iterable[tuple[int, int]], dtype: torch.dtype, rows: Sequence[int], *, copies: bool
+) -> None:
     """Let the kernels measure their choices for these numbers of rows, where that was not done before."""
     if machine.cuda and rows:
         from sparseforge_core.runtime.kernels.tuning import tune as measure_choices
 
-        shapes = {(p.out, p.inputs) for p in parts.products if p.name != "head"}
-        measure_choices(sorted(shapes), dtype, rows, copies=copies)
-
-
-def read_choices(path: Path) -> Table:
-    """Choices of kernels from a file. Raises ExportError if it holds none."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))["choices"]
-        return {line: tuple(Choice.from_json(choice) for choice in found) for line, found in body.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path} holds no choices of kernels: {error}") from error
+        measure_choices(sorted(set(shapes)), dtype, rows, copies=copies)

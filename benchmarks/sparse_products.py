@@ -1,13 +1,15 @@
 """The 2:4 kernels against the strongest dense products, at LLaMA-2-7B's shapes, all from one run on one GPU.
 
-python benchmarks/sparse_products.py [--compiled] [--only one|few|many] [--shape NAME] [--commit HASH]
+python benchmarks/sparse_products.py [--compiled] [--rows 1 16] [--dtype bfloat16 float16] [--shape NAME]
 
 Every time is the median of a CUDA graph that rotates through weights which do not fit the L2 cache together. Dense is
 the fastest of cuBLAS (as a matrix and as a vector product), our own dense Triton kernel in several sizes, and, with
 --compiled, what torch.compile makes of the product as multiply and sum. For 2 to 64 rows it is the faster of cuBLAS and
 a dense Triton kernel on the tensor cores, beyond that cuBLAS. Sparse is
 `sparse_linear` as a model calls it, after `tune`. Dense and sparse are measured in turn, twice; a ratio is the mean of
-the two and stands beside their spread. Bandwidth counts the bytes of values and places, and is held against a copy of
+the two and stands beside their spread. Each product is first held against float64 (`error`). A second --dtype is
+measured beside the first: its figures end in its name, and `float16_over_bfloat16` is how many times faster it is.
+Bandwidth counts the bytes of values and places, and is held against a copy of
 2 GiB on the device, bytes read plus bytes written. Records go to $OUT/kernels.json if OUT is set.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -59,7 +62,7 @@ class Case:
         self.sparse_bytes, self.dense_bytes = self.out * self.inputs * 9 // 8, self.out * self.inputs * 2
         self.weights = [self._weight() for _ in range(max(2, -(-COLD // self.sparse_bytes)))]
         count = max(2, -(-COLD // self.dense_bytes))
-        self.dense = [weight.dense_copy for weight in self.weights[:count] if weight.dense_copy is not None]
+        self.dense = [weight.dense() for weight in self.weights[:count]]
 
     def _weight(self) -> KernelWeight:
         packed = Packed(*random_packed(self.out, self.inputs, self.dtype, "cuda"))
@@ -70,11 +73,12 @@ class Case:
         """Random rows."""
         return torch.randn(rows, self.inputs, device="cuda").to(self.dtype)
 
-    def sparse(self, x: Tensor) -> Callable[[], float]:
-        """Seconds of `sparse_linear`, once its product was compared with float64 on some outputs."""
+    def sparse(self, x: Tensor) -> tuple[Callable[[], float], float]:
+        """Seconds of `sparse_linear`, once its product was compared with float64 on some outputs; and its error."""
         some = torch.randint(0, self.out, (64,), device="cuda")
-        _compare(sparse_linear(x, self.weights[0])[:, some], x, self.dense[0][some], f"{self.name} {x.shape[0]} rows")
-        return self._timed([functools.partial(sparse_linear, x, weight) for weight in self.weights], x)
+        y = sparse_linear(x, self.weights[0])[:, some]
+        wrong = _compare(y, x, self.dense[0][some], f"{self.name} {x.shape[0]} rows")
+        return self._timed([functools.partial(sparse_linear, x, weight) for weight in self.weights], x), wrong
 
     def cublas(self, x: Tensor) -> Callable[[], float]:
         """Seconds of the dense product."""
@@ -116,11 +120,13 @@ def _multiply_and_sum(x: Tensor, weight: Tensor) -> Tensor:
     return (weight.float() * x.float()).sum(-1).to(x.dtype)
 
 
-def _compare(y: Tensor, x: Tensor, dense: Tensor, what: str) -> None:
+def _compare(y: Tensor, x: Tensor, dense: Tensor, what: str) -> float:
+    """Error relative to float64; ends the run where a product is wrong."""
     exact = x.double() @ dense.double().T
     wrong = float((y.double() - exact).norm() / exact.norm())
     if not wrong < WRONG:
         raise SystemExit(f"{what}: the product is wrong by {wrong:.3g}")
+    return wrong
 
 
 def in_turn(dense: Callable[[], float], sparse: Callable[[], float]) -> tuple[float, float, float]:
@@ -157,17 +163,20 @@ class Report:
         self.copied, self.records, self.ratios = copied, [], {}
         self.records: list[dict[str, Any]]
         self.ratios: dict[tuple[str, int], float]
+        self.took: dict[tuple[str, int, str], float] = {}
+        self.beside = ""  # after a name, where a second type is measured
 
     def add(self, measure: str, value: float, unit: str) -> None:
         """One record; those without a bar are there to be read."""
-        self.records.append({"measure": measure, "value": round(value, 4), "unit": unit, "bar": BARS.get(measure)})
-        self.records[-1] |= self.about
+        row = {"measure": measure + self.beside, "value": round(value, 4), "unit": unit, "bar": BARS.get(measure)}
+        self.records.append(row | self.about)
 
     def shape(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...], *, compiled: bool) -> None:
         """All of one shape, after its choices were measured."""
         with torch.no_grad():
             tune([SHAPES[name]], dtype, sizes, copies=True)
             case = Case(name, dtype)
+            self.add(f"held.{name}", case.weights[0].resident_bytes / case.dense_bytes, "of a dense weight, throughput")
             if 1 in sizes:
                 self.one_row(case, compiled=compiled)
             self.rows(case, tuple(n for n in sizes if n > 1))
@@ -184,7 +193,9 @@ class Report:
         ways = case.vectors(x, compiled=compiled)
         took = {name: timed() for name, timed in ways.items()}
         best = min(took, key=lambda name: took[name])
-        ratio, spread, sparse = in_turn(ways[best], case.sparse(x))
+        timed, wrong = case.sparse(x)
+        ratio, spread, sparse = in_turn(ways[best], timed)
+        self._beside(case, 1, sparse, wrong)
         share = case.sparse_bytes / sparse / self.copied
         print(
             f"{case.name}: 2:4 {sparse * 1e6:.2f} us, {ratio:.3f}x (spread {spread:.3f}) over {best} "
@@ -193,16 +204,32 @@ class Report:
             + f"; {_label(case, 1)}",
             flush=True,
         )
-        self.ratios[case.name, 1] = ratio
+        self._ratio(case, 1, ratio)
         self.add(f"gemv_over_best_dense.{case.name}", ratio, f"times {best}, one row")
         self.add(f"gemv_bandwidth_share.{case.name}", share, "of measured copy bandwidth")
+
+    def _ratio(self, case: Case, rows: int, ratio: float) -> None:
+        if not self.beside:
+            self.ratios[case.name, rows] = ratio
+
+    def _beside(self, case: Case, rows: int, took: float, wrong: float) -> None:
+        """The error; and how this type compares with the first, where that was measured."""
+        self.add(f"error.{case.name}.{rows}", wrong, "of the norm, against float64")
+        dtype = str(case.dtype).removeprefix("torch.")
+        self.took[case.name, rows, dtype] = took
+        first = self.took.get((case.name, rows, "bfloat16"))
+        if dtype == "float16" and first is not None:
+            print(f"{case.name} {rows} rows: float16 {first / took:.3f}x of bfloat16", flush=True)
+            self.add(f"float16_over_bfloat16.{case.name}.{rows}", first / took, "times")
 
     def rows(self, case: Case, sizes: tuple[int, ...]) -> None:
         """Several rows against the best dense way."""
         for n in sizes:
             x = case.x(n)
-            ratio, spread, sparse = in_turn(case.several(x), case.sparse(x))
-            self.ratios[case.name, n] = ratio
+            timed, wrong = case.sparse(x)
+            ratio, spread, sparse = in_turn(case.several(x), timed)
+            self._beside(case, n, sparse, wrong)
+            self._ratio(case, n, ratio)
             print(
                 f"{case.name} {n} rows: 2:4 {sparse * 1e6:.1f} us, {ratio:.3f}x (spread {spread:.3f}) of "
                 f"{ratio * sparse * 1e6:.1f}; {_label(case, n)}",
@@ -233,7 +260,7 @@ class Report:
 
 
 def _label(case: Case, rows: int) -> str:
-    choice = choose(case.out, case.inputs, rows, case.dtype, 0, copies=True)
+    choice = choose(case.out, case.inputs, rows, case.dtype, 0, case.weights[0].forms)
     if choice.plan is None:
         return f"{choice.kind} {choice.algorithm}" if choice.kind == "cusparselt" else choice.kind
     plan = choice.plan
@@ -243,9 +270,10 @@ def _label(case: Case, rows: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and write the records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16"))
     parser.add_argument("--compiled", action="store_true", help="let torch.compile compete for one row")
     parser.add_argument("--only", default="all", choices=("all", "one", "few", "many"))
+    parser.add_argument("--rows", nargs="+", type=int, help="these alone, instead of --only")
     parser.add_argument("--shape", action="append", choices=tuple(SHAPES))
     parser.add_argument("--commit", default="", help="of this tree; git is asked if it is not given")
     options = parser.parse_args(argv)
@@ -257,26 +285,31 @@ def main(argv: list[str] | None = None) -> int:
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
     )
-    dtype, began = getattr(torch, options.dtype), time.perf_counter()
+    began = time.perf_counter()
     torch.manual_seed(time.time_ns() % 2**31)
     report = Report(commit, copy_bandwidth())
     print(report.about["hardware"], flush=True)
-    sizes = {
-        "all": (1, *FEW, *SOME, *BETWEEN, *MANY),
-        "one": (1,),
-        "few": (1, *FEW, *SOME),
-        "many": (*BETWEEN, *MANY),
-    }[options.only]
+    sizes = (
+        tuple(options.rows or ())
+        or {
+            "all": (1, *FEW, *SOME, *BETWEEN, *MANY),
+            "one": (1,),
+            "few": (1, *FEW, *SOME),
+            "many": (*BETWEEN, *MANY),
+        }[options.only]
+    )
     failed = False
-    for name in options.shape or SHAPES:
+    for number, name in itertools.product(range(len(options.dtype)), options.shape or SHAPES):
+        report.beside = f".{options.dtype[number]}" if number else ""
         try:
-            report.shape(name, dtype, sizes, compiled=options.compiled)
+            report.shape(name, getattr(torch, options.dtype[number]), sizes, compiled=options.compiled)
         except Exception:  # noqa: BLE001
             traceback.print_exc()
             failed = True
         report.write()
         torch.cuda.empty_cache()
         print(f"{name} done after {time.perf_counter() - began:.0f} s", flush=True)
+    report.beside = ""
     report.summarize()
     report.write()
     return int(failed)

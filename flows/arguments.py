@@ -145,6 +145,12 @@ def _add_carrying(commands: Any) -> None:
     bundle.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     bundle.add_argument("--grid", help="where the keys are looked up (default: the first grid that has each)")
     bundle.add_argument("--pool", help="of a grid only the cells placed there, and what they need")
+    bundle.add_argument("--variant", nargs="+", metavar="NAME", help="of a grid only these, as `plan` has them")
+    bundle.add_argument("--seed", type=int, nargs="+", help="of a grid only these seeds")
+    bundle.add_argument(
+        "--millions", type=int, nargs="+", metavar="N", help="of a grid only these budgets, whole millions of tokens"
+    )
+    bundle.add_argument("--missing", action="store_true", help="of a grid only cells that the store has no training of")
     bundle.add_argument(
         "--there", action="store_true", help="models, texts and tasks that a bundle cannot carry are on that machine"
     )
@@ -157,7 +163,10 @@ def _add_carrying(commands: Any) -> None:
         epilog="example: sparseforge ingest carried",
     )
     ingest.add_argument(
-        "folder", type=Path, metavar="DIR|FILE.json", help="the bundle's folder, with its home/ in it, or the results"
+        "folder",
+        type=Path,
+        metavar="DIR|ARCHIVE|FILE.json",
+        help="the bundle's folder, with its home/ in it; what `sparseforge_core.run pack` made of it; or the results",
     )
     for command in (bundle, ingest):
         command.add_argument("--quiet", action="store_true", help="say nothing")
@@ -254,10 +263,14 @@ def _add_trusting(commands: Any) -> None:
     audit = commands.add_parser(
         "audit",
         help="what in a table does not add up: means, differences, ranks, numbers stated twice",
-        description="Recompute a grid's tables from their printed numbers, or the paper's with `published`.",
+        description="Recompute a grid's tables from their printed numbers, the paper's with `published`, or anybody's.",
         epilog="example: sparseforge audit published --json",
     )
-    audit.add_argument("what", metavar="published|GRID", help="the paper's numbers, or a grid of this store")
+    audit.add_argument(
+        "what",
+        metavar="published|GRID|FILE.csv",
+        help="the paper's numbers, a grid of this store, or a table typed off a page (head: table,row,column,text)",
+    )
     for command in (verify, audit):
         command.add_argument("--json", action="store_true", help="machine-readable")
     completion = commands.add_parser(
@@ -318,4 +331,10 @@ def _add_exporting(commands: Any) -> None:
             "--cache",
             default="auto",
             help="static (one CUDA graph a token, LLaMA-like models), ordinary (transformers' own), or auto",
+        )
+        command.add_argument(
+            "--mode",
+            default="decode",
+            help="decode (packed weights alone, the default), or throughput (also what long prompts and large batches "
+            "need; a GPU only)",
         )

@@ -1,6 +1,6 @@
 """What a grid's flow run shows in Prefect: a table of its cells, kept up to date in place, and the way to MLflow.
 
-Prefect looks on: when its server is away, a warning is written and the grid goes on.
+Prefect looks on: when its server or the store is away, a warning is written and the grid goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.exceptions import PrefectException
 
 from flows.home import Home
+from sparseforge_core.errors import StoreError
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.tracking.mlflow_tracker import run_place
 
@@ -55,6 +56,8 @@ class LiveGrid:
                 self._show(states())
             except (httpx.HTTPError, PrefectException) as error:
                 log.warning("Prefect did not take the grid's table (%s); the grid goes on", error)
+            except StoreError as error:
+                log.warning("the grid's table stays as it is for now (%s); the grid goes on", error)
 
     def _show(self, states: Sequence[StageState]) -> None:
         rows, said = table(self.home, states), summary_line(self.grid, states)

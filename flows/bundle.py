@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flows.bundle_data import copy_corpora, copy_measured
 from flows.grids import GRIDS, grid_named
 from flows.grids.planned import Plan, expand
+from flows.home import Home
 from flows.provenance import ROOT, provenance
 from flows.stages import TRAIN
 from sparseforge_core import bundles, files, specs
 from sparseforge_core.data.corpora import Corpus, HubText, TextFiles
 from sparseforge_core.errors import BundleError, RecipeError, unknown
-from sparseforge_core.evaluate.suites import Suite
+from sparseforge_core.evaluate.suites import WIKITEXT_ENV, Suite
 from sparseforge_core.identity import loads
 from sparseforge_core.models.sources import Hub, Local, Packaged, TokenizerDir
 from sparseforge_core.recipe import Cell
@@ -30,6 +33,7 @@ from sparseforge_core.store.rows import PlannedCell
 SLURM = ROOT / "infra" / "slurm"
 """The template of the job array."""
 
+MILLION = 1_000_000
 LEAST = 4
 """Characters of a cell's key that must be given."""
 
@@ -68,10 +72,63 @@ class Chosen:
         return found
 
 
-def choose(names: Sequence[str], *, grid: str | None = None, pool: str | None = None) -> Chosen:
+@dataclass(frozen=True, kw_only=True)
+class Only:
+    """Which cells of a grid are wanted; what is empty takes all. What they need comes along in any case."""
+
+    pool: str | None = None
+    variants: tuple[str, ...] = ()
+    """As a listing shows them, in capitals or not."""
+    seeds: tuple[int, ...] = ()
+    millions: tuple[int, ...] = ()
+    """Retraining tokens, in whole millions: 12 for 12,009,472."""
+    without: frozenset[str] = frozenset()
+    """Keys of cells to leave out."""
+
+    def of(self, plan: Plan, grid: str) -> list[str]:
+        """Keys of the cells of a plan. Raises RecipeError for a wish that no cell fulfils."""
+        folded = {name.casefold() for name in self.variants}
+        asked: tuple[tuple[str, Iterable[Any], set[Any]], ...] = (
+            ("variant", self.variants, {cell.variant for cell in plan.cells}),
+            ("seed", self.seeds, {cell.seed for cell in plan.cells}),
+            ("millions of tokens", self.millions, {cell.tokens // MILLION for cell in plan.cells}),
+        )
+        for what, wanted, known in asked:
+            texts = {str(one).casefold() for one in known}
+            for one in wanted:
+                if str(one).casefold() not in texts:
+                    raise RecipeError(f"grid {grid}: " + unknown(what, str(one), map(str, known)))
+        return [
+            cell.key
+            for cell in plan.cells
+            if self.pool in (None, cell.pool)
+            and (not folded or cell.variant.casefold() in folded)
+            and (not self.seeds or cell.seed in self.seeds)
+            and (not self.millions or cell.tokens // MILLION in self.millions)
+            and cell.key not in self.without
+        ]
+
+
+ALL = Only()
+
+
+def trained(home: Home) -> frozenset[str]:
+    """The cells whose training the store has recorded. Raises StoreError if there is no store."""
+    from sparseforge_core.store.results import Results
+
+    results = Results(home.store_url)
+    try:
+        statuses = results.stage_statuses()
+    finally:
+        results.close()
+    return frozenset(cell for (cell, stage), status in statuses.items() if (stage, status) == (TRAIN, "done"))
+
+
+def choose(names: Sequence[str], *, grid: str | None = None, only: Only = ALL) -> Chosen:
     """The cells that are named: by a grid, or by the beginning of a key in `grid` (default: the first that has it).
 
-    Raises RecipeError for a name that is neither, or that begins several keys.
+    `only` chooses among the cells of grids that are named as a whole. Raises RecipeError for a name that is neither,
+    that begins several keys, or of which nothing is left.
     """
     chosen, plans = Chosen(), dict[str, Plan]()
 
@@ -82,7 +139,9 @@ def choose(names: Sequence[str], *, grid: str | None = None, pool: str | None = 
 
     for name in names:
         if name in GRIDS:
-            keys = [c.key for c in plan_of(name).cells if pool is None or c.pool == pool]
+            keys = only.of(plan_of(name), name)
+            if not keys:
+                raise RecipeError(f"grid {name} has no cell with all that was asked for: {only}")
             chosen.add(plan_of(name), name, keys)
             continue
         for candidate in (grid,) if grid else GRIDS:
@@ -119,7 +178,8 @@ def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bo
     ordered = sorted(cells, key=lambda key: levels[key])
     corpora = _corpora(whole)
     _copy_code(folder)
-    _copy_data(folder, corpora)
+    copy_corpora(folder, corpora)
+    copy_measured(folder, suites)
     entries = [
         {
             "cell": json.loads(chosen.cells[key].cell_json),
@@ -180,7 +240,8 @@ def _not_carried(whole: Iterable[Cell | Suite]) -> list[str]:
                 case Suite():
                     if tasks := getattr(part, "tasks", ()):
                         found[f"lm-eval with the tasks of suite {part.name} ({', '.join(tasks)})"] = None
-                    if (text := getattr(part, "text", "heldout")) not in ("heldout", "named"):
+                    carried = ("heldout", "named", *(("wikitext2",) if os.environ.get(WIKITEXT_ENV) else ()))
+                    if (text := getattr(part, "text", "heldout")) not in carried:
                         found[f"the text {text} of suite {part.name}"] = None
     return list(found)
 
@@ -190,18 +251,6 @@ def _copy_code(folder: Path) -> None:
     with files.new_folder(folder / bundles.CODE) as temporary:
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / "sparseforge_core", temporary / "sparseforge_core", ignore=ignore)
-
-
-def _copy_data(folder: Path, corpora: Iterable[Corpus]) -> None:
-    """The local files of corpora, each of which must be the one in the recipe. Raises DataError otherwise."""
-    for corpus in corpora:
-        if not isinstance(corpus, TextFiles):
-            continue
-        for path, source in zip(corpus.paths, corpus.checked(), strict=True):
-            if not Path(path).is_absolute() and ".." not in Path(path).parts:
-                target = folder / bundles.DATA / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
 
 
 def _write_slurm(folder: Path, levels: list[int]) -> None:

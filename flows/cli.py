@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 some cells failed or something is partial; 2 bad input; 13
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -223,10 +224,17 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
     return OK
 
 
-def _bundle(options: argparse.Namespace, _home: Home) -> int:
-    from flows.bundle import choose, write_bundle
+def _bundle(options: argparse.Namespace, home: Home) -> int:
+    from flows.bundle import Only, choose, trained, write_bundle
 
-    chosen = choose(options.what, grid=options.grid, pool=options.pool)
+    only = Only(
+        pool=options.pool,
+        variants=tuple(options.variant or ()),
+        seeds=tuple(options.seed or ()),
+        millions=tuple(options.millions or ()),
+        without=trained(home) if options.missing else frozenset(),
+    )
+    chosen = choose(options.what, grid=options.grid, only=only)
     count = write_bundle(chosen, options.out, there=options.there, slurm=options.slurm)
     file = options.out / "bundle.json"
     if options.json:
@@ -253,16 +261,21 @@ def _ingest(options: argparse.Namespace, home: Home) -> int:
             print(f"{GRID}: {count} stages recorded; see `sparseforge tables --grid {GRID}`")
         return OK
     from flows.ingesting import ingest
+    from flows.unpacking import unpacked
 
-    found = ingest(store, home, options.folder)
+    with contextlib.nullcontext(options.folder) if options.folder.is_dir() else unpacked(options.folder) as folder:
+        found = ingest(store, home, folder)
     store.close()
     if options.json:
         print(json.dumps({"folder": str(options.folder), **dataclasses.asdict(found)}))
     elif not options.quiet:
+        other = f", {found.other} of another model than the recorded one left out" if found.other else ""
         print(
             f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
-            f"{found.unfinished} not finished yet"
+            f"{found.unfinished} not finished yet{other}"
         )
+        for why in found.failed:
+            print(f"  failed there: {why}")
     return OK
 
 
@@ -346,12 +359,16 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
 
 
 def _audit(options: argparse.Namespace, home: Home) -> int:
-    from analysis.audit import audit_numbers, audit_table, report_lines
+    from analysis.audit import audit_numbers, audit_table, numbers_of, report_lines
 
-    if options.what == "published":
+    aside: list[str] = []
+    if options.what.endswith(".csv"):
+        found = audit_numbers(numbers_of(Path(options.what)))
+    elif options.what == "published":
         from flows.grids.published import FIGURE_2, NOT_AT_HAND, PUBLISHED, TWICE
 
-        found, aside = audit_numbers([*PUBLISHED, FIGURE_2], TWICE), [f"not checked: {text}" for text in NOT_AT_HAND]
+        found = audit_numbers([*PUBLISHED, FIGURE_2], TWICE)
+        aside += [f"not checked: {text}" for text in NOT_AT_HAND]
     else:
         from analysis.exhibits import TABLES
         from analysis.make_tables import collect
@@ -360,7 +377,7 @@ def _audit(options: argparse.Namespace, home: Home) -> int:
         results = Results(home.store_url)
         exhibits = collect(results, results.grid(options.what)["name"]).exhibits
         tables = [build(exhibits[name]) for name, build in TABLES.items()]
-        found, aside = [finding for table in tables for finding in audit_table(table)], []
+        found = [finding for table in tables for finding in audit_table(table)]
     if options.json:
         print(json.dumps([finding.as_json() for finding in found], indent=1))
     else:

@@ -153,7 +153,7 @@ def execute_stage(
         raise
     with (
         recorded(store, attempt),
-        _beating(store, attempt) as lost,
+        beating(store, attempt) as lost,
         files.held(home.cell(key) / stage, seconds=FOLDER_SECONDS),
     ):
 
@@ -161,7 +161,7 @@ def execute_stage(
             return lost.is_set() or (should_stop is not None and should_stop())
 
         path = finished(store, home, key, stage) or run_stage(store, home, key, stage, on_step, stop)
-        record(store, attempt, path)
+        patiently(lambda: record(store, attempt, path))
 
 
 def record(store: ResultStore, attempt: Attempt, path: Path) -> None:
@@ -188,20 +188,26 @@ def recorded(store: ResultStore, attempt: Attempt) -> Iterator[None]:
     """Whatever ends the block is recorded on the attempt, and then goes on its way."""
     try:
         yield
-    except (Interrupted, KeyboardInterrupt) as error:
-        store.fail(attempt, str(error) or "stopped", status="interrupted")
+    except (Interrupted, KeyboardInterrupt) as error:  # whoever asked to stop gives little time
+        said = str(error) or "stopped"
+        _try_to_record(attempt, lambda: store.fail(attempt, said, status="interrupted"))
         raise
     except BaseException as error:
         text = described(error)
-        try:
-            patiently(lambda: store.fail(attempt, text))
-        except StoreError as away:  # what went wrong first is what everybody must hear of
-            log.warning("the end of attempt %d was not recorded: %s", attempt.id, away)
+        _try_to_record(attempt, lambda: patiently(lambda: store.fail(attempt, text)))
         raise
 
 
+def _try_to_record(attempt: Attempt, end: Callable[[], None]) -> None:
+    """Record how an attempt ended. Where the store is away, what ended it is still what everybody must hear of."""
+    try:
+        end()
+    except StoreError as away:
+        log.warning("the end of attempt %d was not recorded: %s", attempt.id, away)
+
+
 @contextlib.contextmanager
-def _beating(store: ResultStore, attempt: Attempt) -> Iterator[threading.Event]:
+def beating(store: ResultStore, attempt: Attempt) -> Iterator[threading.Event]:
     """Say every few seconds that the attempt is alive, from a thread that ends with the block.
 
     Gives an event that is set when the store says that it is not ours any more. Then training stops at a checkpoint,

@@ -23,7 +23,7 @@ from flows.provenance import LOCK, process_alive
 from sparseforge_core.errors import StoreError
 
 if TYPE_CHECKING:
-    from sparseforge_core.store.store import ResultStore
+    from sparseforge_core.store.results import Results
 
 PYTHONS = ((3, 11), (3, 14))
 """First version that works, and first that is not supported."""
@@ -155,22 +155,20 @@ def _existing(path: Path) -> Path:
 
 def store(home: Home) -> Check:
     """The results database: reachable, of our schema, sound, without attempts of processes that are gone."""
+    from sparseforge_core.store.presence import is_marked
     from sparseforge_core.store.results import Results
-    from sparseforge_core.store.store import ResultStore
 
     file = _sqlite_file(home.store_url)
-    if file is not None and not file.exists():
+    if file is not None and not file.exists() and not is_marked(file):
         return _ok("store", f"none yet at {file}; the first run makes it")
     try:
         results = Results(home.store_url)
-        writer = ResultStore(home.store_url)
         try:
             grids = results.grids()
             found = f"{_shown(home.store_url)}: grids {', '.join(grids) or 'none'}"
-            wrong = writer.fsck()
-            gone = list(_gone(writer, grids))
+            wrong = results.problems()
+            gone = sorted({place for grid in grids for place in _gone(results, grid)})
         finally:
-            writer.close()
             results.close()
     except StoreError as error:
         return _problem("store", str(error), "the sentence says what to do")
@@ -184,14 +182,12 @@ def store(home: Home) -> Check:
     return _ok("store", found)
 
 
-def _gone(store: ResultStore, grids: list[str]) -> Iterator[str]:
+def _gone(results: Results, grid: str) -> Iterator[str]:
     """Running attempts of this host whose process does not exist any more."""
-    running = {state.cell_key for grid in grids for state in store.work(grid) if state.status == "running"}
-    for key in sorted(running):
-        for attempt in store.attempts(key):
-            ours = attempt.status == "running" and attempt.provenance.host == socket.gethostname()
-            if ours and not process_alive(attempt.provenance.pid):
-                yield f"stage {attempt.stage} of cell {key}"
+    for attempt in results.progress(grid)[1]:
+        ours = attempt.status == "running" and attempt.provenance.host == socket.gethostname()
+        if ours and not process_alive(attempt.provenance.pid):
+            yield f"stage {attempt.stage} of cell {attempt.cell_key}"
 
 
 def _sqlite_file(url: str) -> Path | None:

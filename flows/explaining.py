@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.cycle import LEASE
 from flows.devices import served_here
 from flows.failures import inputs_of, reproducer
 from flows.home import Home
@@ -24,7 +25,6 @@ from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.dossier import Dossier
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import AttemptRecord, StageState
-from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import read_journal
 
 CANDIDATES = 8
@@ -42,9 +42,7 @@ def explain(prefix: str, home: Home) -> dict[str, Any]:
     results = Results(home.store_url)
     key = _one_cell(results, prefix)
     found = results.dossier(key)
-    store = ResultStore(home.store_url)
-    attempts = store.attempts(key)
-    store.close()
+    attempts, now = results.attempts(key), results.now()
     cell = loads(found.body)
     body = {
         "key": key,
@@ -56,7 +54,7 @@ def explain(prefix: str, home: Home) -> dict[str, Any]:
             "cells": list(found.wanted_by),
         },
         "requires": [{"cell": other, "training": state} for other, state in found.requires],
-        "stages": [_stage(state, found, attempts) for state in found.states],
+        "stages": [_stage(state, found, attempts, now) for state in found.states],
         "neighbour": _neighbour(results, found),
         "attempts": [_attempt(attempt) for attempt in attempts if not attempt.is_mark],
         "journal": journal_tail(home.cell(key) / TRAIN / "journal.jsonl"),
@@ -148,7 +146,9 @@ def _short(value: Any) -> str:
 # ---------------------------------------------------------------- what became of it, and why
 
 
-def _stage(state: StageState, found: Dossier, attempts: Sequence[AttemptRecord]) -> dict[str, Any]:
+def _stage(
+    state: StageState, found: Dossier, attempts: Sequence[AttemptRecord], now: datetime.datetime
+) -> dict[str, Any]:
     own = [a for a in attempts if a.stage == state.stage and not a.is_mark]
     return {
         "stage": state.stage,
@@ -156,18 +156,18 @@ def _stage(state: StageState, found: Dossier, attempts: Sequence[AttemptRecord])
         "status": "quarantined" if state.quarantined else state.status,
         "cause": state.cause,
         "tries": state.attempts,
-        "why": why(state, found, own[-1] if own else None),
+        "why": why(state, found, own[-1] if own else None, now),
     }
 
 
-def why(state: StageState, found: Dossier, last: AttemptRecord | None) -> str:
+def why(state: StageState, found: Dossier, last: AttemptRecord | None, now: datetime.datetime) -> str:
     """Why a stage ran, or why it has not (yet)."""
     run = f"sparseforge run {found.grids[0]}" if found.grids else "sparseforge run GRID"
     if last is not None and state.status == "done":
         origin = f"attempt {last.id} on {last.provenance.host or 'an unknown host'}"
         return f"diverged, and is kept so: {state.error}" if state.cause else f"done by {origin}"
     if last is not None and state.status == "running":
-        return _held(last)
+        return _held(last, now)
     if state.cause is not None and state.quarantined:
         said = (
             f"in quarantine after {state.attempts} tries ({state.cause}: {POLICIES[state.cause].says}): {state.error}"
@@ -183,12 +183,13 @@ def why(state: StageState, found: Dossier, last: AttemptRecord | None) -> str:
     return f"may run now: {run}"
 
 
-def _held(attempt: AttemptRecord) -> str:
-    origin, now = attempt.provenance, datetime.datetime.now(datetime.UTC)
-    silent = (now - attempt.heartbeat).total_seconds()
+def _held(attempt: AttemptRecord, now: datetime.datetime) -> str:
+    origin, silent = attempt.provenance, (now - attempt.heartbeat).total_seconds()
     said = f"claimed by attempt {attempt.id}, process {origin.pid} on {origin.host}, last heard of {silent:.0f} s ago"
     if origin.host == socket.gethostname() and not process_alive(origin.pid):
         return f"{said}; that process is gone, so the next run takes it over"
+    if now - attempt.heartbeat > LEASE:
+        return f"{said}; that is longer than its lease, so the next run takes it over"
     return said
 
 

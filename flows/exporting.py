@@ -51,7 +51,8 @@ def generation(options: argparse.Namespace) -> tuple[str, str]:
     from sparseforge_core.runtime.speech import Voice
 
     check_request(options.tokens, options.temperature)
-    voice = Voice.load(options.folder, device=options.device, dense=options.dense, cache=options.cache)
+    given = {"device": options.device, "dense": options.dense, "cache": options.cache, "mode": options.mode}
+    voice = Voice.load(options.folder, **given)
     made = say(
         voice.speaker,
         voice.tokenizer,

@@ -1,5 +1,8 @@
 """Bringing home what a bundle made: everything is checked before anything is recorded, and each stage once.
 
+A model comes with its weights, or as its manifest alone where they were dropped: the store then knows what it was, and
+its folder is not there.
+
 Nothing in a bundle is trusted: its description and every file of a stage must give their hashes, names are plain, and
 nothing is a link.
 """
@@ -15,12 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.cycle import plan_grid, record, recorded
+from flows.cycle import FOLDER_SECONDS, beating, plan_grid, record, recorded
+from flows.failures import patiently
 from flows.home import Home
 from flows.provenance import provenance
 from flows.stages import TRAIN
 from sparseforge_core import bundles, files, measured, specs
-from sparseforge_core.checkpoint import MANIFEST, verify
+from sparseforge_core.checkpoint import MANIFEST, dropped, verify
 from sparseforge_core.errors import BundleError, CellTaken, CheckpointMismatch, RecipeError
 from sparseforge_core.evaluate.suites import suite_key
 from sparseforge_core.identity import cell_key
@@ -29,7 +33,9 @@ from sparseforge_core.store.store import ResultStore
 
 log = logging.getLogger(__name__)
 
-FINAL = "final"
+FINAL, FAILURES = "final", "failures"
+ELSEWHERE = "another machine, by bundle"
+"""The host of what was ingested: its models are not made again here, where they would come out otherwise."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Carried:
     """The files that belong to it, relative to the folder."""
     device: str
     torch: str
+    model: str | None
+    """Hash of the manifest of the model that a train stage made; None of other stages, and where it diverged."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Ingested:
     """Done in the store before."""
     unfinished: int
     """Not finished on the other machine yet."""
+    other: int = 0
+    """Measured on another model than the one that the store has of the cell, and therefore left out."""
+    failed: tuple[str, ...] = ()
+    """`CELL, STAGE: ERROR` of what failed there and is not finished."""
 
 
 def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
@@ -74,9 +86,39 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
             "The bundle was made by other code or from a changed grid; ingest it with that code, or plan it again"
         )
     done = {place for place, state in states.items() if state.status == "done"}
-    count = sum(_bring(store, home, stage) for stage in carried if (stage.cell, stage.stage) not in done)
-    known = sum((stage.cell, stage.stage) in done for stage in carried)
-    return Ingested(count, known, len(wanted) - len(carried))
+    fresh = [stage for stage in carried if (stage.cell, stage.stage) not in done]
+    foreign = _of_other_models(store, carried, done)
+    count = sum(_bring(store, home, stage) for stage in fresh if stage.cell not in foreign)
+    failed = tuple(why for entry in bundle.entries for why in _failures(cells / cell_key(entry.cell)))
+    return Ingested(
+        recorded=count,
+        known=len(carried) - len(fresh),
+        unfinished=len(wanted) - len(carried),
+        other=sum(stage.cell in foreign for stage in fresh),
+        failed=failed,
+    )
+
+
+def _of_other_models(store: ResultStore, carried: list[Carried], done: set[tuple[str, str]]) -> set[str]:
+    """Cells whose model came out otherwise than the recorded one: what was measured of it is of another model."""
+    found = set()
+    for stage in carried:
+        if stage.stage != TRAIN or (stage.cell, TRAIN) not in done:
+            continue
+        recorded_ = next(a for a in store.attempts(stage.cell) if (a.stage, a.status) == (TRAIN, "done"))
+        if (recorded_.context or {}).get("model_sha256") != stage.model:
+            log.warning("cell %s was trained before, to another model; what is new of this one is left out", stage.cell)
+            found.add(stage.cell)
+    return found
+
+
+def _failures(folder: Path) -> Iterator[str]:
+    """What failed of a cell and is not finished."""
+    for path in sorted((folder / FAILURES).glob("*.json")):
+        _refuse_link(path)
+        body = files.read_json(path)
+        if not (folder / path.stem / measured.FILE).is_file():
+            yield f"{folder.name}, {path.stem}: {body.get('error')}"
 
 
 def _planned(store: ResultStore, bundle: bundles.Bundle) -> dict[tuple[str, str], StageState]:
@@ -129,19 +171,30 @@ def _stages(entry: bundles.Entry, folder: Path) -> Iterator[Carried]:
             names += [name] if (place / name).exists() else []
         try:
             body = measured.read(place / measured.FILE)
-            if stage == TRAIN:
-                names += _model_names(place / FINAL, key, body["context"].get("model_sha256"))
+            model = body["context"].get("model_sha256") if stage == TRAIN else None
+            if stage == TRAIN and "diverged" not in body:
+                names += _model_names(place, key, model)
         except CheckpointMismatch as error:
             raise BundleError(f"{error}. Nothing was recorded; copy the folder again, or run the cell again") from error
         found = (body["cell"], body["stage"], body["suite"])
         if found != (key, stage, suites.get(stage)):
             raise BundleError(f"{place / measured.FILE} is of cell {found[0]}, stage {found[1]}; wanted {key}, {stage}")
-        yield Carried(key, stage, place, tuple(names), str(body["context"]["device"]), str(body["context"]["torch"]))
+        about = body["context"]
+        yield Carried(key, stage, place, tuple(names), str(about["device"]), str(about["torch"]), model)
 
 
-def _model_names(folder: Path, key: str, digest: str | None) -> list[str]:
-    """The files of a finished model. Raises BundleError or CheckpointMismatch unless each is as its manifest says."""
+def _model_names(place: Path, key: str, digest: str | None) -> list[str]:
+    """The files of a finished model; its manifest beside them where its weights were dropped.
+
+    Raises BundleError or CheckpointMismatch unless each is as the manifest says, and that is the one that was measured.
+    """
+    folder = place / FINAL
     _refuse_link(folder)
+    _refuse_link(place / MANIFEST)
+    if dropped(place):
+        if files.sha256(place / MANIFEST) != digest:
+            raise BundleError(f"{place / MANIFEST} is not that of the model that was measured")
+        return [MANIFEST]
     _refuse_link(folder / MANIFEST)
     if not (folder / MANIFEST).is_file() or files.sha256(folder / MANIFEST) != digest:
         raise BundleError(f"{folder} is not the model that was measured, or was not copied with its {MANIFEST}")
@@ -156,20 +209,20 @@ def _model_names(folder: Path, key: str, digest: str | None) -> list[str]:
 
 def _bring(store: ResultStore, home: Home, stage: Carried) -> int:
     """Claim, copy and record one stage; how many were recorded: 1, or 0 if somebody was faster."""
-    origin = replace(provenance(), device=stage.device, torch=stage.torch)
+    origin = replace(provenance(), host=ELSEWHERE, device=stage.device, torch=stage.torch)
     try:
         attempt = store.claim(stage.cell, stage.stage, origin)
     except CellTaken as error:
         log.warning("%s", error)
         return 0
     target = home.cell(stage.cell) / stage.stage
-    with recorded(store, attempt):
+    with recorded(store, attempt), beating(store, attempt), files.held(target, seconds=FOLDER_SECONDS):
         files.write_text(home.cell(stage.cell) / "cell.json", store.cell_body(stage.cell))
         with files.new_folder(target) as temporary:
             for name in stage.names:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage.folder / name, temporary / name, follow_symlinks=False)
-        record(store, attempt, target / measured.FILE)
-        if stage.stage == TRAIN:
+        patiently(lambda: record(store, attempt, target / measured.FILE))
+        if (target / FINAL).is_dir():
             verify(target / FINAL, stage.cell)
     return 1

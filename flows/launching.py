@@ -33,6 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
 STOP_SECONDS = 300.0
 """How long ranks may take to save their shards after the stop signal; then they are killed."""
+LAST_SECONDS = 2.0
+"""How long the other ranks may take to end after one was lost or has failed; then they are killed."""
+TORCHRUN_SECONDS = 10.0
+"""How long torchrun may take to copy the last lines into its log when all its ranks have ended; then it is killed."""
 TELL_SECONDS = 1.0
 TAIL_BYTES = 4000
 PR_SET_PDEATHSIG = 1
@@ -45,7 +49,11 @@ class RanksRefused(RecipeError):
 
 
 class RanksFailed(Exception):
-    """A rank crashed or was killed; another attempt goes on from the last checkpoint."""
+    """A rank crashed; another attempt goes on from the last checkpoint."""
+
+
+class RanksLost(RanksFailed):
+    """A rank was killed, stopped, cut off or left behind, and none crashed: no fault of the cell, as it seems."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,8 @@ def train_on_ranks(
     """Train a cell on as many ranks as its placement has GPUs; the measurements file.
 
     Raises RecipeError where this process sees fewer GPUs, Interrupted when asked to stop (a checkpoint is there then),
-    the error of ours that a rank ended with, MemoryError or OSError if it was one of these, RanksFailed for the rest.
+    the error of ours that a rank ended with, MemoryError or OSError if it was one of these, RanksLost where a rank is
+    gone, RanksFailed for the rest.
     """
     found = gpus()
     if len(found) < placement.gpus:
@@ -126,9 +135,8 @@ def measured(ending: Ending, path: Path) -> Path:
         raise kind(text)
     if REFUSED in codes.values():
         raise RanksRefused(f"{said} (log: {ending.log})")
-    raise RanksFailed(
-        f"exit codes of {ending.ranks} ranks: {codes}, none from those killed; {said} (log: {ending.log})"
-    )
+    failed = RanksFailed if set(codes.values()) - {0, STOPPED, LOST} else RanksLost
+    raise failed(f"exit codes of {ending.ranks} ranks: {codes}, none from those killed; {said} (log: {ending.log})")
 
 
 def _blame(code: int) -> int:
@@ -177,7 +185,8 @@ def launch(
     """Run `python -m PROGRAM…` on so many ranks of this machine under torchrun, and wait for the end.
 
     Must be called in the main thread of its process: the kernel tells torchrun when the *thread* that started it ends.
-    Whatever is raised here, Ctrl-C included, no rank outlives it.
+    Whatever is raised here, Ctrl-C included, no rank outlives it. Once a rank is lost or has failed, the rest are
+    killed after LAST_SECONDS: torchrun would wait 30 s for one that hangs in a collective, or is stopped.
 
     Args:
         program: module and arguments.
@@ -195,18 +204,21 @@ def launch(
     stopped = False
     deadline = float("inf")
     told: set[int] = set()
+    others = _Others(endings, ranks)
     try:
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None and time.monotonic() < min(deadline, others.over):
             tick()
             if not stopped and should_stop():
                 stopped, deadline = True, time.monotonic() + stop_seconds
             if stopped:  # to the ranks and not to torchrun, which would give them 30 seconds
                 _signal(new := set(_alive(endings)) - told, signal.SIGTERM)
                 told |= new
+            others.end_with_the_lost()
             time.sleep(POLL_SECONDS)
         if process.poll() is not None:  # killed, perhaps: then the kernel has told its ranks, and they are saving
             deadline = min(deadline, time.monotonic() + stop_seconds)
             while _alive(endings) and time.monotonic() < deadline:
+                others.end_with_the_lost()
                 time.sleep(POLL_SECONDS)
     finally:
         _signal(_alive(endings), signal.SIGKILL)
@@ -214,6 +226,27 @@ def launch(
         process.wait()
     codes = {rank: record["code"] for rank, record in _records(endings).items() if "code" in record}
     return Ending(codes, ranks, stopped, log)
+
+
+class _Others:
+    """Sees to it that no rank outlives by much one that was lost or has failed, and torchrun none of them."""
+
+    def __init__(self, endings: Path, ranks: int) -> None:
+        self.endings, self.ranks = endings, ranks
+        self.since = self.over = float("inf")
+        """When a rank was first seen to have ended badly, and when torchrun itself must have ended."""
+
+    def end_with_the_lost(self) -> None:
+        """Kill the ranks that are left, if one ended badly a while ago: they cannot go on without it, nor save."""
+        now, records = time.monotonic(), _records(self.endings)
+        alive = {rank: record["pid"] for rank, record in records.items() if process_alive(record["pid"])}
+        codes = [record.get("code", 0 if rank in alive else LOST) for rank, record in records.items()]
+        if set(codes) - {0, STOPPED}:  # a rank that was stopped has saved, and the others are at it
+            self.since = min(self.since, now)
+        if now - self.since > LAST_SECONDS:
+            _signal(alive.values(), signal.SIGKILL)
+        if len(records) == self.ranks and not alive:
+            self.over = min(self.over, now + TORCHRUN_SECONDS)
 
 
 def last_line(log: Path, rank: int | None = None) -> str:

@@ -122,7 +122,8 @@ def run_grid(
                     drive.run_on(processes)
                 if summary.interrupted:
                     mirror.drop()
-        ended = reversed(store.work(name))  # so that a cell's training, which comes first, has the last word
+        # In reverse, so that a cell's training, which comes first, has the last word.
+        ended = reversed(patiently(lambda: store.work(name)))
         summary.diverged = {s.cell_key: s.error for s in ended if s.cause == "diverged" and s.status == "done"}
         if to_run:
             notifier.ended(summary.as_json(), seconds=time.monotonic() - began, pool=pool)

@@ -23,8 +23,9 @@ def outlook(options: argparse.Namespace) -> str:
     from sparseforge_core.runtime import prediction
 
     sizes, about = model_named(options.model)
-    measured, source = committed()
-    gpu = this_gpu(options.dtype, prediction.product_shapes(sizes))
+    prediction.check_request(sizes, options.batch, options.context)
+    gpu = this_gpu(options.dtype, prediction.product_shapes(sizes), options.batch)
+    measured, source = committed(gpu["name"])
     bandwidth = gpu["copy_bandwidth"] or 1e12 * measured["copy_bandwidth"]
     expected = prediction.forecast(
         sizes,
@@ -39,6 +40,7 @@ def outlook(options: argparse.Namespace) -> str:
         "model": options.model,
         **dataclasses.asdict(expected),
         "gain": expected.gain,
+        "throughput_bytes": expected.sparse_bytes + gpu.pop("extra_bytes") * sizes.layers,
         "gpu": gpu,
         "measured_on": source,
         "advice": advice(expected, gpu, about),
@@ -61,26 +63,43 @@ def model_named(text: str) -> tuple[Any, dict[str, Any]]:
     return prediction.sizes_in(folder)
 
 
-def committed() -> tuple[dict[str, float], str]:
-    """Measurements by name, and the hardware that they are of."""
+def committed(gpu: str | None) -> tuple[dict[str, float], str]:
+    """Measurements by name, and the hardware that they are of: this GPU's where there are such, else RESULTS."""
     if not RESULTS.is_file():
         raise ExportError(f"{RESULTS} is missing, from which speed is predicted; run benchmarks/decode.py on a GPU")
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    hardware = next((row["hardware"] for row in rows if row["measure"] == "copy_bandwidth"), "no GPU")
-    return {row["measure"]: float(row["value"]) for row in rows}, hardware
+    for path in (*sorted(RESULTS.parent.glob("decode-*.json")), RESULTS):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        hardware = next((row["hardware"] for row in rows if row["measure"] == "copy_bandwidth"), "no GPU")
+        if path == RESULTS or (gpu is not None and hardware.startswith(f"{gpu},")):
+            return {row["measure"]: float(row["value"]) for row in rows}, hardware
+    raise AssertionError("RESULTS is the last of the paths")
 
 
-def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """The GPU here, its copy bandwidth measured now, and for each product why the kernels would not run it."""
+def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]], batch: int) -> dict[str, Any]:
+    """The GPU here, its copy bandwidth measured now, and for each product why the kernels would not run it.
+
+    Products of one row and of `batch` rows are measured where this machine has not done so, so that what is loaded
+    next takes the fastest kernels.
+    """
     import torch
 
     from sparseforge_core.runtime.kernels import supported
+    from sparseforge_core.runtime.kernels.choices import large_sizes
     from sparseforge_core.runtime.kernels.measure import copy_bandwidth
+    from sparseforge_core.runtime.kernels.tuning import tune
+    from sparseforge_core.runtime.loading import extra_bytes
 
     kind = getattr(torch, dtype)
     there = torch.cuda.is_available()
     refused = {name: supported("cuda", kind, shape) for name, shape in shapes.items()}
+    taken = [shape for name, shape in shapes.items() if refused[name] is None]
+    number = torch.cuda.current_device() if taken else None  # without, as on the GPU that was measured
+    new = {} if number is None else tune(taken, kind, (1, batch), device=number)
+    device = None if number is None else torch.device("cuda", number)
     return {
+        "products_measured_now": len(new),
+        "forms_measured": all(large_sizes(*shape, kind, number) for shape in shapes.values()),
+        "extra_bytes": sum(extra_bytes(shape, kind, device, "throughput") for shape in shapes.values()),
         "name": torch.cuda.get_device_name() if there else None,
         "free_bytes": torch.cuda.mem_get_info()[0] if there else 0,
         "copy_bandwidth": copy_bandwidth() if there else None,
@@ -90,6 +109,8 @@ def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
 
 def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[str]:
     """What to know before going on; each is a reason why 2:4 would not help, or not here."""
+    from sparseforge_core.runtime.kernels.choices import LARGEST_OURS
+
     found = []
     if gpu["name"] is None:
         found.append(
@@ -101,6 +122,10 @@ def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[st
         found.append(f"the kernels do not run {name} here: {why}")
     if about["why"]:
         found.append(f"{about['why']}; it generates with the ordinary cache, which is slower than these figures")
+    if expected.batch > LARGEST_OURS:
+        found.append(
+            f"a step of more than {LARGEST_OURS} rows needs mode throughput, which holds more than the packed weights"
+        )
     if expected.gain < WORTH:
         found.append(f"2:4 will not help at batch {expected.batch}: {expected.gain:.2f} times is predicted")
     needed = expected.sparse_bytes + expected.cache_bytes
@@ -116,12 +141,14 @@ def lines(body: dict[str, Any]) -> list[str]:
     bandwidth = gpu["copy_bandwidth"]
     here = f"{gpu['name']}, {bandwidth / 1e12:.2f} TB/s copied" if bandwidth else "no GPU"
     refused = f"; products that the 2:4 kernels refuse: {', '.join(gpu['refused']) or 'none'}" if bandwidth else ""
+    large = f"{'' if gpu['forms_measured'] else 'at most '}{body['throughput_bytes'] / gib:.2f}"
+    refused += f"; {gpu['products_measured_now']} products measured now" if gpu["products_measured_now"] else ""
     return [
         f"model     {body['model']}, batch {body['batch']}, behind {body['context']:,} tokens",
         f"machine   {here}{refused}",
         f"speed     {body['sparse_tokens_per_second']:,.0f} tokens/s with 2:4, {body['dense_tokens_per_second']:,.0f} "
         f"dense: {body['gain']:.2f} times (predicted from {body['measured_on']})",
         f"memory    {body['sparse_bytes'] / gib:.2f} GiB with 2:4, {body['dense_bytes'] / gib:.2f} dense, and "
-        f"{body['cache_bytes'] / gib:.2f} of cache",
+        f"{body['cache_bytes'] / gib:.2f} of cache; {large} with 2:4 in mode throughput",
         *(f"note      {text}" for text in body["advice"]),
     ]

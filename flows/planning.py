@@ -2,7 +2,7 @@
 
 Sizes are upper bounds by arithmetic on the models' cards, in the words of `Disk.lines`: a finished model is written in
 float32; a checkpoint holds weights, two moments and, where there is a mask, what the mask needs; of each training
-cell at work there are two checkpoints and one being written.
+cell at work there are two checkpoints and one being written; a one-shot solution that cells start from is kept once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ FINAL_BYTES = 4
 """Of a parameter of a finished model."""
 DENSE_BYTES, MASK_BYTES = 12, 13
 """Of a parameter in a checkpoint: weight and two moments; and what a mask adds to a weight that it covers, at most."""
+SOLUTION_BYTES = 4
+"""Of a parameter of a kept one-shot solution that moved its weights; its mask takes an eighth of a byte beside them."""
 CHECKPOINTS = 3
 """Of a cell that trains: the last two good ones, and the one being written."""
 DOCUMENT_TOKENS = 460
@@ -48,6 +50,7 @@ class Disk:
 
     finals: int
     checkpoints: int
+    solutions: int
     tokens: int
     free: int
     folder: str
@@ -59,13 +62,15 @@ class Disk:
     """Cells that train at once, at most."""
     files: int
     """Token files."""
+    solutions_of: int
+    """One-shot solutions that cells start from."""
     unknown: tuple[str, ...] = ()
     """Corpora of unknown size, which are not counted."""
 
     @property
     def needed(self) -> int:
         """All of it."""
-        return self.finals + self.checkpoints + self.tokens
+        return self.finals + self.checkpoints + self.solutions + self.tokens
 
     @property
     def fits(self) -> bool:
@@ -82,6 +87,11 @@ class Disk:
             f"{DENSE_BYTES} bytes a parameter, {DENSE_BYTES + MASK_BYTES} with a mask; gone when a cell has finished)",
             f"  token files {size(self.tokens)} ({self.files} of corpus and tokenizer)",
         ]
+        if self.solutions_of:
+            lines.append(
+                f"  one-shot solutions {size(self.solutions)} ({self.solutions_of} that cells start from; solutions/ "
+                "may be deleted when nothing runs)"
+            )
         lines += [f"  not counted: {name}, whose size is not known" for name in self.unknown]
         return lines
 
@@ -91,6 +101,7 @@ class Disk:
         if self.fits:
             return ""
         parts = {"finished models": self.finals, "checkpoints": self.checkpoints, "token files": self.tokens}
+        parts["one-shot solutions"] = self.solutions
         largest = max(parts, key=lambda name: parts[name])
         return (
             f"disk {self.folder}: {size(self.needed)} needed at most and {size(self.free)} free; most of it for "
@@ -201,6 +212,7 @@ def disk_of(
     finals, finals_of, largest, training = 0, 0, 0, 0
     wanted: dict[tuple[Any, ...], Recipe] = {}
     sizes: dict[str, tuple[Recipe, int, int]] = {}
+    solutions: dict[tuple[Any, ...], int] = {}
     for cell in cells:
         if (cell.key, "train") in done:
             continue
@@ -209,6 +221,8 @@ def disk_of(
             sizes[cell.recipe_key] = recipe, final_bytes(recipe), checkpoint_bytes(recipe)
             wanted[_token_key(recipe)] = recipe
         recipe, final, checkpoint = sizes[cell.recipe_key]
+        if solution := solution_bytes(recipe):
+            solutions[_solution_key(recipe, cell.seed)] = solution
         finals, finals_of = finals + final, finals_of + bool(final)
         largest, training = max(largest, checkpoint), training + bool(checkpoint)
     tokens = {key: token_bytes(recipe) for key, recipe in wanted.items()}
@@ -218,6 +232,7 @@ def disk_of(
     return Disk(
         finals=finals,
         checkpoints=CHECKPOINTS * largest * at_work,
+        solutions=sum(solutions.values()),
         tokens=sum(size for size in tokens.values() if size is not None),
         free=shutil.disk_usage(folder).free,
         folder=str(folder),
@@ -225,6 +240,7 @@ def disk_of(
         largest=largest,
         at_work=at_work,
         files=len(tokens) - len(unknown),
+        solutions_of=len(solutions),
         unknown=tuple(unknown),
     )
 
@@ -242,6 +258,14 @@ def checkpoint_bytes(recipe: Recipe) -> int:
         return 0
     each = DENSE_BYTES + (MASK_BYTES if recipe.method.sparsifies else 0)
     return int(each * card_of(recipe.model).parameters)
+
+
+def solution_bytes(recipe: Recipe) -> int:
+    """Of the one-shot solution that a cell starts from, which is kept for others; every parameter under the mask."""
+    begun = recipe.method.begins_from()
+    if begun is None or not begun.calibrates():
+        return 0
+    return int(((SOLUTION_BYTES if begun.moves_weights() else 0) + 1 / 8) * card_of(recipe.model).parameters)
 
 
 def token_bytes(recipe: Recipe) -> int | None:
@@ -279,6 +303,11 @@ def _token_key(recipe: Recipe) -> tuple[Any, ...]:
     source = _made_by(recipe.model)
     tokenizer = source.tokenizer if isinstance(source, Tiny) else card_of(source).name.partition("-")[0]
     return recipe.corpus, tokenizer
+
+
+def _solution_key(recipe: Recipe, seed: int) -> tuple[Any, ...]:
+    """What decides which solution a cell starts from."""
+    return recipe.model, recipe.method.begins_from(), recipe.pattern, recipe.corpus, seed
 
 
 def size(count: float) -> str:

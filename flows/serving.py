@@ -117,7 +117,8 @@ def serve(options: argparse.Namespace) -> None:
     """
     listener = bound(options.host, options.port)
     try:
-        voice = Voice.load(options.folder, device=options.device, dense=options.dense, cache=options.cache)
+        given = {"device": options.device, "dense": options.dense, "cache": options.cache, "mode": options.mode}
+        voice = Voice.load(options.folder, **given)
         name = options.name or Path(options.folder).resolve().name
         host, port = listener.getsockname()[:2]
         log.warning("%s, %s", name, voice)

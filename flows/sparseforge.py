@@ -28,6 +28,7 @@ from prefect.states import Cancelled, Completed, Failed, State
 from flows.artifacts import LiveGrid
 from flows.cycle import LEASE, ready
 from flows.devices import gpus, reserved
+from flows.failures import patiently
 from flows.grids.shrunken import shrunk_name
 from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
@@ -127,7 +128,7 @@ def _run_here(
     live = LiveGrid(home, grid) if pool is None else None  # a drain's cells are in the table of the grid's run
 
     def wrap(run: RunCell) -> RunCell:
-        states = _states(home, grid)
+        states = patiently(lambda: _states(home, grid))
         labels = {s.cell_key: f"{s.model} {s.variant} s{s.seed}" for s in states}
         if live is not None:
             live.show(lambda: states, now=True)
@@ -161,7 +162,7 @@ def _run_here(
 
 def _states(home: Home, grid: str) -> list[StageState]:
     """The state of a grid through a store of our own, in whatever thread this is."""
-    store = ResultStore(home.store_url)
+    store = ResultStore(home.store_url, create=False)
     try:
         return store.work(grid)
     finally:
@@ -202,8 +203,8 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
             live.show(lambda states=states: states, now=True)  # type: ignore[misc]
             return _summary(grid, states)
         time.sleep(POLL_SECONDS)
-        store.expire(LEASE)
-        states = store.work(grid)
+        patiently(lambda: store.expire(LEASE))
+        states = patiently(lambda: store.work(grid))
 
 
 def _told(run: Callable[[], Summary]) -> Summary:

@@ -34,18 +34,20 @@ LISTED = 12
 BAR = 24
 
 Status = dict[str, Any]
+Gone = Mapping[tuple[str, str], str]
+"""Of stages (cell key, name) that are running by the store and are not: why."""
 
 
 def status_of(home: Home, grid: str | None = None, *, now: datetime.datetime | None = None) -> Status:
     """Everything that the screen shows, and more, as plain JSON; of the grid planned last unless one is named."""
-    now = now or datetime.datetime.now(datetime.UTC)
     results = _opened(home, grid)
     try:
+        now = now or results.now()
         about = _planned(results, grid)
         states, attempts = results.progress(about["name"])
         live = {(a.cell_key, a.stage): a for a in attempts if a.status == "running"}
-        gone = {place for place, attempt in live.items() if not _alive(attempt, now)}
-        bodies = results.cell_bodies(sorted({cell for cell, _ in live.keys() - gone}))
+        gone = {place: why for place, attempt in live.items() if (why := _left(attempt, now))}
+        bodies = results.cell_bodies(sorted({cell for cell, _ in live.keys() - gone.keys()}))
     finally:
         results.close()
     by_cell: dict[str, list[StageState]] = collections.defaultdict(list)
@@ -97,14 +99,15 @@ def _planned(results: Results, grid: str | None) -> dict[str, Any]:
     return results.grid(grid)
 
 
-def _alive(attempt: AttemptRecord, now: datetime.datetime) -> bool:
-    """Whether somebody still works on it: its process where that is ours to see, else its heartbeats."""
-    if attempt.provenance.host == socket.gethostname():
-        return process_alive(attempt.provenance.pid)
-    return now - attempt.heartbeat <= LEASE
+def _left(attempt: AttemptRecord, now: datetime.datetime) -> str:
+    """Why nobody works on it any more; empty where somebody does. A process may have the number of one that is gone."""
+    if attempt.provenance.host == socket.gethostname() and not process_alive(attempt.provenance.pid):
+        return "its process is gone"
+    silent = now - attempt.heartbeat
+    return f"it was not heard of for {clock(silent.total_seconds())}, longer than its lease" if silent > LEASE else ""
 
 
-def _cell_status(stages: Sequence[StageState], gone: set[tuple[str, str]]) -> str:
+def _cell_status(stages: Sequence[StageState], gone: Gone) -> str:
     statuses = {"lost" if (s.cell_key, s.stage) in gone else s.status for s in stages}
     if statuses == {"done"}:
         return "done"
@@ -142,13 +145,13 @@ def journal_end(path: Path, since: datetime.datetime) -> Status:
     return found
 
 
-def _went_wrong(state: StageState, gone: set[tuple[str, str]]) -> bool:
+def _went_wrong(state: StageState, gone: Gone) -> bool:
     return state.status in ("failed", "lost") or (state.cell_key, state.stage) in gone
 
 
-def _failed(home: Home, state: StageState, gone: set[tuple[str, str]]) -> Status:
-    lost = (state.cell_key, state.stage) in gone
-    error = "its process is gone; the next run of the grid goes on from its checkpoint" if lost else state.error
+def _failed(home: Home, state: StageState, gone: Gone) -> Status:
+    lost = gone.get((state.cell_key, state.stage), "")
+    error = f"{lost}; the next run of the grid goes on from its checkpoint" if lost else state.error
     return {
         **_names(state),
         "stage": state.stage,
@@ -176,7 +179,7 @@ def _names(state: StageState) -> Status:
 
 
 def _seconds_left(
-    pace: Pace, states: Sequence[StageState], running: list[Status], gone: set[tuple[str, str]]
+    pace: Pace, states: Sequence[StageState], running: list[Status], gone: Gone
 ) -> dict[str, tuple[float, str, str]]:
     """(seconds, pool, how that is known) of every cell that is left; also puts an `eta` on what runs.
 
@@ -216,7 +219,7 @@ def _costs(
     requires = {state.cell_key: state.requires for state in states}
     used: dict[str, float] = collections.defaultdict(float)
     for attempt in attempts:
-        live = attempt.status == "running" and _alive(attempt, now)
+        live = attempt.status == "running" and not _left(attempt, now)
         seconds = (now - attempt.started).total_seconds() if live else spent(attempt)
         used[pools[attempt.cell_key]] += seconds * devices(pools[attempt.cell_key]) / HOUR
     rest: dict[str, float] = collections.defaultdict(float)

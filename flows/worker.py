@@ -40,11 +40,12 @@ def work(connection: Connection, home: Home, index: int, of: int, log_file: str,
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from flows.cycle import execute_stage
+    from flows.failures import patiently
     from flows.provenance import provenance
     from sparseforge_core.execution import default_device
     from sparseforge_core.store.store import ResultStore
 
-    store = ResultStore(home.store_url)
+    store = patiently(lambda: ResultStore(home.store_url, create=False))  # the parent has it open
     origin = provenance(str(default_device()), flow_run_id)
 
     def execute(key: str, stage: str, reporter: _Reporter) -> None:

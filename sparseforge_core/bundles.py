@@ -2,7 +2,7 @@
 
 bundle.json   the cells with their suites, and what identifies the texts they read
 code/         this package, for `PYTHONPATH`
-data/         the local files of their corpora
+data/         the local files of their corpora, items of benchmark tasks, the WikiText-2 test set
 home/         made there: what `sparseforge ingest` brings home
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 from sparseforge_core import files, specs
 from sparseforge_core.data.corpora import DATA_ENV, Corpus
 from sparseforge_core.errors import BundleError, SparseForgeError
-from sparseforge_core.evaluate.suites import Suite
+from sparseforge_core.evaluate.benchmarks import TASKS_ENV
+from sparseforge_core.evaluate.suites import WIKITEXT_ENV, Suite
 from sparseforge_core.identity import loads
 from sparseforge_core.recipe import Cell
 
@@ -26,6 +27,8 @@ KIND, FORMAT = "sparseforge-bundle", 2
 
 FILE, CODE, DATA, HOME = "bundle.json", "code", "data", "home"
 """What lies in the folder of a bundle."""
+TASKS, WIKITEXT, WIKITEXT_FILE = f"{DATA}/tasks", f"{DATA}/wikitext2", "wiki.test.raw"
+"""Folders of benchmark items and of the WikiText-2 test set, and the file in the latter."""
 
 FIELDS = {"kind", "format", "code", "grids", "there", "cells", "corpora", files.SEAL}
 
@@ -92,8 +95,9 @@ def _entry(body: dict[str, Any]) -> Entry:
 
 def prepare(bundle: Bundle) -> None:
     """Make this process read the bundle's data. Raises BundleError for a text that is another one on this machine."""
-    if (bundle.folder / DATA).is_dir():
-        os.environ.setdefault(DATA_ENV, str((bundle.folder / DATA).resolve()))
+    for name, inner in ((DATA_ENV, DATA), (TASKS_ENV, TASKS), (WIKITEXT_ENV, WIKITEXT)):
+        if (bundle.folder / inner).is_dir():
+            os.environ.setdefault(name, str((bundle.folder / inner).resolve()))
     for corpus, there in bundle.corpora:
         here = json.loads(json.dumps(corpus.identity()))
         if here != there:

@@ -147,6 +147,23 @@ def save_final(folder: Path, model: Any | None, branches: dict[str, Branch], abo
         if branches:
             save_file(_branch_state(branches), temporary / BRANCHES)
         _write_manifest(temporary, about)
+    (folder.parent / MANIFEST).unlink(missing_ok=True)  # of a model before, whose weights were dropped
+
+
+def drop_weights(folder: Path) -> None:
+    """Delete a finished model, if it is there and has files, and keep its manifest beside its folder.
+
+    What it was stays known to the last tensor, and nothing says that it is at hand: its folder is gone. A cell that
+    left its source untouched has nothing to delete.
+    """
+    if (folder / MANIFEST).is_file() and files.read_json(folder / MANIFEST)["files"]:
+        files.write_text(folder.parent / MANIFEST, (folder / MANIFEST).read_text(encoding="utf-8"))
+        files.remove_folder(folder)
+
+
+def dropped(directory: Path) -> bool:
+    """Whether the weights that the train stage in `directory` made were deleted on purpose."""
+    return (directory / MANIFEST).is_file() and not (directory / "final").is_dir()
 
 
 def load_branches(folder: Path) -> dict[str, tuple[Tensor, Tensor | None]]:

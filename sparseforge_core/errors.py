@@ -71,6 +71,10 @@ class BundleError(SparseForgeError):
     """A bundle, or what came of one, that is foreign, altered, incomplete or of another format version."""
 
 
+class CellsFailed(SparseForgeError):
+    """Cells of a bundle failed; the others went on."""
+
+
 class CellTaken(SparseForgeError):
     """Another live attempt holds this stage of the cell."""
 

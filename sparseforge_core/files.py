@@ -45,6 +45,14 @@ def write_json(path: Path, body: Any) -> None:
     write_text(path, json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file says. Raises DataError naming a file that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+
+
 def inside(folder: Path, name: str, field: str) -> Path:
     """`folder / name` for a name that came from a file. Raises DataError, by its field, if it is no plain name."""
     if not name or name in (".", "..") or Path(name).name != name or "\0" in name:

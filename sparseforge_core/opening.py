@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseforge_core.checkpoint import MANIFEST, load_branches, verify
+from sparseforge_core.checkpoint import MANIFEST, dropped, load_branches, verify
 from sparseforge_core.data.cache import content_key
 from sparseforge_core.errors import CheckpointMismatch, Diverged
 from sparseforge_core.identity import canonical, cell_key
@@ -123,7 +123,10 @@ def open_apart(cell: Cell, home: Path) -> tuple[PreTrainedModel, dict[str, tuple
     if not folder.is_dir():
         if why := divergence(folder.parent):
             raise Diverged(f"cell {cell_key(cell)} made no model, it diverged: {why}")
-        raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; run its train stage first")
+        todo = "run its train stage first"
+        if dropped(folder.parent):
+            todo = f"its weights were dropped once all was measured; delete {folder.parent} to train it anew"
+        raise CheckpointMismatch(f"cell {cell_key(cell)} has no finished model in {folder}; {todo}")
     verify(folder, cell_key(cell))
     model = hub.from_pretrained(
         dtype=torch.float32,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseforge_core import specs
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
@@ -20,9 +21,10 @@ from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import faster, forwards
-from sparseforge_core.opening import open_family, open_source, open_tokenizer
+from sparseforge_core.opening import open_family, open_source, open_tokenizer, source_identity
 from sparseforge_core.ranks import Beats
 from sparseforge_core.recipe import Cell
+from sparseforge_core.solutions import KeptSolutions, computed_on
 from sparseforge_core.tracking.tracker import Tracker
 from sparseforge_core.train.loop import Run
 from sparseforge_core.train.optimizer import build_optimizer
@@ -65,6 +67,7 @@ class Prepared:
         self.model = model.to(self.loaded_on)
         self.teacher = self._teacher()
         self._tokens: TokenFile | None = None
+        self.solutions = KeptSolutions(home, self._about_solutions)
 
     @property
     def tokens(self) -> TokenFile:
@@ -90,6 +93,7 @@ class Prepared:
             device=None if recipe.method.trains else self.device,
             passing=not recipe.method.trains and recipe.slorb is None,
             seed=self.cell.seed,
+            solutions=self.solutions if recipe.method.trains else None,
         )
 
     def run(
@@ -170,6 +174,16 @@ class Prepared:
                 f"objective.teacher: its tokenizer gives {len(differing)} tokens other ids than the student's, for "
                 f"instance {differing[0]!r}; distillation needs the same vocabulary"
             )
+
+    def _about_solutions(self) -> dict[str, Any]:
+        """What a one-shot solution of this cell depends on besides the method."""
+        return {
+            "weights": source_identity(self.cell.recipe.model, self.home),
+            "pattern": specs.encode(self.cell.recipe.pattern),
+            "tokens": self.tokens.sha256,
+            "seed": self.cell.seed,
+            "on": computed_on(self.device, self.loaded_on),
+        }
 
     def _calibration(self, samples: int, length: int) -> list[Tensor]:
         length = min(length, _positions(self.model))

@@ -5,8 +5,8 @@ torchrun starts the same command N times and tells each process its place by env
 - `join` makes them a group: NCCL between GPUs, gloo between CPUs, and gloo for words and votes in both cases.
 - `agree` ends all of them at once if they were not given the same cell.
 - `Beats` is each rank's pulse in the launcher's key-value store, and its ear for the others': one that is dead, stopped
-  or cut off, or that stays behind the furthest, ends every rank within HEARTBEAT seconds. Collectives have a time
-  limit of their own, but a long one: a compile or a large checkpoint is no failure.
+  or cut off ends every rank within HEARTBEAT seconds, one that stays behind the furthest for so long does too.
+  Collectives have a time limit of their own, but a long one: a compile or a large checkpoint is no failure.
 
 A rank that ends this way has kept nothing of the step; the cell is to be tried again and goes on from its checkpoint.
 """
@@ -29,7 +29,10 @@ from sparseforge_core.errors import RanksDisagree
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 15.0
-"""Seconds after which a rank that was not heard of, or fell behind, is given up."""
+"""Seconds within which a rank that is not heard of any more ends all; after which one that fell behind does."""
+
+SILENCE = 2 / 3
+"""Part of them after which a silent rank is given up; the rest is for the ranks to notice it and to end."""
 
 LONGEST_WAIT = 600.0
 """Seconds that a rank waits in one collective for the others: more than compiling or saving ever takes."""
@@ -169,8 +172,8 @@ class _Others:
         for place, word in enumerate(said):
             if word != self.heard[place][0]:
                 self.heard[place] = (word, now)
-            elif word != "done" and now - self.heard[place][1] > self.seconds:
-                return f"rank {place} was not heard of for {self.seconds:.0f} s"
+            elif word != "done" and now - self.heard[place][1] > SILENCE * self.seconds:
+                return f"rank {place} was not heard of for {SILENCE * self.seconds:.0f} s"
         words = [word.split() for word in said if word is not None and word != "done"]
         if len(words) < len(said):
             return None

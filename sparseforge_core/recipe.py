@@ -37,6 +37,8 @@ class TrainPlan:
     """Matrices that carry no mask and are no embeddings, or every matrix as in the paper's published code."""
     rule: Literal["adamw", "muon"] = "adamw"
     """Update rule of the masked weights, where the method has none of its own; everything else follows AdamW."""
+    unmasked_rate: float = 1.0
+    """Factor on the learning rate of what carries no mask (embeddings, norms, biases): it was not damaged."""
     moments: Literal["float32", "8-bit"] = "float32"
     """How AdamW's two moments of large matrices are kept; "8-bit" rounds them in blocks of 256 (arXiv 2110.02861)."""
     clip: float = 1.0
@@ -50,6 +52,8 @@ class TrainPlan:
                 raise RecipeError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.steps < 0:
             raise RecipeError(f"steps={self.steps}: must be 0 or more")
+        if self.unmasked_rate < 0:
+            raise RecipeError(f"unmasked_rate={self.unmasked_rate}: must not be negative; 0 leaves them as they are")
         if self.clip <= 0:
             raise RecipeError(f"clip={self.clip}: must be above 0")
         if self.moments == "8-bit" and self.rule != "adamw":

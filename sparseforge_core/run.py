@@ -23,6 +23,7 @@ from typing import Any, get_args
 import torch
 
 from sparseforge_core import bundles, files, measured, specs
+from sparseforge_core.bundle_run import Walk, Work, add_commands
 from sparseforge_core.checkpoint import MANIFEST, save_final, verify
 from sparseforge_core.distributed import rank, world
 from sparseforge_core.errors import BundleError, Diverged, Interrupted, RecipeError, SparseForgeError
@@ -42,6 +43,7 @@ from sparseforge_core.opening import (
     open_tokenizer,
     weights_identity,
 )
+from sparseforge_core.packing import MIB, pack
 from sparseforge_core.preparing import Prepared
 from sparseforge_core.rank_checkpoint import RankCheckpoints
 from sparseforge_core.ranks import HEARTBEAT, LOST, Beats, agree, join, launched, leave, was_lost
@@ -147,6 +149,8 @@ def _train_to_the_end(
         journal: Tracker = NullTracker()
         if rank() == 0:
             journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
+        for used in prepared.solutions.used:
+            journal.event("solution", used)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
             outcome = train(run, on_step=seen, should_stop=should_stop)
@@ -168,6 +172,8 @@ def _train_to_the_end(
     rows = train_rows(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
+    if prepared.solutions.used:
+        context["solutions"] = prepared.solutions.used
     return write_stage(directory, cell, "train", None, rows, context)
 
 
@@ -245,9 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluation = commands.add_parser("evaluate", help="measure a finished cell under a suite")
     for command in (training, evaluation):
         command.add_argument("cell", type=Path, help="cell file written by `sparseforge plan GRID --out DIR`")
-    bundle = commands.add_parser("bundle", help="run many cells in one warm process, for machines without a store")
-    bundle.add_argument("folder", type=Path, help="folder with bundle.json, written by `sparseforge bundle`")
-    bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
+    bundle = add_commands(commands)
     for command in (training, bundle):
         command.add_argument("--micro-batch", type=int, help="sequences per forward (placement, not identity)")
         choice = argparse.BooleanOptionalAction
@@ -263,9 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
             help="how ranks share the work",
         )
     evaluation.add_argument("suite", type=Path, help="suite file (JSON)")
-    evaluation.add_argument(
-        "--ngram", type=int, default=NGRAM, help="words in a row that the contamination scan looks for; 0: no scan"
-    )
+    for command in (evaluation, bundle):
+        command.add_argument(
+            "--ngram", type=int, default=NGRAM, help="words in a row that the contamination scan looks for; 0: no scan"
+        )
     training.add_argument(
         "--heartbeat", type=float, default=HEARTBEAT, help="seconds after which a rank that is silent ends them all"
     )
@@ -304,13 +309,24 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
         suite = specs.decode(json.loads(options.suite.read_text()), Suite, "suite")
         cell = loads(options.cell.read_text())
         return evaluate_cell(cell, suite, options.directory, runs, ngram=options.ngram or None)
+    if options.command == "pack":
+        return pack(options.folder, options.out, part_bytes=int(options.part_mib * MIB))[0]
     execution = Execution(options.micro_batch, options.compile, options.sharding, options.recompute)
     if options.command == "train":
         execution = replace(execution, heartbeat=options.heartbeat)
     execution = replace(execution, deterministic=options.deterministic)
     if options.command == "bundle":
         home = options.home or options.folder / bundles.HOME
-        return run_bundle(options.folder, home, execution, should_stop, index=options.index)
+        return run_bundle(
+            options.folder,
+            home,
+            execution,
+            should_stop,
+            index=options.index,
+            seconds=options.seconds,
+            drop_models=options.drop_models,
+            ngram=options.ngram or None,
+        )
     cell = loads(options.cell.read_text())
     return train_cell(cell, options.directory, runs, should_stop=should_stop, execution=execution)
 
@@ -322,26 +338,30 @@ def run_bundle(
     should_stop: Callable[[], bool],
     *,
     index: int | None = None,
+    seconds: float | None = None,
+    drop_models: bool = False,
     ngram: int | None = NGRAM,
 ) -> Path:
-    """Run the cells of a bundle in order, or the one at `index`, each stage once; what is finished is passed over.
+    """Run the cells of a bundle in order, or the one at `index`, each stage once; see `bundle_run.Walk`.
 
-    Returns HOME/cells, which `sparseforge ingest` brings home. Raises BundleError for a bundle that is not whole.
+    Returns HOME/cells, which `sparseforge ingest` brings home. Raises BundleError for a bundle that is not whole, and
+    CellsFailed in the end if a cell failed.
     """
     bundle = bundles.read_bundle(folder)
     bundles.prepare(bundle)
     if index is not None and not 0 <= index < len(bundle.entries):
         raise BundleError(f"--index {index}: the bundle has cells 0 to {len(bundle.entries) - 1}")
-    for entry in bundle.entries if index is None else bundle.entries[index : index + 1]:
-        base = cell_folder(home, entry.cell)
-        began = time.perf_counter()
-        train_cell(entry.cell, base / "train", home, should_stop=should_stop, execution=execution)
-        for suite in entry.suites:
-            if should_stop():
-                raise Interrupted("stopped between two stages; run the same command again to go on from here")
-            if not (base / suite_key(suite) / measured.FILE).is_file():
-                evaluate_cell(entry.cell, suite, base / suite_key(suite), home, ngram=ngram)
-        log.info("cell %s done in %.1f s", cell_key(entry.cell), time.perf_counter() - began)
+    entries = bundle.entries if index is None else bundle.entries[index : index + 1]
+
+    def train_one(cell: Cell) -> Path:
+        directory = cell_folder(home, cell) / "train"
+        return train_cell(cell, directory, home, should_stop=should_stop, execution=execution)
+
+    def measure(cell: Cell, suite: Suite) -> Path:
+        return evaluate_cell(cell, suite, cell_folder(home, cell) / suite_key(suite), home, ngram=ngram)
+
+    work = Work(train=train_one, measure=measure, should_stop=should_stop)
+    Walk(bundle.entries, entries, home / "cells", work, seconds=seconds, drop_models=drop_models).go()
     return home / "cells"
 
 

@@ -60,7 +60,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "presets": core("recipe methods sparsity objective observe schedules models.sources data.corpora"),
     CORE + "identity": core("recipe"),
     CORE + "measured": core("files"),
-    CORE + "bundles": core("data files recipe identity evaluate.suites"),
+    CORE + "bundles": core("data files recipe identity evaluate.suites evaluate.benchmarks"),
+    CORE + "bundle_run": core("bundles checkpoint evaluate.suites files identity measured opening recipe"),
+    CORE + "packing": core("bundles bundle_run checkpoint files identity measured"),
     CORE + "checkpoint": core("recipe identity models sparsity files methods.base"),
     CORE + "opening": BELOW_TRAIN,
     CORE + "train": BELOW_TRAIN | core("tracking.tracker ranks"),
@@ -70,10 +72,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "runtime": core("sparsity models.folders files checkpoint"),
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
     CORE + "execution": BELOW_TRAIN | core("train memory ranks"),
-    CORE + "preparing": BELOW_TRAIN | core("execution train tracking.tracker ranks"),
+    CORE + "solutions": core("checkpoint data.cache files methods.base sparsity"),
+    CORE + "preparing": BELOW_TRAIN | core("execution solutions train tracking.tracker ranks"),
     CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
     CORE + "run": BELOW_TRAIN
-    | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint"),
+    | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint")
+    | core("bundle_run packing"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
@@ -83,18 +87,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.remaking": SPECS | core("store run execution files") | {"flows"},
     "flows.worker": core("store execution") | {"flows"},
     "flows.bundle": SPECS | core("store files bundles") | {"flows"},
+    "flows.bundle_data": SPECS | core("files bundles evaluate.benchmarks"),
     "flows.ingesting": SPECS | core("store files measured bundles checkpoint") | {"flows"},
+    "flows.unpacking": core("bundles"),
     "flows.launch": SPECS | core("run files") | {"flows"},
     "flows.serving": core("runtime") | {"flows"},
     "flows.outlook": core("runtime") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
     "flows.cli": core("store files memory") | {"flows", "analysis"},
-    "analysis": core("store.results store.rows store.outcomes store.curves"),
+    "analysis": core("store.results store.rows store.shown store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
 
 FUSED = (
-    *(f"sparsity/{file}" for file in ("fused", "fused_kernels", "group_kernels", "statistics_kernels")),
+    *(f"sparsity/{file}" for file in ("fused", "fused_kernels", "fused_sweep_kernels")),
+    *(f"sparsity/{file}" for file in ("group_kernels", "statistics_kernels")),
     "objective/fused_kernels",
 )
 """Files of GPU kernels, which are imported where `fused.refusal` has found that they apply."""
@@ -105,7 +112,6 @@ DOORS: dict[str, tuple[str, ...]] = {
     "sqlalchemy": ("sparseforge_core/store/",),
     "alembic": ("sparseforge_core/store/",),
     "psycopg": ("sparseforge_core/store/",),
-    "pandas": ("sparseforge_core/store/results.py", "analysis/"),
     "scipy": ("analysis/",),
     "matplotlib": ("analysis/", "sparseforge_core/tracking/"),
     "lm_eval": tuple(f"sparseforge_core/evaluate/{file}.py" for file in ("harness", "packed_lm", "stock_tasks")),
@@ -128,8 +134,8 @@ DOORS: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed")),
-        *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "stage_rows")),
-        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint")),
+        *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "solutions", "stage_rows")),
+        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "bundle_run")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
     ),
@@ -149,6 +155,7 @@ BROAD_EXCEPT: dict[str, str] = {
 COMMAND_LINES = {
     "analysis/make_tables.py",
     "analysis/measurements.py",
+    "analysis/study.py",
     "flows/cli.py",
     "flows/doctor.py",
     "flows/listing.py",
@@ -358,7 +365,8 @@ def test_what_an_import_costs(statement: str, never: set[str]) -> None:
 
 
 TRAINING = core(
-    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution preparing"
+    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution preparing "
+    "solutions"
 )
 """Rooms that decide what a model becomes."""
 

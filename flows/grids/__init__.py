@@ -44,6 +44,12 @@ def _study(name: str) -> Callable[[], Grid]:
     return build
 
 
+def _study_grid() -> Grid:
+    from flows.grids.study_grid import study
+
+    return study()
+
+
 def _reproductions() -> Grid:
     from flows.grids.reproductions import reproductions
 
@@ -57,6 +63,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     **{name: _paper(name) for name in PAPER},
     "reproductions": _reproductions,
     **{name: _study(name) for name in ("smollm2-trials", "smollm2-ideas")},
+    "smollm2-study": _study_grid,
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }
 """Builders by grid name; recipes are made only when a grid is asked for."""

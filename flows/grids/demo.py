@@ -19,7 +19,7 @@ from sparseforge_core.evaluate.suites import (
     ThroughputSuite,
     limited,
 )
-from sparseforge_core.methods import Dense, DenseControl, MagnitudePruning, Method, SparseForge, Wanda
+from sparseforge_core.methods import Dense, DenseControl, FrozenMask, MagnitudePruning, Method, SparseForge, Wanda
 from sparseforge_core.models.sources import Tiny, TrainedBPE
 from sparseforge_core.objective import Distill, Objective, TaskOnly
 from sparseforge_core.recipe import Recipe, Trained, TrainPlan
@@ -91,6 +91,7 @@ def recipe_for(
 
 
 FORGE = SparseForge(update_every=2)
+WANDA = Wanda(samples=32, length=LENGTH)
 MIDDLE = BUDGETS[1]
 
 
@@ -101,7 +102,7 @@ def demo() -> Grid:
 
 
 def _llama() -> list[Planned]:
-    """Table 2 and the figure: every method on one model, the trained ones at three budgets."""
+    """Table 2 and the figure: every method on one model, the dense control and SparseForge at three budgets."""
     dense = Planned(
         recipe=recipe_for("llama", Dense()),
         variant="dense",
@@ -128,7 +129,7 @@ def _llama() -> list[Planned]:
         )
         for method, row, label, seeds in (
             (MagnitudePruning(), "magnitude", "Magnitude", (0,)),
-            (Wanda(samples=32, length=LENGTH), "wanda", "Wanda", SEEDS),
+            (WANDA, "wanda", "Wanda", SEEDS),
         )
     ]
     return [dense, *one_shot, *(entry for steps in BUDGETS for entry in _trained(steps))]
@@ -137,14 +138,17 @@ def _llama() -> list[Planned]:
 def _trained(steps: int) -> list[Planned]:
     main = steps == MIDDLE
     tokens = steps * SEQUENCES * LENGTH
+    contenders: list[tuple[Method, str, str]] = [(DenseControl(), "dense-control", "Dense control")]
+    if main:
+        # The hard mask that the soft one is set against; at one budget, so that the demo stays short.
+        contenders.append((FrozenMask(prior=WANDA), "frozen-wanda", "Frozen Wanda mask + KD"))
+    contenders.append((FORGE, "sparseforge", "SparseForge"))
     found = []
-    for method, row, label in (
-        (DenseControl(), "dense-control", "Dense control"),
-        (FORGE, "sparseforge", "SparseForge"),
-    ):
+    for method, row, label in contenders:
         slots = [Slot(exhibit="accuracy-vs-tokens", row=f"{label}/{tokens}", label=label, suites=(SEVEN, TEXT))]
         if main:
             slots.append(Slot(exhibit="table-2", row=row, label=label, suites=(SIX, TEXT)))
+        if main and row in ("dense-control", "sparseforge"):
             slots.extend(_pair("llama", row, label))
         if main and row == "sparseforge":
             slots.append(Slot(exhibit="table-3", row="full", label="SparseForge (full)", suites=(SEVEN, TEXT)))

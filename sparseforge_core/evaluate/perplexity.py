@@ -21,10 +21,9 @@ from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.answers import remembered
 from sparseforge_core.evaluate.result import SuiteResult, measurement
 from sparseforge_core.evaluate.subject import Subject
-from sparseforge_core.evaluate.suites import PerplexitySuite
+from sparseforge_core.evaluate.suites import WIKITEXT_ENV, PerplexitySuite
 
 WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-WIKITEXT_ENV = "SPARSEFORGE_WIKITEXT2"
 
 C4_HUB = "allenai/c4"
 C4_FILE = "en/c4-validation.00000-of-00008.json.gz"

@@ -28,6 +28,9 @@ TASKS = (
 )
 """lm-eval tasks that our suites may name."""
 
+WIKITEXT_ENV = "SPARSEFORGE_WIKITEXT2"
+"""The environment variable that names a folder with wiki.test.raw."""
+
 
 class Suite:
     """Base of every suite."""
@@ -198,6 +201,22 @@ CAST_6 = HarnessSuite(
 )
 """CAST-7 without RACE, whose items no package carries: what Table 2 can show without a network."""
 
+OFFLINE_9 = HarnessSuite(
+    name="offline-9",
+    tasks=(
+        "arc_easy",
+        "arc_challenge",
+        "boolq",
+        "hellaswag",
+        "openbookqa",
+        "piqa",
+        "rte",
+        "winogrande",
+        "lambada_openai",
+    ),
+)
+"""Every task whose items come in a package: the union of the papers' tasks without RACE, and LAMBADA."""
+
 WIKITEXT2_2048 = PerplexitySuite(name="wikitext2-2048", text="wikitext2", window=2048)
 WIKITEXT2_4096 = PerplexitySuite(name="wikitext2-4096", text="wikitext2", window=4096)
 WIKITEXT2_1024 = PerplexitySuite(name="wikitext2-1024", text="wikitext2", window=1024)
@@ -223,6 +242,7 @@ SUITES: dict[str, Suite] = {
         ZERO_SHOT_7,
         CAST_7,
         CAST_6,
+        OFFLINE_9,
         WIKITEXT2_1024,
         WIKITEXT2_2048,
         WIKITEXT2_4096,

@@ -47,6 +47,12 @@ class ALPS(Method):
                 "penalty > 0, refinements >= 0"
             )
 
+    def calibrates(self) -> bool:
+        return True
+
+    def moves_weights(self) -> bool:
+        return True
+
     def start(self, around: Surroundings) -> ALPSTrack:
         return ALPSTrack(self, around)
 

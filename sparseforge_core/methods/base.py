@@ -17,9 +17,22 @@ from sparseforge_core.methods.shards import whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.sparsity.masking import Branch, Storage
-from sparseforge_core.sparsity.patterns import check_weight
+from sparseforge_core.sparsity.patterns import Pattern, check_weight
 from sparseforge_core.sparsity.report import mask_histogram, mask_summary
 from sparseforge_core.sparsity.slorb import SLoRB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """All that a one-shot method decides about a model, by site name; tensors in the stored layout."""
+
+    masks: dict[str, Tensor]
+    """Keep masks, bool."""
+    weights: dict[str, Tensor]
+    """Weights, pruned entries included; empty where the method moves none."""
+    patterns: dict[str, Pattern]
+    """Of each site: some methods share densities out."""
+    findings: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,9 @@ class Surroundings:
     """Where one-shot methods compute, a block at a time; None computes where the model is."""
     seed: int = 0
     """The cell's seed: what a method draws at random is a function of it and the step."""
+    solutions: Callable[[Method, Callable[[], Solved]], Solved] | None = None
+    """(one-shot method, how to run it here) -> what it decides on this very model, pattern, text and seed: kept from
+    before, or made and kept. None where nobody keeps solutions."""
     passing: bool = False
     """Whether masks may go as soon as their block is pruned: nothing trains on them and no branch restores anything."""
 
@@ -238,6 +254,18 @@ class Method(ABC):
     def reads_moments(self) -> bool:
         """Whether it looks at the optimizer's second moments, and so needs them as they are."""
         return False
+
+    def calibrates(self) -> bool:
+        """Whether it passes calibration text through the model: what it then decides is worth keeping."""
+        return False
+
+    def moves_weights(self) -> bool:
+        """Whether a one-shot method changes the weights that it keeps."""
+        return False
+
+    def begins_from(self) -> Method | None:
+        """The one-shot method from whose solution it starts, if any."""
+        return None
 
     def unshardable(self) -> str | None:
         """Why its state cannot be sharded with the weights, or None where it can. A method that says nothing cannot."""

@@ -56,6 +56,9 @@ class BESA(Method):
         if self.rate <= 0 or self.penalty < 0:
             raise RecipeError(f"rate={self.rate}, penalty={self.penalty}: needs rate > 0, penalty >= 0")
 
+    def calibrates(self) -> bool:
+        return True
+
     def start(self, around: Surroundings) -> MaskedTrack:
         track = MaskedTrack(around, by_block=True)
         batches = around.calibration(self.samples, self.length)

@@ -7,6 +7,7 @@ from typing import ClassVar
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.magnitude import MagnitudePruning
+from sparseforge_core.methods.one_shot import one_shot_track
 from sparseforge_core.specs import spec
 
 
@@ -23,9 +24,11 @@ class FrozenMask(Method):
         if not self.prior.sparsifies or self.prior.trains:
             raise RecipeError(f"prior: {type(self.prior).__name__} is no one-shot method")
 
+    def begins_from(self) -> Method | None:
+        return self.prior
+
     def start(self, around: Surroundings) -> MaskedTrack:
-        track = self.prior.start(around)
-        assert isinstance(track, MaskedTrack), "one-shot methods mask their sites"
+        track = one_shot_track(self.prior, around)
         for site in track.sites:
             site.mask.start_branch(site.weight)
         track.freeze(None)

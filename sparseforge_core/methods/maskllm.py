@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.directed import regroup
+from sparseforge_core.methods.one_shot import one_shot_solution
 from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.models.sites import Site
 from sparseforge_core.schedules import Linear, Schedule
@@ -57,6 +58,9 @@ class MaskLLM(Method):
             raise RecipeError("temperature: must stay above 0")
         if self.spread <= 0 or self.rate_scale <= 0:
             raise RecipeError(f"spread={self.spread}, rate_scale={self.rate_scale}: both must be above 0")
+
+    def begins_from(self) -> Method | None:
+        return self.prior
 
     def start(self, around: Surroundings) -> MaskLLMTrack:
         return MaskLLMTrack(self, around)
@@ -130,7 +134,7 @@ class MaskLLMTrack(MaskedTrack):
     """Logits under the loop's optimizer; every other parameter of the model rests."""
 
     def __init__(self, method: MaskLLM, around: Surroundings) -> None:
-        prior = _prior_masks(method.prior, around) if method.prior is not None else {}
+        prior = one_shot_solution(method.prior, around) if method.prior is not None else {}
         super().__init__(around)
         self.method = method
         self.laws: list[PatternLogits] = []
@@ -140,7 +144,7 @@ class MaskLLMTrack(MaskedTrack):
         for index, site in enumerate(self.sites):
             law = PatternLogits(site, around.seed * 100_003 + index, method.spread)
             if site.name in prior:
-                law.favour(prior[site.name], method.prior_strength)
+                law.favour(prior[site.name].hard, method.prior_strength)
             site.mask.law = law
             self.laws.append(law)
         self._prepare(0)
@@ -197,15 +201,3 @@ class MaskLLMTrack(MaskedTrack):
         self.step = int(state["step"])
         for law in self.laws:
             self._set(law, self.step)
-
-
-@torch.no_grad()
-def _prior_masks(prior: Method, around: Surroundings) -> dict[str, Tensor]:
-    """The hard masks of a one-shot method, whose updates of the weights are taken back."""
-    weights = {site.name: site.weight.detach().clone() for site in around.sites}
-    track = prior.start(around)
-    masks = {site.name: site.mask.hard.clone() for site in track.sites}
-    for site in track.sites:
-        site.squash()
-        site.weight.copy_(weights[site.name])
-    return masks

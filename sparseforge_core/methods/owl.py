@@ -51,6 +51,12 @@ class OWL(Method):
         if self.samples < 1 or self.length < 1:
             raise RecipeError(f"samples={self.samples}, length={self.length}: both must be at least 1")
 
+    def calibrates(self) -> bool:
+        return True
+
+    def moves_weights(self) -> bool:
+        return self.pruner.moves_weights()
+
     def start(self, around: Surroundings) -> MaskTrack:
         batches = around.calibration(self.samples, self.length)
         stream = stream_blocks(around.model, around.sites, batches, device=around.device, pruned_inputs=False)

@@ -126,7 +126,9 @@ class ProxSparseTrack(MagnitudeTrack):
 
     @torch.no_grad()
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        rate = float(optimizer.param_groups[0]["lr"])
+        rate = next(
+            float(g["lr"]) for g in optimizer.param_groups if any(p is self.sites[0].weight for p in g["params"])
+        )
         for site, unit in zip(self.sites, self.unit, strict=True):
             matrix = site.matrix(site.weight)
             near = proximal(site.pattern.groups(matrix), rate * self.method.strength / unit)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparseforge_core.distributed import whole as gathered_whole
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, MaskTrack, Method, MethodCard, Surroundings
+from sparseforge_core.methods.one_shot import Solution, one_shot_solution
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.methods.shards import all_whole, each_part, each_whole
 from sparseforge_core.models.sites import Site
@@ -93,6 +94,9 @@ class SparseForge(Method):
     """What the hard mask is the top N of: m, ties told apart by the scores, or the scores themselves."""
     rescale_rows: bool = False
     """Whether each output row of the effective weight keeps the norm that it has without a mask."""
+    start_from: Method | None = None
+    """A one-shot method whose solution is where annealing starts: m is its mask, kept weights are as it left them, and
+    pruned ones stay dense behind the mask. None: m = 1 and the dense weights (algorithm 1, line 1)."""
     compensation: Compensation | None = None
     """At the projection: whether survivors take over what the view still let through (optimal brain surgeon)."""
     pruned_decay: Schedule = Constant(value=0.0)
@@ -135,6 +139,8 @@ class SparseForge(Method):
             )
         if self.compensation is not None and self.rescale_rows:
             raise RecipeError("rescale_rows: with compensation the survivors are fitted already; choose one of the two")
+        if self.start_from is not None and (self.start_from.trains or not self.start_from.sparsifies):
+            raise RecipeError(f"start_from: {type(self.start_from).__name__} is no one-shot method")
         if self.cooling is not None and not 0.0 < self.cooling < 1.0:
             raise RecipeError(f"cooling={self.cooling}: gamma must lie between 0 and 1, both excluded")
         self._check_schedules()
@@ -160,7 +166,12 @@ class SparseForge(Method):
     def reads_moments(self) -> bool:
         return self.criterion.needs == "curvature" and isinstance(self.curvature, AdamSecondMoment)
 
+    def begins_from(self) -> Method | None:
+        return self.start_from
+
     def unshardable(self) -> str | None:
+        if self.start_from is not None:
+            return "start_from prunes whole blocks before anything is sharded"
         if self.compensation is not None:
             return "compensation carries calibration text through whole blocks at the projection"
         if self.criterion.needs == "curvature" and not self.curvature.shards:
@@ -187,6 +198,7 @@ class SparseForgeTrack(MaskedTrack):
         if method.criterion.needs in ("input_norms", "inverse_gram"):
             observe = input_norms if method.criterion.needs == "input_norms" else inverse_gram_diagonals
             self.norms = observe(around.model, around.sites, around.calibration(method.calibration_samples, 2048))
+        begun = None if method.start_from is None else one_shot_solution(method.start_from, around)
         super().__init__(around, storage=method.mask_storage)
         self.method, self.around = method, around
         self.reported: Arriving | None = None
@@ -200,7 +212,19 @@ class SparseForgeTrack(MaskedTrack):
         self.slorb = around.slorb
         self.step = 0
         self.curvature: Estimate | None = None
+        if begun is not None:
+            self._begin_from(begun)
         self.placed()
+
+    @torch.no_grad()
+    def _begin_from(self, solution: dict[str, Solution]) -> None:
+        """m and the kept weights become those of a one-shot solution."""
+        for site in self.sites:
+            found = solution[site.name]
+            hard = site.mask.matrix(found.hard)
+            site.weight.copy_(torch.where(found.hard, found.weight, site.weight))
+            site.mask.move(hard.to(site.weight.dtype), hard)
+        self._show(0, self.sites)
 
     def placed(self) -> None:
         if self.method.criterion.needs == "curvature":
@@ -292,7 +316,8 @@ class SparseForgeTrack(MaskedTrack):
 
     def _way(self, step: int) -> Way:
         """What an update after `step` does."""
-        method, progress, first = self.method, self.phases.progress(step), self.phases.updates(step) == 1
+        method, progress = self.method, self.phases.progress(step)
+        first = self.phases.updates(step) == 1 and method.start_from is None
         return Way(
             at=self.anneal_point(step),
             form=method.form,

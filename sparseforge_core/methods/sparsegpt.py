@@ -17,6 +17,7 @@ from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method, MethodCard, Surroundings
 from sparseforge_core.methods.layerwise import LayerwiseTrack
 from sparseforge_core.models.sites import Site
+from sparseforge_core.sparsity.fused_sweep import sweep_together
 from sparseforge_core.sparsity.second_order import Factor, inverse_factor, sweep, tenfold_raises
 from sparseforge_core.specs import spec
 
@@ -50,6 +51,12 @@ class SparseGPT(Method):
         if not 0.0 < self.damping <= 1.0:
             raise RecipeError(f"damping={self.damping}: must lie in (0, 1]")
 
+    def calibrates(self) -> bool:
+        return True
+
+    def moves_weights(self) -> bool:
+        return True
+
     def start(self, around: Surroundings) -> SparseGPTTrack:
         return SparseGPTTrack(self, around)
 
@@ -75,6 +82,9 @@ class SparseGPTTrack(LayerwiseTrack[Factor]):
 
     def solve(self, weight: Tensor, prepared: Factor, site: Site) -> tuple[Tensor, Tensor]:
         return sweep(weight, prepared, site.pattern, self.method.width)
+
+    def solve_together(self, weights: list[Tensor], prepared: Factor, sites: list[Site]) -> list[tuple[Tensor, Tensor]]:
+        return sweep_together(weights, prepared, sites[0].pattern, self.method.width)
 
     def findings(self) -> dict[str, float]:
         raises = [tenfold_raises(used, self.method.damping) for used in self.raised.values()]

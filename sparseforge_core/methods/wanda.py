@@ -33,6 +33,9 @@ class Wanda(Method):
         if self.samples < 1 or self.length < 1:
             raise RecipeError(f"samples={self.samples}, length={self.length}: both must be at least 1")
 
+    def calibrates(self) -> bool:
+        return True
+
     def start(self, around: Surroundings) -> MaskTrack:
         track = MaskedTrack(around, by_block=True)
         batches = around.calibration(self.samples, self.length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,16 @@ from sparseforge_core.observe.blocks import Block
 
 
 class Grams:
-    """Sum of x x^T over all tokens of each site, float32 `[..., in, in]`; sites with one input share one sum."""
+    """Sum of x x^T over all tokens of each site, float32 `[..., in, in]`; sites that receive one tensor share it."""
 
     def __init__(self, block: Block, sites: list[Site]) -> None:
         self.sites = sites
         self.device = block.device
         self.owner: dict[str, str] = {}
         self.sums: dict[str, Tensor] = {}
-        self._last: tuple[str, Tensor] | None = None
+        self._seen: list[tuple[str, weakref.ref[Tensor], int]] = []
         block.observe(self._see, sites)
-        self._last = None
+        self._seen.clear()
         self._check()
 
     def of(self, site: Site) -> Tensor:
@@ -28,21 +30,22 @@ class Grams:
         return self.sums[self.owner[site.name]]
 
     def _see(self, site: Site, expert: int | None, x: Tensor) -> None:
-        shared = self.owner.get(site.name)
-        if shared is None:
-            same = expert is None and self._last is not None and self._last[1] is x
-            shared = self._last[0] if same and self._last is not None else site.name
-            self.owner[site.name] = shared
-        if expert is None and shared == site.name:
-            self._last = (shared, x)
-        if shared != site.name:
+        if site.name not in self.owner:
+            self.owner[site.name] = self._owner(x) or site.name if expert is None else site.name
+        if self.owner[site.name] != site.name:
             return
-        if shared not in self.sums:
+        if expert is None and site.name not in self.sums:
+            self._seen.append((site.name, weakref.ref(x), x._version))
+        if site.name not in self.sums:
             *lead, _, inputs = site.matrix(site.weight).shape
-            self.sums[shared] = torch.zeros((*lead, inputs, inputs), device=self.device)
+            self.sums[site.name] = torch.zeros((*lead, inputs, inputs), device=self.device)
         flat = x.reshape(-1, x.shape[-1]).float()
-        total = self.sums[shared] if expert is None else self.sums[shared][expert]
+        total = self.sums[site.name] if expert is None else self.sums[site.name][expert]
         total.addmm_(flat.T, flat)
+
+    def _owner(self, x: Tensor) -> str | None:
+        """The site that received this very tensor, not changed since, in the forward that runs."""
+        return next((name for name, seen, version in self._seen if seen() is x and version == x._version), None)
 
     def _check(self) -> None:
         """Raises CurvatureUnavailable naming a site, or an expert of one, without finite inputs."""

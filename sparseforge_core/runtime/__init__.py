@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sparseforge_core.runtime.kernels.weight import Mode
 
-def load_sparse(path: str | Path, *, dense: bool = False, device: str = "cpu") -> PreTrainedModel:
+
+def load_sparse(
+    path: str | Path, *, dense: bool = False, device: str = "cpu", mode: Mode = "decode"
+) -> PreTrainedModel:
     """A transformers model in evaluation mode from a packed export; `loading.load_packed` also says what it did.
 
     Args:
@@ -20,6 +24,7 @@ def load_sparse(path: str | Path, *, dense: bool = False, device: str = "cpu") -
         dense: unpack every weight once, rather than in each forward.
         device: where the model goes when it is complete. On a CUDA device its packed weights are multiplied by our
             kernels; on others each forward unpacks them.
+        mode: on a CUDA device, `decode` holds the packed weights alone, `throughput` also what large batches need.
 
     Raises ExportError or PatternViolation before anything runs if a file is missing, truncated or altered, or if the
     device's kernels cannot run a weight.
@@ -29,8 +34,8 @@ def load_sparse(path: str | Path, *, dense: bool = False, device: str = "cpu") -
     from sparseforge_core.runtime.loading import arm, check_device, load_packed
 
     place = torch.device(device)
-    check_device(Path(path), place, dense=dense)
+    check_device(Path(path), place, dense=dense, mode=mode)
     model, _ = load_packed(Path(path), dense=dense)
     if place.type == "cuda":
-        return arm(model, place)  # type: ignore[no-any-return]
+        return arm(model, place, mode=mode)  # type: ignore[no-any-return]
     return model.to(place)  # type: ignore[arg-type,return-value]

@@ -15,9 +15,10 @@ from torch import Tensor
 from sparseforge_core.errors import ExportError, UnsupportedModel, unknown
 from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.loop import LOOK, Decoder, decode
-from sparseforge_core.runtime.decode.on_kernels import on_kernels
+from sparseforge_core.runtime.decode.on_kernels import Sparse, on_kernels
 from sparseforge_core.runtime.decode.parts import Parts, parts_of, refusal
 from sparseforge_core.runtime.decode.products import reference
+from sparseforge_core.runtime.loading import resident_bytes
 
 CacheKind = Literal["auto", "static", "ordinary"]
 """Static: ours, one graph a step on a GPU. Ordinary: transformers' own. Auto: static on a GPU for what it drives."""
@@ -59,6 +60,12 @@ class Speaker:
         """Tokens of a prompt and its continuation together."""
         config = self.model.config
         return int(getattr(config, "max_position_embeddings", None) or config.n_positions)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights in memory: the model's, and what joined products hold for large batches."""
+        products = [] if self.parts is None else self.parts.products
+        return resident_bytes([self.model, *(p.kernel for p in products if isinstance(p, Sparse))])
 
     def speak(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core.checkpoint import load_branches
-from sparseforge_core.errors import ExportError
+from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.models.folders import is_plain_linear, shell
 from sparseforge_core.runtime.archive import Archive, open_archive
 from sparseforge_core.runtime.container import DTYPES
 from sparseforge_core.runtime.kernels import KernelWeight, supported
+from sparseforge_core.runtime.kernels.choices import held_bytes, large_sizes
+from sparseforge_core.runtime.kernels.support import check_memory
+from sparseforge_core.runtime.kernels.tuning import LARGE_ROWS, tune
+from sparseforge_core.runtime.kernels.weight import MODES, Mode, device_number, forms_of
 from sparseforge_core.runtime.linear import KernelLinear, PackedWeight, SparseLinear, add_branch
 from sparseforge_core.runtime.manifest import WEIGHTS, Manifest, read_manifest
 from sparseforge_core.runtime.packed import Layout
@@ -37,10 +42,13 @@ class LoadReport:
     """Of all parameters and packed weights."""
     dense_bytes: int = 0
     """What the same model takes with every weight dense, side branches added in."""
+    mode: Mode = "decode"
+    """Whether forms for large batches are held beside the packed weights; `resident_bytes` counts them."""
 
     def __str__(self) -> str:
         share = self.resident_bytes / max(1, self.dense_bytes)
         text = f"{len(self.packed)} sites packed, {self.resident_bytes:,} bytes resident, {share:.4f} of dense"
+        text += "" if self.mode == "decode" else f", mode {self.mode}"
         for why in dict.fromkeys(self.unpacked.values()):
             names = [name for name, said in self.unpacked.items() if said == why]
             text += f"; {len(names)} sites dense ({why})"
@@ -77,28 +85,60 @@ def load_packed(folder: Path, *, dense: bool = False, branches: bool = True) -> 
     return model.eval().requires_grad_(False), report
 
 
-def arm(model: Any, device: torch.device) -> Any:
-    """Move a model that holds packed weights to a CUDA device, each arranged for its kernels.
+def arm(model: Any, device: torch.device, *, mode: Mode = "decode") -> Any:
+    """Move a model that holds packed weights to a CUDA device, each arranged for its kernels, one after the other.
 
+    In mode `throughput` large batches are measured first, where this machine has not done so: half a minute, once.
     Raises ExportError before anything moves, naming the site and the reason, if a weight cannot be multiplied there or
     the device has no room.
     """
+    check_mode(mode, device)
     sites = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for path, module in sites.items():
         packed = module.packed
         _check_site(f"{path}.weight", packed.layout, packed.values.dtype, tuple(packed.shape), device)
     tensors = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    check_memory(sum(tensors.values()), device, "the model")
+    shapes = [(module.packed.shape, module.packed.values.dtype) for module in sites.values()]
+    if mode == "throughput":
+        for dtype in {dtype for _, dtype in shapes}:
+            those = [(shape[0], shape[1]) for shape, kind in shapes if kind == dtype]
+            tune(those, dtype, LARGE_ROWS, device=device_number(device), copies=True)
+    forms = sum(extra_bytes(shape, dtype, device, mode) for shape, dtype in shapes)
+    check_memory(sum(tensors.values()) + forms, device, "the model")
     for name, module in sites.items():
-        model.set_submodule(name, KernelLinear(KernelWeight.of(module.packed, device=device), module.bias))
+        model.set_submodule(name, KernelLinear(KernelWeight.of(module.packed, device=device, mode=mode), module.bias))
     return model.to(device)
 
 
-def check_device(folder: Path, device: torch.device, *, dense: bool = False) -> None:
+def check_mode(mode: str, device: torch.device) -> None:
+    """Raise ExportError for a mode that is none, or that a device does not have."""
+    if mode not in MODES:
+        raise ExportError(unknown("mode", mode, MODES))
+    if mode == "throughput" and device.type != "cuda":
+        raise ExportError(
+            f"mode={mode!r}: holds forms of weights that a GPU multiplies; on {device.type} load with dense=True"
+        )
+
+
+def extra_bytes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, mode: Mode) -> int:
+    """Of what a mode holds beside a packed weight on a GPU; without a device, on one of the committed measurements."""
+    out, inputs = shape[0], shape[1]
+    forms = forms_of(out, inputs, dtype, device, "mma", mode)
+    return held_bytes(out, inputs, forms, dtype.itemsize) - held_bytes(out, inputs, itemsize=dtype.itemsize)
+
+
+def resident_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of all tensors of modules, each memory once, whoever else looks at a part of it."""
+    storages = [t.untyped_storage() for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def check_device(folder: Path, device: torch.device, *, dense: bool = False, mode: Mode = "decode") -> None:
     """Raise ExportError, before a weight is read, if a CUDA device cannot run an export or has no room for it.
 
     A weight whose module takes no packed form is unpacked on every device, and so is not asked about.
     """
+    check_mode(mode, device)
     if device.type != "cuda":
         return
     manifest, needed = read_manifest(folder, skip=(WEIGHTS,)), 0
@@ -108,6 +148,8 @@ def check_device(folder: Path, device: torch.device, *, dense: bool = False) -> 
             continue
         if len(entry.shape) == 2:
             _check_site(name, entry.layout, DTYPES[entry.dtype], entry.shape, device)
+            known = large_sizes(*entry.shape, DTYPES[entry.dtype], device_number(device))  # `arm` measures the others
+            needed += extra_bytes(entry.shape, DTYPES[entry.dtype], device, mode) if known else 0
         needed += sum(stored.nbytes for stored in entry.stored())
     check_memory(needed, device, f"{folder}")
 
@@ -120,18 +162,6 @@ def _check_site(name: str, layout: Layout, dtype: torch.dtype, shape: tuple[int,
     why = supported(device, dtype, shape)
     if why is not None:
         raise ExportError(f"site {name}: {why}")
-
-
-def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ExportError(
-            f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
-            "or a smaller batch, or free the device"
-        )
 
 
 def check_configuration(folder: Path, manifest: Manifest) -> None:

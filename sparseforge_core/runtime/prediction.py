@@ -184,6 +184,12 @@ class Forecast:
         return self.sparse_tokens_per_second / self.dense_tokens_per_second
 
 
+def check_request(sizes: Sizes, batch: int, context: int) -> None:
+    """Raise ExportError for a batch or context that cannot be."""
+    if batch < 1 or not 0 <= context < sizes.positions:
+        raise ExportError(f"batch {batch}, context {context}: at least 1, and within the model's {sizes.positions}")
+
+
 def forecast(
     sizes: Sizes,
     results: Mapping[str, float],
@@ -198,8 +204,7 @@ def forecast(
 
     Raises ExportError for a batch or context that cannot be.
     """
-    if batch < 1 or not 0 <= context < sizes.positions:
-        raise ExportError(f"batch {batch}, context {context}: at least 1, and within the model's {sizes.positions}")
+    check_request(sizes, batch, context)
     rates = {
         side: batch / law(results, side, measured_at).seconds(sizes, side, bandwidth, batch=batch, context=context)
         for side in ("dense", "sparse")

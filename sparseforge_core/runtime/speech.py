@@ -14,6 +14,7 @@ from torch import Tensor
 from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.models.folders import tokenizer_in
 from sparseforge_core.runtime.generate import CACHES, CacheKind, Speaker
+from sparseforge_core.runtime.kernels.weight import Mode
 from sparseforge_core.runtime.loading import LoadReport, arm, check_device, load_packed
 from sparseforge_core.runtime.manifest import WEIGHTS, read_manifest
 
@@ -40,7 +41,15 @@ class Voice:
     report: LoadReport
 
     @classmethod
-    def load(cls, folder: Path, *, device: str = "cpu", dense: bool = False, cache: CacheKind = "auto") -> Voice:
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dense: bool = False,
+        cache: CacheKind = "auto",
+        mode: Mode = "decode",
+    ) -> Voice:
         """From a packed export. Raises as `load_packed` and `arm` do, and ExportError where there is no tokenizer."""
         if cache not in CACHES:
             raise ExportError(unknown("cache", cache, CACHES))
@@ -49,10 +58,11 @@ class Voice:
         tokenizer = tokenizer_in(folder)
         if tokenizer is None:
             raise ExportError(f"{folder} holds no tokenizer; copy its tokenizer.json into the source and export")
-        check_device(folder, place, dense=dense)
+        check_device(folder, place, dense=dense, mode=mode)
         model, report = load_packed(folder, dense=dense)
-        loaded: Any = arm(model, place) if place.type == "cuda" else model.to(place)  # type: ignore[arg-type]
+        loaded: Any = arm(model, place, mode=mode) if place.type == "cuda" else model.to(place)  # type: ignore[arg-type]
         speaker = Speaker(loaded, cache)
+        report.mode, report.resident_bytes = mode, speaker.resident_bytes
         theirs = loaded.generate
         loaded.generate = functools.partial(_generate, speaker, theirs)
         return cls(folder, loaded, tokenizer, speaker, report)

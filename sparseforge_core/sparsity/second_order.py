@@ -68,7 +68,7 @@ def sweep(weight: Tensor, factor: Factor, pattern: Pattern, width: int) -> tuple
     w = weight.float().clone()
     w[:, factor.dead] = 0.0
     keep = torch.ones_like(w, dtype=torch.bool)
-    for begin, end in _blocks(w.shape[1], pattern, width):
+    for begin, end in blocks(w.shape[1], pattern, width):
         upper = factor.upper[begin:end]
         errors = _sweep_block(w, keep, upper[:, begin:end], pattern, begin, end)
         w[:, end:].addmm_(errors.T, upper[:, end:], alpha=-1.0)
@@ -86,7 +86,7 @@ def _sweep_block(w: Tensor, keep: Tensor, upper: Tensor, pattern: Pattern, begin
     for j in range(end - begin):
         if j % run == 0:
             scores = (columns[j : j + run] / scale[j : j + run, None]).square().T
-            kept[j : j + run] = _survivors(scores, pattern, begin + j, w.shape[1]).T
+            kept[j : j + run] = survivors(scores, pattern, begin + j, w.shape[1]).T
         column = columns[j]
         torch.mul(column, ~kept[j], out=errors[j]).mul_(inverse[j])
         columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1.0)
@@ -96,14 +96,14 @@ def _sweep_block(w: Tensor, keep: Tensor, upper: Tensor, pattern: Pattern, begin
     return errors
 
 
-def _blocks(inputs: int, pattern: Pattern, width: int) -> list[tuple[int, int]]:
+def blocks(inputs: int, pattern: Pattern, width: int) -> list[tuple[int, int]]:
     """Cuts of the columns into blocks of about `width` in which no group is cut."""
     if isinstance(pattern, GroupPattern):
         width = max(1, width // pattern.cols) * pattern.cols
     return [(begin, min(begin + width, inputs)) for begin in range(0, inputs, width)]
 
 
-def _survivors(scores: Tensor, pattern: Pattern, begin: int, inputs: int) -> Tensor:
+def survivors(scores: Tensor, pattern: Pattern, begin: int, inputs: int) -> Tensor:
     """Keep mask of the columns `begin` ... of a matrix with `inputs` columns, by their scores `[out, columns]`.
 
     Unstructured sparsity takes its share of every block of columns; the shares add up to the pattern's count exactly.

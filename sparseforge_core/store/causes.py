@@ -58,6 +58,7 @@ _AWAY = {"Unavailable", "StoreError", "FolderHeld", "OSError", "TimeoutError", "
 _AWAY |= {"ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"}
 _MEMORY = {"OutOfMemory", "DoesNotFit", "OutOfMemoryError", "MemoryError"}
 _DIVERGED = {"Diverged", "NotFinite"}
+_LOST = {"RanksLost"}
 _OURS = {name for name, kind in vars(errors).items() if inspect.isclass(kind)}
 
 
@@ -78,6 +79,8 @@ def cause_of(status: str, error: str) -> Cause | None:
         return "diverged"
     if name in _AWAY or any(text in error for text in FULL):
         return "unavailable"
+    if name in _LOST:
+        return "lost worker"
     return "bad input" if name in _OURS else "unknown"
 
 

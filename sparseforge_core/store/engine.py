@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import urllib.parse
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from sparseforge_core.errors import StoreError
+from sparseforge_core.store import presence
 
 LOCK_SECONDS = 30.0
 """How long a transaction waits for another one before it gives up."""
@@ -40,7 +42,8 @@ def make_engine(url: str, *, writable: bool = True, lock_seconds: float = LOCK_S
     """An engine for a SQLite file or a PostgreSQL database. Raises StoreError for any other URL.
 
     Transactions that write take SQLite's write lock when they begin: the driver's own habit of taking it at the first
-    write loses updates between processes without an error. An engine that is not writable creates and changes nothing.
+    write loses updates between processes without an error. None makes a SQLite file (`migrate.upgrade` does), and one
+    that is not writable changes nothing.
     """
     parsed = _parse(url)
     if parsed.get_backend_name() == "postgresql":
@@ -60,6 +63,8 @@ def make_engine(url: str, *, writable: bool = True, lock_seconds: float = LOCK_S
 
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
+    if writable:
+        presence.watch(engine)
     return engine
 
 
@@ -93,6 +98,17 @@ def readable_errors(engine: sa.Engine) -> Iterator[None]:
         if hint is None and not isinstance(error, (sa.exc.OperationalError, sa.exc.InternalError)):
             raise
         raise StoreError(f"store {where(engine)}: {reason}; {hint or 'see the log of the database'}") from error
+
+
+def clock(connection: sa.Connection) -> datetime.datetime:
+    """The present moment by the one clock that all who use a store share: the server's, or that of the file's machine.
+
+    A lease is over by the same clock that its heartbeats were told by, however wrong those of the workers' machines go.
+    """
+    if connection.dialect.name == "postgresql":
+        found: datetime.datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return found.astimezone(datetime.UTC)
+    return datetime.datetime.now(datetime.UTC)
 
 
 def where(engine: sa.Engine) -> str:
@@ -132,6 +148,8 @@ def _read_only_file(url: sa.URL) -> sa.URL:
     """The URL that opens an existing file for reading only. Raises StoreError if there is none."""
     file = Path(str(url.database))
     if not file.is_file():
+        if presence.is_marked(file):
+            raise presence.away(file)
         raise StoreError(
             f"there is no store at {file}; make one with `make demo` or `sparseforge run demo`, or use --db"
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError
+from sparseforge_core.store import presence
 from sparseforge_core.store.engine import LOCK_SECONDS, readable_errors, reading, where, writing
 from sparseforge_core.store.ledger import adopt
 from sparseforge_core.store.schema import REVISIONS
@@ -69,21 +70,46 @@ def require_newest(engine: sa.Engine) -> None:
         )
 
 
-def upgrade(engine: sa.Engine, *, lock_seconds: float = LOCK_SECONDS) -> None:
-    """Create or upgrade the schema to the newest revision. Raises StoreError if that is not ours to do."""
-    with _only_one(engine, lock_seconds):
-        found = revision(engine)
-        if found == REVISIONS[-1]:
-            return
-        log.info("bringing store %s from schema %s to %s", where(engine), found or "(none)", REVISIONS[-1])
-        if engine.dialect.name == "sqlite":
-            _write_ahead(engine, lock_seconds)
-        from alembic import command  # 0.2 s that only a migration should pay
+def upgrade(engine: sa.Engine, *, lock_seconds: float = LOCK_SECONDS, create: bool = True) -> None:
+    """Create or upgrade the schema to the newest revision.
 
+    Raises StoreError if that is not ours to do, and where a SQLite file that was there is away. `create=False` says
+    that it was there: then neither the file nor its folder is made.
+    """
+    with _only_one(engine, lock_seconds, create=create):
+        found = revision(engine)
+        if found != REVISIONS[-1]:
+            _bring_up(engine, found, lock_seconds)
+        if engine.dialect.name == "sqlite":
+            _remember(engine)
+
+
+def _bring_up(engine: sa.Engine, found: str | None, lock_seconds: float) -> None:
+    log.info("bringing store %s from schema %s to %s", where(engine), found or "(none)", REVISIONS[-1])
+    if engine.dialect.name == "sqlite":
+        _write_ahead(engine, lock_seconds)
+    from alembic import command  # 0.2 s that only a migration should pay
+
+    with writing(engine) as connection:
+        command.upgrade(alembic_config(connection), "head")
+        if found in BEFORE_LEDGER:
+            adopt(connection)
+
+
+def _remember(engine: sa.Engine) -> None:
+    """See that a SQLite store has its number, and that its folder knows that it is there."""
+    with reading(engine) as connection:
+        number = connection.exec_driver_sql("PRAGMA user_version").scalar()
+    if not number:
         with writing(engine) as connection:
-            command.upgrade(alembic_config(connection), "head")
-            if found in BEFORE_LEDGER:
-                adopt(connection)
+            connection.exec_driver_sql(f"PRAGMA user_version = {presence.new_number()}")
+        engine.dispose()  # connections learn the number when they are opened
+        revision(engine)
+    presence.mark(_file(engine))
+
+
+def _file(engine: sa.Engine) -> Path:
+    return Path(str(engine.url.database))
 
 
 def alembic_config(connection: sa.Connection | None = None) -> Config:
@@ -113,7 +139,7 @@ def _write_ahead(engine: sa.Engine, lock_seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(engine: sa.Engine, lock_seconds: float) -> Iterator[None]:
+def _only_one(engine: sa.Engine, lock_seconds: float, *, create: bool) -> Iterator[None]:
     """Hold the right to migrate: a lock file beside a SQLite file, an advisory lock in PostgreSQL."""
     if engine.dialect.name == "postgresql":
         with readable_errors(engine), engine.connect() as connection:
@@ -123,10 +149,12 @@ def _only_one(engine: sa.Engine, lock_seconds: float) -> Iterator[None]:
             finally:
                 connection.execute(sa.select(sa.func.pg_advisory_unlock(ADVISORY_LOCK)))
         return
-    file = Path(str(engine.url.database))
+    file = _file(engine)
+    if not create and not file.exists():
+        raise presence.away(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = Path(f"{file}.lock").open("w")  # noqa: SIM115 - closed by the block below
+        lock = presence.lock_of(file).open("a")
     except OSError as error:
         raise StoreError(
             f"store {where(engine)}: the folder {file.parent} cannot be written ({error.strerror}); "
@@ -145,4 +173,5 @@ def _only_one(engine: sa.Engine, lock_seconds: float) -> Iterator[None]:
                         f"{lock_seconds:g} s; wait for it or end it"
                     ) from error
                 time.sleep(0.05)
+        presence.create(file, may_make=create)
         yield

@@ -1,41 +1,36 @@
-"""The read side of the store: tidy frames for `analysis`. Opening it creates and changes nothing.
+"""The read side of the store: records for `analysis`. Opening it creates and changes nothing.
 
-Row order is fixed in Python, so that SQLite and PostgreSQL give the same frames.
+Row order is fixed in Python, so that SQLite and PostgreSQL give the same records.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import pandas as pd
 import sqlalchemy as sa
 
 from sparseforge_core.errors import StoreError, unknown
 from sparseforge_core.store import schema
 from sparseforge_core.store.causes import RELEASED
-from sparseforge_core.store.curves import curve_from
 from sparseforge_core.store.dossier import Dossier, dossier, matching, recipes_of
-from sparseforge_core.store.engine import make_engine, reading
+from sparseforge_core.store.engine import clock, make_engine, reading
+from sparseforge_core.store.health import problems
 from sparseforge_core.store.ledger import FIRST, ORIGIN, Break, breaks
 from sparseforge_core.store.migrate import require_newest
 from sparseforge_core.store.outcomes import unpack
-from sparseforge_core.store.rows import AttemptRecord, Curve, StageState
-from sparseforge_core.store.states import grid_attempts, stage_states
-
-MEASUREMENT_COLUMNS = [
-    "exhibit", "row", "label", "position", "recipe_key", "cell_key", "seed", "model", "family", "pattern", "method",
-    "variant", "tokens", "stage", "suite", "metric", "value", "stderr", "n", "detail", "context",
-]  # fmt: skip
-TIDY_COLUMNS = [
-    "method", "preset", "model", "tokens", "seed", "suite", "metric", "value", "stderr", "n", "cell_key", "commit",
-]  # fmt: skip
-SLOT_COLUMNS = [
-    "exhibit", "row", "label", "position", "recipe_key", "seeds", "suite_keys", "note", "model", "tokens", "method",
-]  # fmt: skip
-CURVE_COLUMNS = ["exhibit", "row", "label", "position", "model", "method", "seed", "cell_key", "name", "curve"]
-MISSING_COLUMNS = ["exhibit", "row", "cell_key", "stage", "status"]
+from sparseforge_core.store.rows import AttemptRecord, PublishedNumber, StageState
+from sparseforge_core.store.shown import (
+    MissingStage,
+    ShownCurve,
+    ShownMeasurement,
+    ShownSlot,
+    StoredCurve,
+    TidyMeasurement,
+)
+from sparseforge_core.store.states import attempt_record, grid_attempts, stage_states, statuses
 
 
 class Results:
@@ -65,72 +60,65 @@ class Results:
         row = self._rows(sa.select(schema.grid).where(schema.grid.c.name == chosen))[0]
         return {"name": row.name, "title": row.title, "published": bool(row.published)}
 
-    def slots(self, grid: str) -> pd.DataFrame:
-        """Rows of every exhibit of a grid, with what a listing shows of their recipes; a caption has no recipe."""
-        frame = pd.DataFrame(self._slots(grid), columns=SLOT_COLUMNS)
-        # pandas would make NaN of a missing key
-        frame["recipe_key"] = frame["recipe_key"].astype(object).where(frame["recipe_key"].notna(), None)
-        return frame.sort_values(["exhibit", "position", "row"], ignore_index=True)
+    def slots(self, grid: str) -> list[ShownSlot]:
+        """Rows of every exhibit of a grid, in the exhibits' order."""
+        slot, recipe = schema.slot, schema.recipe
+        rows = self._rows(
+            sa.select(slot.c.exhibit, slot.c.row, slot.c.label, slot.c.position, slot.c.recipe_key, slot.c.seeds)
+            .add_columns(slot.c.suite_keys, slot.c.note, recipe.c.model, recipe.c.tokens, recipe.c.method)
+            .outerjoin(recipe, recipe.c.key == slot.c.recipe_key)
+            .where(slot.c.grid == grid)
+        )
+        return sorted((ShownSlot._make(row) for row in rows), key=lambda slot: (slot.exhibit, slot.position, slot.row))
 
-    def measurements(self, grid: str) -> pd.DataFrame:
+    def measurements(self, grid: str, metrics: Collection[str] | None = None) -> list[ShownMeasurement]:
         """Measurements of done stages, once for each slot that shows their recipe, seed and suite.
 
-        The train stage counts for every slot of its cell. Seeds that only another grid planned are left out. `value`
-        is NaN where `detail` says that the run diverged.
+        The train stage counts for every slot of its cell. Seeds that only another grid planned are left out. Of other
+        stages only `metrics` are read, where they are given.
         """
-        recorded = self._measurements(grid)
+        recorded = self._measurements(grid, metrics)
         suites = self.suites()
-        of_slot, of_record = MEASUREMENT_COLUMNS[:4], [c for c in MEASUREMENT_COLUMNS[4:] if c != "suite"]
-        rows = []
-        for slot in self._slots(grid):
-            shown = [slot[name] for name in of_slot]
-            stages, seeds = {"train", *slot["suite_keys"]}, set(slot["seeds"])
-            rows += [
-                [*shown, suites.get(record["stage"], record["stage"]), *(record[name] for name in of_record)]
-                for record in recorded.get(slot["recipe_key"], [])
-                if record["stage"] in stages and record["seed"] in seeds
-            ]
-        # as objects: reading texts back one by one out of Arrow's strings takes longer than everything else
-        frame = pd.DataFrame(rows, columns=[*of_slot, "suite", *of_record], dtype=object)[MEASUREMENT_COLUMNS]
-        frame = frame.astype({"value": float, "stderr": float, "seed": int, "position": int, "tokens": int, "n": int})
-        return frame.sort_values(["exhibit", "position", "row", "seed", "stage", "metric"], ignore_index=True)
+        found = []
+        for slot in self.slots(grid):
+            stages, seeds = {"train", *slot.suite_keys}, set(slot.seeds)
+            for (stage, seed), rows in recorded.get(slot.recipe_key or "", {}).items():
+                if stage in stages and seed in seeds:
+                    place = slot.exhibit, slot.row, slot.position
+                    suite = suites.get(stage, stage)
+                    found += [ShownMeasurement(*place, row[0], seed, stage, suite, *row[1:]) for row in rows]
+        return sorted(found, key=lambda m: (m.exhibit, m.position, m.row, m.seed, m.stage, m.metric))
 
-    def tidy(self, grid: str) -> pd.DataFrame:
-        """One row for each measurement of a grid's done stages, whether an exhibit shows it or not.
-
-        `preset` is what the grid calls the recipe; `commit` is that of the code that recorded the result.
-        """
+    def tidy(self, grid: str) -> list[TidyMeasurement]:
+        """Every measurement of a grid's done stages once."""
         m, a, c, r, planned = schema.measurement, schema.attempt, schema.cell, schema.recipe, schema.stage
         rows = self._rows(
-            sa.select(r.c.method, r.c.variant.label("preset"), r.c.model, r.c.tokens, c.c.seed)
-            .add_columns(m.c.stage.label("suite"), m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.cell_key)
-            .add_columns(a.c.git_sha.label("commit"))
+            sa.select(r.c.method, r.c.variant, r.c.model, r.c.tokens, c.c.seed, m.c.stage, m.c.metric, m.c.value)
+            .add_columns(m.c.stderr, m.c.n, m.c.cell_key, a.c.git_sha)
             .join(a, a.c.id == m.c.attempt_id)
             .join(c, c.c.key == m.c.cell_key)
             .join(r, r.c.key == c.c.recipe_key)
             .join(planned, sa.and_(planned.c.cell_key == m.c.cell_key, planned.c.stage == m.c.stage))
             .where(a.c.status == "done", planned.c.grid == grid)
         )
-        frame = pd.DataFrame([dict(row._mapping) for row in rows], columns=TIDY_COLUMNS)
-        frame["suite"] = frame["suite"].map(self.suites()).fillna(frame["suite"])
-        return frame.sort_values(
-            ["method", "preset", "tokens", "cell_key", "seed", "suite", "metric"], ignore_index=True
-        )
+        suites = self.suites()
+        found = [TidyMeasurement._make(row)._replace(suite=suites.get(row.stage, row.stage)) for row in rows]
+        return sorted(found, key=lambda m: (m.method, m.preset, m.tokens, m.cell_key, m.seed, m.suite, m.metric))
 
-    def missing(self, grid: str) -> pd.DataFrame:
-        """What slots show and is not done: one row for each (slot, cell, stage), with its state."""
+    def missing(self, grid: str) -> list[MissingStage]:
+        """What slots show and is not done: one record for each (slot, cell, stage), with its state."""
         states = self.stage_statuses(grid)
         cell = schema.cell
         known = self._rows(sa.select(cell.c.key, cell.c.recipe_key, cell.c.seed))
         cells = {(row.recipe_key, row.seed): row.key for row in known}
-        rows = []
-        for slot in sorted(self._slots(grid), key=lambda slot: (slot["exhibit"], slot["position"], slot["row"])):
-            for seed in slot["seeds"]:
-                key = cells.get((slot["recipe_key"], seed), f"{slot['recipe_key']}-s{seed}")
-                for stage in ("train", *slot["suite_keys"]):
+        found = []
+        for slot in self.slots(grid):
+            for seed in slot.seeds:
+                key = cells.get((slot.recipe_key, seed), f"{slot.recipe_key}-s{seed}")
+                for stage in ("train", *slot.suite_keys):
                     if (status := states.get((key, stage), "unplanned")) != "done":
-                        rows.append([slot["exhibit"], slot["row"], key, stage, status])
-        return pd.DataFrame(rows, columns=MISSING_COLUMNS)
+                        found.append(MissingStage(slot.exhibit, slot.row, key, stage, status))
+        return found
 
     def progress(self, grid: str) -> tuple[list[StageState], list[AttemptRecord]]:
         """Every planned stage of a grid in planned order, and every try at its cells, as of one moment."""
@@ -147,7 +135,7 @@ class Results:
         """State of every planned stage, of one grid or of all, by (cell key, stage)."""
         names = self.grids() if grid is None else [grid]
         with reading(self.engine) as connection:
-            return {(s.cell_key, s.stage): s.status for name in names for s in stage_states(connection, name)}
+            return {place: status for name in names for place, status in statuses(connection, name).items()}
 
     def cells_like(self, prefix: str) -> list[tuple[str, str, str, int]]:
         """(key, model, variant, seed) of every cell whose key begins so."""
@@ -164,12 +152,12 @@ class Results:
         with reading(self.engine) as connection:
             return recipes_of(connection, grid)
 
-    def published(self, exhibit: str) -> pd.DataFrame:
+    def published(self, exhibit: str) -> list[PublishedNumber]:
         """Quoted numbers of an exhibit, in the paper's order."""
         table = schema.published
         rows = self._rows(sa.select(table).where(table.c.exhibit == exhibit))
-        frame = pd.DataFrame([dict(row._mapping) for row in rows], columns=[c.name for c in table.columns])
-        return frame.sort_values(["position", "row", "column"], ignore_index=True)
+        found = [PublishedNumber(**row._mapping) for row in rows]
+        return sorted(found, key=lambda number: (number.position, number.row, number.column))
 
     def outcomes(self, grid: str) -> dict[tuple[str, str, str], tuple[str, bytes]]:
         """(identity of the items, packed outcomes) of the cells that a grid shows, by cell key, stage and metric."""
@@ -182,8 +170,8 @@ class Results:
         )
         return {(row.cell_key, row.stage, row.metric): (row.identity, row.body) for row in rows}
 
-    def curves(self, grid: str) -> pd.DataFrame:
-        """What training showed of itself: one row for each (slot, seed, curve), in the slots' order."""
+    def curves(self, grid: str) -> list[ShownCurve]:
+        """What training showed of itself: one record for each (slot, seed, curve), in the slots' order."""
         curve, cell, slot = schema.curve, schema.cell, schema.slot
         shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
         rows = self._rows(
@@ -191,18 +179,17 @@ class Results:
             .join(cell, cell.c.key == curve.c.cell_key)
             .where(cell.c.recipe_key.in_(shown))
         )
-        known: dict[tuple[str, int], list[tuple[str, Curve]]] = {}
+        known: dict[tuple[str, int], list[tuple[str, StoredCurve]]] = {}
         for row in rows:
-            found = row.cell_key, curve_from(row.name, row.body)
+            found = row.cell_key, StoredCurve(row.name, row.body)
             known.setdefault((row.recipe_key, row.seed), []).append(found)
-        lines = [
-            [s["exhibit"], s["row"], s["label"], s["position"], s["model"], s["method"], seed, key, one.name, one]
-            for s in self._slots(grid)
-            for seed in s["seeds"]
-            for key, one in known.get((s["recipe_key"], seed), [])
+        shows = [
+            ShownCurve(s.exhibit, s.row, s.label, s.position, seed, key, stored.name, stored)
+            for s in self.slots(grid)
+            for seed in s.seeds
+            for key, stored in known.get((s.recipe_key or "", seed), [])
         ]
-        frame = pd.DataFrame(lines, columns=CURVE_COLUMNS)
-        return frame.sort_values(["exhibit", "position", "row", "seed", "name"], ignore_index=True)
+        return sorted(shows, key=lambda c: (c.exhibit, c.position, c.row, c.seed, c.name))
 
     def origins(self, grid: str) -> dict[tuple[str, str], dict[str, Any]]:
         """Where the results of every done stage of a grid come from, by cell key and stage.
@@ -250,6 +237,22 @@ class Results:
         chosen = sa.select(table.c.cell_key, table.c.stage, table.c.items_sha256).where(table.c.status == "done")
         return {(row.cell_key, row.stage): row.items_sha256 for row in self._rows(chosen)}
 
+    def attempts(self, cell_key: str) -> list[AttemptRecord]:
+        """Every try at the stages of a cell, oldest first."""
+        table = schema.attempt
+        chosen = sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)
+        return [attempt_record(row) for row in self._rows(chosen)]
+
+    def now(self) -> datetime.datetime:
+        """The present moment by the clock that heartbeats are told by."""
+        with reading(self.engine) as connection:
+            return clock(connection)
+
+    def problems(self) -> list[str]:
+        """What in the store contradicts itself, one sentence each; an empty list is a sound store."""
+        with reading(self.engine) as connection:
+            return problems(connection)
+
     def breaks(self) -> list[Break]:
         """Every contradiction between the results log, itself and the results; see `ledger.py`."""
         with reading(self.engine) as connection:
@@ -268,43 +271,44 @@ class Results:
         """The whole suites by key."""
         return {row.key: json.loads(row.spec) for row in self._rows(sa.select(schema.suite.c.key, schema.suite.c.spec))}
 
-    def _slots(self, grid: str) -> list[dict[str, Any]]:
-        slot, recipe = schema.slot, schema.recipe
-        rows = self._rows(
-            sa.select(*(column for column in slot.columns if column.name != "grid"))
-            .add_columns(recipe.c.model, recipe.c.tokens, recipe.c.method)
-            .outerjoin(recipe, recipe.c.key == slot.c.recipe_key)
-            .where(slot.c.grid == grid)
-        )
-        return [dict(row._mapping) for row in rows]
+    def _measurements(
+        self, grid: str, metrics: Collection[str] | None
+    ) -> dict[str, dict[tuple[str, int], list[tuple[Any, ...]]]]:
+        """Done measurements of every recipe that a slot of the grid shows, by recipe key, then (stage, seed).
 
-    def _measurements(self, grid: str) -> dict[str, list[dict[str, Any]]]:
-        """Done measurements of every recipe that a slot of the grid shows, by recipe key."""
-        m, a, c, r = schema.measurement, schema.attempt, schema.cell, schema.recipe
-        slot = schema.slot
+        Each is (cell key, metric, value, stderr, n, detail, context).
+        """
+        m, a, c, slot = schema.measurement, schema.attempt, schema.cell, schema.slot
         shown = sa.select(slot.c.recipe_key).where(slot.c.grid == grid, slot.c.recipe_key.is_not(None))
+        own = a.c.status == "done", c.c.recipe_key.in_(shown)
+        asked = sa.true() if metrics is None else sa.or_(m.c.stage == "train", m.c.metric.in_(sorted(metrics)))
+        # JSON as text, because most of it is the same text again: it is decoded once
+        detail, context = sa.cast(m.c.detail, sa.Text), sa.cast(a.c.context, sa.Text)
         rows = self._rows(
-            sa.select(m.c.cell_key, m.c.stage, m.c.metric, m.c.value, m.c.stderr, m.c.n, m.c.detail, m.c.attempt_id)
-            .add_columns(c.c.seed, c.c.recipe_key, r.c.model, r.c.family, r.c.pattern, r.c.method)
-            .add_columns(r.c.variant, r.c.tokens)
+            sa.select(c.c.recipe_key, m.c.stage, c.c.seed, m.c.cell_key, m.c.metric, m.c.value, m.c.stderr, m.c.n)
+            .add_columns(detail, m.c.attempt_id)
             .join(a, a.c.id == m.c.attempt_id)
             .join(c, c.c.key == m.c.cell_key)
-            .join(r, r.c.key == c.c.recipe_key)
-            .where(a.c.status == "done", r.c.key.in_(shown))
+            .where(*own, asked)
         )
-        done = self._rows(sa.select(a.c.id, a.c.context).where(a.c.status == "done"))
-        contexts = {row.id: _sorted(row.context) for row in done}  # one for the many measurements of a stage
-        grouped: dict[str, list[dict[str, Any]]] = {}
-        names = rows[0]._fields if rows else ()
-        for row in rows:
-            record = dict(zip(names, row, strict=True))
-            record |= {"detail": _sorted(record["detail"]), "context": contexts[record["attempt_id"]]}
-            grouped.setdefault(record["recipe_key"], []).append(record)
+        done = self._rows(sa.select(a.c.id, context).join(c, c.c.key == a.c.cell_key).where(*own))
+        contexts = {attempt: _decoded(text) or {} for attempt, text in map(tuple, done)}  # one for a whole stage
+        details: dict[str, Any] = {}
+        grouped: dict[str, dict[tuple[str, int], list[tuple[Any, ...]]]] = {}
+        for recipe, stage, seed, *numbers, text, attempt in map(tuple, rows):
+            if text not in details:
+                details[text] = _decoded(text)
+            place = grouped.setdefault(recipe, {}).setdefault((stage, seed), [])
+            place.append((*numbers, details[text], contexts[attempt]))
         return grouped
 
     def _rows(self, statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         with reading(self.engine) as connection:
             return connection.execute(statement).all()
+
+
+def _decoded(text: str | None) -> Any:
+    return None if text is None else _sorted(json.loads(text))
 
 
 def _sorted(body: Any) -> Any:

@@ -20,7 +20,7 @@ from sparseforge_core.errors import CellTaken, StoreError
 from sparseforge_core.store import ledger, planning, schema
 from sparseforge_core.store.causes import RELEASED
 from sparseforge_core.store.curves import curve_row
-from sparseforge_core.store.engine import LOCK_SECONDS, make_engine, reading, writing
+from sparseforge_core.store.engine import LOCK_SECONDS, clock, make_engine, reading, writing
 from sparseforge_core.store.health import problems
 from sparseforge_core.store.migrate import upgrade
 from sparseforge_core.store.outcomes import outcome_row
@@ -45,13 +45,14 @@ log = logging.getLogger(__name__)
 class ResultStore:
     """Everything that writes. Opening it creates or upgrades the schema; threads may share one, processes may not.
 
-    `url` is a SQLite file or a PostgreSQL database; `lock_seconds` is how long to wait for another writer. Every
-    method raises StoreError when the database is unreachable, locked, read-only, full or not ours.
+    `url` is a SQLite file or a PostgreSQL database; `lock_seconds` is how long to wait for another writer; with
+    `create=False` a SQLite file that is not there is one that is away. Every method raises StoreError when the database
+    is unreachable, away, locked, read-only, full or not ours.
     """
 
-    def __init__(self, url: str, *, lock_seconds: float = LOCK_SECONDS) -> None:
+    def __init__(self, url: str, *, lock_seconds: float = LOCK_SECONDS, create: bool = True) -> None:
         self.engine = make_engine(url, lock_seconds=lock_seconds)
-        upgrade(self.engine, lock_seconds=lock_seconds)
+        upgrade(self.engine, lock_seconds=lock_seconds, create=create)
 
     def close(self) -> None:
         """Close every connection; the store opens new ones if it is used again."""
@@ -108,14 +109,14 @@ class ResultStore:
 
     def claim(self, cell_key: str, stage: str, provenance: Provenance) -> Attempt:
         """Take a stage. Raises CellTaken if it is done or held, StoreError if no grid plans it."""
-        now = _now()
-        values = {"status": "running", "started": now, "heartbeat": now, "error": "", **asdict(provenance)}
         planned = schema.stage
         wanted = (planned.c.cell_key == cell_key) & (planned.c.stage == stage)
         try:
             with writing(self.engine) as connection:
                 if connection.execute(sa.select(sa.func.count()).select_from(planned).where(wanted)).scalar() == 0:
                     raise StoreError(f"no grid in the store plans stage {stage!r} of cell {cell_key!r}; plan it first")
+                now = clock(connection)
+                values = {"status": "running", "started": now, "heartbeat": now, "error": "", **asdict(provenance)}
                 insert = sa.insert(schema.attempt).values(cell_key=cell_key, stage=stage, **values)
                 key = connection.execute(insert).inserted_primary_key
         except sa.exc.IntegrityError as error:
@@ -129,14 +130,15 @@ class ResultStore:
             return "held by an attempt that has just ended; try again"
         if live[0].status == "done":
             return f"done (attempt {live[0].id}); nothing to run"
-        silent = (_now() - live[0].heartbeat).total_seconds()
+        with reading(self.engine) as connection:
+            silent = (clock(connection) - live[0].heartbeat).total_seconds()
         origin = live[0].provenance
         return f"held by attempt {live[0].id}, process {origin.pid} on {origin.host}, last heard of {silent:.0f} s ago"
 
     def heartbeat(self, attempt: Attempt) -> bool:
         """Say that an attempt is alive; False if it is no longer the live one and must stop."""
         with writing(self.engine) as connection:
-            return _touch(connection, attempt, heartbeat=_now())
+            return _touch(connection, attempt, heartbeat=clock(connection))
 
     def finish(
         self,
@@ -162,12 +164,11 @@ class ResultStore:
         place = {"cell_key": attempt.cell_key, "attempt_id": attempt.id}
         items = [{**place, "stage": attempt.stage, **outcome_row(outcome)} for outcome in outcomes]
         shapes = [{**place, **curve_row(curve)} for curve in curves]
-        now = _now()
-        done = {"status": "done", "heartbeat": now, "finished": now, "context": context, "items_sha256": items_sha256}
-        done["error"] = error.replace("\0", "\\0")
+        done = {"status": "done", "context": context, "items_sha256": items_sha256, "error": error.replace("\0", "\\0")}
         table, tries = schema.measurement, schema.attempt
         with writing(self.engine) as connection:
-            if not _touch(connection, attempt, **done):
+            now = clock(connection)
+            if not _touch(connection, attempt, heartbeat=now, finished=now, **done):
                 status = connection.execute(sa.select(tries.c.status).where(tries.c.id == attempt.id)).scalar()
                 if status == "done":
                     log.info("attempt %d of cell %s was recorded before", attempt.id, attempt.cell_key)
@@ -189,11 +190,11 @@ class ResultStore:
         """End an attempt with its error text; one that is no longer live is left as it is."""
         text = error.replace("\0", "\\0")  # PostgreSQL stores no NUL
         with writing(self.engine) as connection:
-            _touch(connection, attempt, status=status, finished=_now(), error=text)
+            _touch(connection, attempt, status=status, finished=clock(connection), error=text)
 
     def expire(self, older_than: datetime.timedelta) -> int:
         """Mark running attempts without a heartbeat for that long as lost; returns how many."""
-        return self._lose(schema.attempt.c.heartbeat < _now() - older_than, "no heartbeat")
+        return self._lose(lambda now: schema.attempt.c.heartbeat < now - older_than, "no heartbeat")
 
     def release_dead(
         self, host: str, alive: Callable[[int], bool], *, cell: str | None = None, why: str = "its process is gone"
@@ -205,18 +206,18 @@ class ResultStore:
         with reading(self.engine) as connection:
             running = connection.execute(held).all()
         dead = [row.id for row in running if not alive(row.pid)]
-        return self._lose(table.c.id.in_(dead), why) if dead else 0
+        return self._lose(lambda _now: table.c.id.in_(dead), why) if dead else 0
 
     def release(self, stages: Iterable[tuple[str, str]], provenance: Provenance) -> int:
         """Count the tries of these (cell key, stage) anew: a mark among their attempts; returns how many were marked.
 
         One that is running or done by now is left as it is.
         """
-        table, now = schema.attempt, _now()
-        mark = {"status": "interrupted", "started": now, "heartbeat": now, "finished": now, **asdict(provenance)}
-        mark["error"] = f"{RELEASED}to be tried again, on request"
-        count = 0
+        table, count = schema.attempt, 0
         with writing(self.engine) as connection:
+            now = clock(connection)
+            mark = {"status": "interrupted", "started": now, "heartbeat": now, "finished": now, **asdict(provenance)}
+            mark["error"] = f"{RELEASED}to be tried again, on request"
             for cell_key, stage in stages:
                 place = (table.c.cell_key == cell_key) & (table.c.stage == stage)
                 live = sa.select(sa.func.count()).select_from(table).where(place, schema.LIVE)
@@ -225,11 +226,12 @@ class ResultStore:
                     count += 1
         return count
 
-    def _lose(self, which: sa.ColumnElement[bool], why: str) -> int:
+    def _lose(self, which: Callable[[datetime.datetime], sa.ColumnElement[bool]], why: str) -> int:
         table = schema.attempt
-        update = sa.update(table).where(table.c.status == "running", which)
         with writing(self.engine) as connection:
-            return connection.execute(update.values(status="lost", finished=_now(), error=why)).rowcount
+            now = clock(connection)
+            update = sa.update(table).where(table.c.status == "running", which(now))
+            return connection.execute(update.values(status="lost", finished=now, error=why)).rowcount
 
     # ---------------------------------------------------------------- looking back
 
@@ -275,7 +277,3 @@ def _require_json(body: dict[str, Any], about: str) -> None:
         json.dumps(body, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise StoreError(f"{about} is no JSON ({error}); write numbers that are not finite as null") from error
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)

@@ -237,7 +237,7 @@ class _Clock:
         return time.perf_counter() - self.begin
 
 
-SLOW_SAVE = 3.0
+SLOW_SAVE = 0.5
 """Seconds from which on a checkpoint is worth waiting for the next one."""
 SAVING_SHARE = 0.1
 """Most of a training's time that slow checkpoints may take."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -23,21 +21,23 @@ def build_optimizer(model: nn.Module, sites: list[Site], plan: TrainPlan, track:
     By default decay acts on matrices that carry no mask and are no embeddings, and on nothing else: a decayed masked
     weight would be pulled to zero by the optimizer while the mask decides the same question.
     """
+    masked = {id(site.weight) for site in sites}
     spared: set[int] = set()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if plan.decayed == "unmasked":
-        spared = {id(site.weight) for site in sites} | embeddings
+        spared = masked | embeddings
     matrices = _matrices(sites, track) if plan.rule == "muon" else []
     elsewhere = {id(weight) for weight in matrices}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in elsewhere:
             plain_matrix = parameter.ndim >= 2 and id(parameter) not in spared
-            (decayed if plain_matrix else free).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": free, "weight_decay": 0.0}]
-    if decayed:
-        groups.append({"params": decayed, "weight_decay": plan.weight_decay})
+            rate = 1.0 if id(parameter) in masked else plan.unmasked_rate
+            found.setdefault((plan.weight_decay if plain_matrix else 0.0, rate), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay, "rate_scale": rate}
+        for (decay, rate), parameters in sorted(found.items())
+    ]
     if plan.moments == "8-bit":
         _refuse_own_rule(track, "train.moments='8-bit'", "'float32'")
         return EightBitAdamW(groups, betas=plan.betas, eps=plan.eps, spared=embeddings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from analysis import aside as module
-from analysis.aside import aside, may_fork
+from analysis.aside import aside, hasty, may_fork
 from analysis.make_tables import make_tables
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
@@ -25,33 +26,75 @@ def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return wanted
 
 
-def test_every_name_gets_its_own_result(forked: bool) -> None:
-    with aside(lambda name: (name * 2, os.getpid()), ["a", "b", "c"]) as result:
-        found = [result(name) for name in ("c", "a", "b")]
+def doubled(name: str) -> tuple[str, int]:
+    return name * 2, os.getpid()
+
+
+def refused_if_bad(name: str) -> str:
+    if name == "bad":
+        raise SparseForgeError("no such column")
+    return name
+
+
+def killed(_: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nested(names: list[str]) -> list[tuple[str, int]]:
+    with aside() as submit:
+        results = [submit(name, doubled, name) for name in names]
+        return [doubled("here"), *(result() for result in results)]
+
+
+def test_every_call_gets_its_own_result(forked: bool) -> None:
+    with aside() as submit:
+        waiting = {name: submit(name, doubled, name) for name in ("a", "b", "c")}
+        found = [waiting[name]() for name in ("c", "a", "b")]
     assert [text for text, _ in found] == ["cc", "aa", "bb"]
-    assert any(pid != os.getpid() for _, pid in found) == forked
+    assert all(pid != os.getpid() for _, pid in found) == forked
+
+
+def test_it_gets_ready_before_the_first_call(forked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with aside(lambda: monkeypatch.setenv("SPARSEFORGE_READY", "yes")) as submit:
+        assert submit("a", os.getenv, "SPARSEFORGE_READY")() == ("yes" if forked else None)
+
+
+def test_a_process_aside_may_have_one_of_its_own(forked: bool) -> None:
+    with aside() as submit:
+        found = submit("all", nested, ["a", "b"])()
+    assert [text for text, _ in found] == ["herehere", "aa", "bb"]
+    assert len({pid for _, pid in found} | {os.getpid()}) == (3 if forked else 1)
 
 
 def test_an_error_is_raised_where_its_result_is_asked_for(forked: bool) -> None:
-    def call(name: str) -> str:
-        if name == "bad":
-            raise SparseForgeError("no such column")
-        return name
-
-    with aside(call, ["good", "bad"]) as result:
-        assert result("good") == "good"
+    with aside() as submit:
+        good, bad = submit("one", refused_if_bad, "good"), submit("two", refused_if_bad, "bad")
+        assert good() == "good"
         with pytest.raises(SparseForgeError, match="no such column"):
-            result("bad")
+            bad()
 
 
 def test_a_killed_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "may_fork", lambda: True)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with (
-        aside(lambda _: os.kill(os.getpid(), signal.SIGKILL), ["first", "second"]) as result,
-        pytest.raises(SparseForgeError, match="the process that made first was killed"),
+        aside() as submit,
+        pytest.raises(SparseForgeError, match="the process that made the figures was killed"),
     ):
-        result("first")
+        submit("the figures", killed, "")()
+
+
+def test_collections_are_off_for_a_while_and_back_even_after_an_error() -> None:
+    assert gc.isenabled()
+    with pytest.raises(SparseForgeError), hasty():
+        refused_if_bad("good" if gc.isenabled() else "bad")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with hasty():
+            pass
+        assert not gc.isenabled(), "it was off before"
+    finally:
+        gc.enable()
 
 
 def test_nobody_forks_beside_other_threads() -> None:

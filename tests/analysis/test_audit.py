@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.aggregate import Estimate
-from analysis.audit import audit_numbers, audit_table, report_lines
+from analysis.audit import audit_numbers, audit_table, numbers_of, report_lines
 from analysis.exhibits import TABLES
 from analysis.make_tables import collect
 from analysis.table import Cell, Table
 from flows.grids.published import FIGURE_2, NOT_AT_HAND, PUBLISHED, TWICE
+from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
 from tests.analysis.filled import everything
 
@@ -68,6 +70,39 @@ def test_a_wrong_mean_and_a_wrong_difference_are_found() -> None:
     assert (found.kind, found.recomputed) == ("difference", "-0.78")
     assert "printed -0.89, recomputed -0.78" in "\n".join(report_lines([found]))
     assert report_lines([]) == ["everything adds up"]
+
+
+HEAD = "table,row,column,text\n"
+
+
+def test_a_table_typed_off_a_page_is_audited(tmp_path: Path) -> None:
+    """What the paper's Table 4 and Table 5 would need: its tasks, its mean, its pair and its difference."""
+    page = tmp_path / "page.csv"
+    tasks = "".join(f"table-4,a model,{task},{60 + n}.00\n" for n, task in enumerate(("BoolQ", "RTE", "OBQA")))
+    pair = "table-5,another,Dense acc,42.65\ntable-5,another,SparseForge acc,41.87\ntable-5,another,Difference,-0.87\n"
+    page.write_text(f"{HEAD}{tasks}table-4,a model,Mean,61.40\n{pair}")
+    mean, difference = audit_numbers(numbers_of(page))
+    assert (mean.row, mean.kind, mean.printed, mean.recomputed) == ("a model", "mean", "61.40", "61.00")
+    assert (difference.table, difference.kind, difference.recomputed) == ("table-5", "difference", "-0.78")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "begins with nothing; the head must be table,row,column,text"),
+        ("row,column\n", "begins with row,column; the head must be"),
+        (f"{HEAD}t,r,Mean,fifty\n", "line 2: 't,r,Mean,fifty' .*could not convert"),
+        (f"{HEAD}t,r,Mean,nan\n", "line 2: .*nan is no number that could be printed"),
+        (f"{HEAD}t,r,Mean,1.0\nt,r,1.0\n", "line 3: 't,r,1.0' .*not enough values"),
+    ],
+)
+def test_a_page_that_cannot_be_read_is_refused_by_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+    page = tmp_path / "page.csv"
+    page.write_text(text)
+    with pytest.raises(SparseForgeError, match=sentence):
+        numbers_of(page)
+    with pytest.raises(SparseForgeError, match=r"nowhere\.csv cannot be read"):
+        numbers_of(tmp_path / "nowhere.csv")
 
 
 def test_a_mean_of_other_tasks_is_not_judged() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures import accuracy_vs_tokens, chance, figure_csv, series, ticks
+from analysis.figures import AccuracyVsTokens, accuracy_vs_tokens, chance, series, ticks
 from analysis.frames import ExhibitData, exhibit_data
 from analysis.make_tables import make_tables
 from sparseforge_core.store.results import Results
@@ -36,6 +36,12 @@ def data_of(url: str) -> ExhibitData:
     return exhibit_data(FIGURE, *frames, results.suite_specs())
 
 
+def drawing_of(data: ExhibitData) -> AccuracyVsTokens:
+    found = accuracy_vs_tokens({FIGURE: data}, [])
+    assert found is not None
+    return found
+
+
 @pytest.fixture
 def data(sqlite_url: str) -> ExhibitData:
     curve(Filled()).write(sqlite_url, PUBLISHED).close()
@@ -59,8 +65,8 @@ def test_a_method_that_diverged_at_a_budget_has_a_cross_there_and_a_row(sqlite_u
     filled.row(FIGURE, "SparseForge/400000", "SparseForge", lost, tokens=400_000, seeds=(0, 1))
     filled.write(sqlite_url).close()
     data = data_of(sqlite_url)
-    assert "SparseForge,400000,diverged,,,,2," in figure_csv(data)
-    drawn = [line for axes in accuracy_vs_tokens(data).axes for line in axes.get_lines()]
+    assert "SparseForge,400000,diverged,,,,2," in drawing_of(data).csv()
+    drawn = [line for axes in drawing_of(data).draw().axes for line in axes.get_lines()]
     crosses = [line for line in drawn if line.get_label() == "SparseForge: diverged"]
     assert [line.get_marker() for line in crosses] == ["x", "x"]
     assert all(line.get_xdata()[0] == pytest.approx(400_000, rel=0.05) for line in crosses)
@@ -74,7 +80,7 @@ def test_a_quoted_accuracy_on_other_tasks_is_not_drawn_on_our_axis(data: Exhibit
 
 
 def test_quoted_points_are_hollow_and_ours_are_not(data: ExhibitData) -> None:
-    figure = accuracy_vs_tokens(data)
+    figure = drawing_of(data).draw()
     lines = {line.get_label(): line for axes in figure.axes for line in axes.containers}
     faces = {label: container.lines[0].get_markerfacecolor() for label, container in lines.items()}
     assert faces["CAST (published)"] == "white"
@@ -82,7 +88,7 @@ def test_quoted_points_are_hollow_and_ours_are_not(data: ExhibitData) -> None:
 
 
 def test_the_axis_shows_every_budget_and_guessing(data: ExhibitData) -> None:
-    figure = accuracy_vs_tokens(data)
+    figure = drawing_of(data).draw()
     for axes in figure.axes:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["50k", "100k", "200k", "400k", "800k"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -99,7 +105,7 @@ def test_guessing_counts_each_task_by_its_answers() -> None:
 
 
 def test_the_numbers_behind_the_figure(data: ExhibitData) -> None:
-    rows = list(csv.DictReader(io.StringIO(figure_csv(data))))
+    rows = list(csv.DictReader(io.StringIO(drawing_of(data).csv())))
     ours = [row for row in rows if row["method"] == "SparseForge" and row["quantity"] == "perplexity"]
     assert [(row["tokens"], row["mean"], row["n"]) for row in ours] == [
         ("50000", "40.5", "2"),
@@ -114,7 +120,7 @@ def test_more_methods_than_colours_all_appear(sqlite_url: str) -> None:
     for number in range(12):
         grid.row(FIGURE, f"M{number}/50000", f"M{number}", scores([0.3], [0.4], [20.0 + number]), tokens=50_000)
     grid.write(sqlite_url).close()
-    figure = accuracy_vs_tokens(data_of(sqlite_url))
+    figure = drawing_of(data_of(sqlite_url)).draw()
     styles = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
     assert len(styles) == 12
 

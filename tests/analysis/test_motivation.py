@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.bands import GRID, bands
 from analysis.make_tables import collect, make_tables
-from analysis.motivation import GRID, ablations, bands, deltas, hard_vs_soft, mask_histograms, mask_softness
+from analysis.motivation import ablations, deltas, hard_vs_soft, mask_histograms, mask_softness
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import Curve
 from tests.analysis.filled import Filled, everything, scores
@@ -71,7 +72,8 @@ def test_a_line_ends_where_its_first_seed_diverged(sqlite_url: str) -> None:
     assert np.isnan(band.mean[21:]).all(), "a fifth of the way, not all of it"
     made = hard_vs_soft(collect(Results(sqlite_url), "demo").exhibits, curves)
     assert made is not None
-    assert max(float(row["share of training"]) for row in rows_of(made[1]) if "diverged" in row["row"]) == 0.2
+    assert [label for _, label, _ in made.ends] == ["SparseForge"], "the row keeps its own name"
+    assert max(float(row["share of training"]) for row in rows_of(made.csv()) if "diverged" in row["row"]) == 0.2
 
 
 def test_every_figure_has_its_numbers(results: Results) -> None:
@@ -84,12 +86,11 @@ def test_every_figure_has_its_numbers(results: Results) -> None:
     for builder, quantities in wanted.items():
         made = builder(material.exhibits, material.curves)
         assert made is not None
-        assert {row["quantity"] for row in rows_of(made[1])} == quantities
+        assert {row["quantity"] for row in rows_of(made.csv())} == quantities
     made = mask_histograms(material.exhibits, material.curves)
     assert made is not None
-    figure, text = made
-    assert {(row["weights"], row["step"], row["count"]) for row in rows_of(text)} >= {("mlp", "100", "8")}
-    titles = [axes.get_title() for axes in figure.axes]
+    assert {(row["weights"], row["step"], row["count"]) for row in rows_of(made.csv())} >= {("mlp", "100", "8")}
+    titles = [axes.get_title() for axes in made.draw().axes]
     assert titles == ["step 1", "step 50", "step 100"] * 2, "each moment once"
 
 

@@ -44,10 +44,12 @@ def test_averages_of_table_2_are_those_of_their_rows() -> None:
         assert statistics.fmean(row[task] for task in tasks) == pytest.approx(row["Avg"], abs=0.0051)
 
 
-def test_differences_are_those_of_their_pair() -> None:
-    for exhibit in ("table-1", "table-5"):
-        for row in numbers(exhibit).values():
-            assert row["SparseForge acc"] - row["Dense acc"] == pytest.approx(row["Difference"], abs=1e-9)
+def test_printed_differences_are_those_of_their_pair_up_to_rounding() -> None:
+    rows = numbers("table-1").values()
+    assert len(rows) == 8
+    for row in rows:
+        assert row["SparseForge acc"] - row["Dense acc"] == pytest.approx(row["Difference"], abs=0.0101)
+    assert not any("Difference" in row for row in numbers("table-5").values()), "nobody prints them"
 
 
 def test_points_of_the_figure_are_rows_of_table_2() -> None:

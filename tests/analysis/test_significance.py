@@ -13,21 +13,30 @@ from scipy import special
 from analysis.items import Items
 from analysis.significance import (
     LEVEL,
-    Part,
+    Apart,
     Pool,
     compare,
+    compared,
     equivalence,
+    equivalences,
     holm,
     interval,
+    intervals,
     leaders,
-    mcnemar,
     paired,
     pool,
 )
-from analysis.significance import _freedom as freedom
-from analysis.significance import _tail as tail
+from analysis.tails import Part, mcnemar, plain_freedom, tails
 
 Generator = np.random.Generator
+
+
+def tail(t: float, parts: tuple[Part, ...]) -> float:
+    return float(tails([t], [parts])[0])
+
+
+def freedom(parts: tuple[Part, ...]) -> float:
+    return plain_freedom(parts, LEVEL)
 
 
 def items(*seeds: list[float], identity: str = "same") -> Items:
@@ -145,6 +154,28 @@ def test_the_bootstrap_interval_covers_the_true_difference() -> None:
 def test_effect_is_the_mean_over_the_spread_of_the_items() -> None:
     found = compare(items([1.0, 1.0, 1.0, 0.0]), items([0.0, 0.0, 1.0, 0.0]))
     assert found.effect == pytest.approx(0.5 / math.sqrt(1 / 3))
+
+
+def test_a_column_at_once_is_its_differences_one_by_one() -> None:
+    rng = np.random.default_rng(11)
+    made = [*world(rng, 3, 2, 300, 0.2), *world(rng, 2, 1, 300, 0.0), *world(rng, 2, 3, 700, 0.3, better=0.5)]
+    pairs = [(a, b) for a in made for b in made if paired(a, b)]
+    apart = [Apart.of(a, b) for a, b in pairs]
+    several = Pool(0.0004, 5)
+    assert compared(apart, several) == [compare(a, b, several) for a, b in pairs]
+    assert intervals(apart) == [interval(a, b) for a, b in pairs]
+    found = compared(apart, several)
+    assert equivalences(found, 0.02) == [equivalence(one, 0.02) for one in found]
+    assert {one.test for one in found} == {"exact McNemar", "t over items and seeds"}
+    assert compared([]) == intervals([]) == equivalences([], 0.01) == []
+
+
+def test_answers_as_bytes_and_as_doubles_are_the_same_items() -> None:
+    rng = np.random.default_rng(12)
+    a, b = world(rng, 2, 3, 400, 0.2)
+    small = [Items(tuple(part.astype(np.uint8) for part in one.strata), one.identity) for one in (a, b)]
+    assert compare(*small) == compare(a, b)
+    assert interval(*small) == interval(a, b)
 
 
 def test_one_source_of_chance_is_the_ordinary_t_test() -> None:

@@ -71,6 +71,8 @@ PUBLISHED = SparseForge(
 """What the published code does, in miniature."""
 COMPENSATED = SparseForge(quench_begin=0.65, freeze_at=0.7, compensation=Compensation(samples=4, length=16))
 """A projection at once, with the survivors fitted to what it takes away."""
+BEGUN = SparseForge(start_from=SparseGPT(samples=4, length=16), temperature=Constant(value=0.1))
+"""Annealing from a one-shot solution instead of from m = 1."""
 
 
 class Batches:
@@ -135,6 +137,7 @@ def every_method() -> list[Any]:
         SparseForge(criterion=Magnitude()),
         SparseForge(criterion=WandaScore(), calibration_samples=4),
         SparseForge(criterion=SparseGPTScore(), calibration_samples=4),
+        BEGUN,
         SparseForge(threshold="nth", log_scores=False),
         SparseForge(mask_storage="int16", statistics_rows=4, curvature=Fisher(storage="bfloat16")),
         SparseForge(mask_storage="int16", statistics_of="last-update"),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from flows.artifacts import MAX_ROWS, key, summary_line, table
+from flows.artifacts import MAX_ROWS, LiveGrid, key, summary_line, table
 from flows.home import Home
 from sparseforge_core import files
+from sparseforge_core.errors import StoreError
 from sparseforge_core.store.rows import StageState
+from sparseforge_core.store.store import ResultStore
 
 
 def _state(cell: str, stage: str, status: Any, error: str = "") -> StageState:
@@ -66,6 +68,19 @@ def test_a_mirrored_cell_is_linked_where_a_browser_finds_it(tmp_path: Path, monk
     assert links("http://127.0.0.1:5000/") == {"", "http://127.0.0.1:5000/#/experiments/7/runs/r1"}
     monkeypatch.setenv("SPARSEFORGE_MLFLOW_UI", "http://localhost:5999")
     assert links("http://mlflow:5000") == {"", "http://localhost:5999/#/experiments/7/runs/r1"}
+
+
+def test_a_store_that_is_away_leaves_the_table_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = _home(tmp_path, "sqlite:///mlflow.db")
+
+    def ask() -> list[StageState]:
+        return ResultStore(home.store_url, create=False).work("demo")
+
+    with pytest.raises(StoreError, match="is away"):
+        ask()
+    LiveGrid(home, "demo").show(ask, now=True)
+    assert "the grid's table stays as it is for now" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("grid", ["full", "full-shrunk-2", "a_b.c", "Table 2"])

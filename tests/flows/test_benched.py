@@ -69,15 +69,6 @@ def test_a_packed_export_is_measured_with_its_own_weights(tmp_path: Path, capsys
     assert "is no complete export" in capsys.readouterr().err
 
 
-def test_the_committed_choices_of_kernels_are_ones() -> None:
-    found = decode.read_choices(decode.COMMITTED.parent / "kernel_choices.json")
-    for shape in ("12288x4096", "4096x4096", "22016x4096", "4096x11008"):
-        plan = found[f"{shape} bfloat16 rows 1"][0].plan
-        assert plan is not None
-        assert plan.fits(int(shape.split("x")[1]))
-        assert {choice.kind for choice in found[f"{shape} bfloat16 rows 2048"]} >= {"dense", "cusparselt"}
-
-
 def test_results_go_into_table_7_once(results: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("ingest", results) == 0
     assert "4 stages recorded" in capsys.readouterr().out

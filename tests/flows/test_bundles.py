@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import grids
+from flows import grids, ingesting
 from flows.bundle import choose, write_bundle
+from flows.bundle_data import copy_measured
 from flows.cycle import ready
 from flows.grids import grid_named
 from flows.grids.planned import Grid, expand
@@ -25,7 +26,8 @@ from flows.ingesting import Ingested, ingest
 from sparseforge_core import bundles, files
 from sparseforge_core.checkpoint import verify
 from sparseforge_core.data.corpora import TextFiles
-from sparseforge_core.errors import BundleError, DataError, RecipeError
+from sparseforge_core.errors import BundleError, DataError, FolderHeld, RecipeError
+from sparseforge_core.evaluate.suites import WIKITEXT2_2048, HarnessSuite, Suite
 from sparseforge_core.execution import Execution
 from sparseforge_core.run import run_bundle
 from sparseforge_core.store.store import ResultStore
@@ -85,6 +87,20 @@ def test_what_was_made_elsewhere_is_recorded_once_and_its_models_stay(here: Here
     assert ready(states) == []
     key = next(s.cell_key for s in states if s.method == "sparseforge")
     verify(here.home.cell(key) / "train" / "final", key)
+
+
+def test_an_ingest_does_not_write_beside_a_process_that_still_writes(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingesting, "FOLDER_SECONDS", 0.1)
+    key = here.stage().parent.name
+    with (
+        files.held(here.home.cell(key) / "train", seconds=1.0),
+        pytest.raises(FolderHeld, match="is still being written"),
+    ):
+        here.ingest()
+    recorded = here.recorded()
+    assert here.ingest() == Ingested(recorded=7 - recorded, known=recorded, unfinished=0)
 
 
 def test_a_bundle_that_is_half_done_is_ingested_in_two_goes(here: Here, tmp_path: Path) -> None:
@@ -333,3 +349,34 @@ def test_the_templates_hold_no_secret_and_are_valid_shell() -> None:
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
         assert "password" not in script.read_text().lower()
     assert "--signal=B:TERM@120" in (ROOT / "infra" / "slurm" / "array.sh").read_text()
+
+
+def test_items_of_tasks_and_wikitext_travel_and_are_read_there_as_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseforge_core.evaluate.perplexity import wikitext2_test
+    from sparseforge_core.evaluate.stock_tasks import stock_task
+
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "wiki" / "wiki.test.raw").write_text(" \n = Title = \n \n Words . \n")
+    for name in ("SPARSEFORGE_TASKS", "SPARSEFORGE_DATA"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SPARSEFORGE_WIKITEXT2", str(tmp_path / "wiki"))
+    tasks = ("arc_easy", "hellaswag", "lambada_openai")
+    limit = 3
+    here = {task: stock_task(task, limit).documents(limit) for task in tasks}
+    text = wikitext2_test()
+    suites: list[Suite] = [HarnessSuite(name="few", tasks=tasks, limit=limit), WIKITEXT2_2048]
+    copy_measured(tmp_path / "carried", suites)
+    for path in (tmp_path / "carried" / "data" / "tasks").rglob("*.jsonl"):
+        assert len(path.read_text().splitlines()) == limit
+    monkeypatch.delenv("SPARSEFORGE_WIKITEXT2")
+    bundles.prepare(bundles.Bundle(tmp_path / "carried", (), (), ()))
+    for name in ("SPARSEFORGE_TASKS", "SPARSEFORGE_DATA", "SPARSEFORGE_WIKITEXT2"):
+        monkeypatch.setenv(name, os.environ[name])  # gone after the test
+    assert wikitext2_test() == text
+    for task in tasks:
+        opened = stock_task(task, limit)
+        assert opened.source == "folder"
+        assert [json.dumps(document) for document in opened.documents(limit)] == [json.dumps(d) for d in here[task]]

@@ -161,6 +161,17 @@ def test_a_machine_without_gpus_leaves_their_cells_alone(
     assert "which this run does not serve" in said.err
 
 
+def test_a_table_typed_off_a_page_is_audited(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.csv"
+    page.write_text("table,row,column,text\nt,r,Dense acc,50.00\nt,r,SparseForge acc,49.00\nt,r,Difference,-1.00\n")
+    assert run("audit", str(page)) == 0
+    assert capsys.readouterr().out == "everything adds up\n"
+    page.write_text(page.read_text().replace("-1.00", "-1.10"))
+    assert run("audit", str(page), "--json") == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["table"], found["printed"], found["recomputed"]) == ("t", "-1.10", "-1.00")
+
+
 def test_the_papers_numbers_are_audited(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("audit", "published", "--json") == 1
     found = json.loads(capsys.readouterr().out)

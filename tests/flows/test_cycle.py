@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,33 @@ def test_an_attempt_given_to_somebody_else_stops_and_records_nothing(
     assert space.status(space.first) == "lost"
     space.execute(space.first)
     assert space.status(space.first) == "done"
+
+
+def test_a_stop_is_a_stop_though_the_store_is_away(space: Workspace, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.db"
+
+    def stop() -> bool:
+        if not moved.exists():
+            (space.home.root / "store.db").rename(moved)
+        return True
+
+    with pytest.raises(Interrupted, match="stopped after step 1"):
+        space.execute(space.first, should_stop=stop)
+    moved.rename(space.home.root / "store.db")
+    assert space.status(space.first) == "running", "nobody could be told; a dead process is found by the next run"
+
+
+def test_a_result_waits_for_a_store_that_is_away(space: Workspace, tmp_path: Path) -> None:
+    store, moved = space.home.root / "store.db", tmp_path / "moved.db"
+
+    def take_away(progress: Any) -> None:
+        if progress.step == progress.steps:
+            store.rename(moved)
+            threading.Timer(1.5, lambda: moved.rename(store)).start()
+
+    space.execute(space.first, on_step=take_away)
+    assert [a.status for a in space.store.attempts(space.first)] == ["done"]
+    assert space.store.fsck() == []
 
 
 def test_a_cell_for_many_gpus_is_refused_before_anything_is_loaded(space: Workspace) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 
-from flows import cli
+from flows import cli, doctor
 from flows.explaining import UnknownCell, explain, log_tail
 from flows.explanation import explanation_lines
 from flows.home import Home
@@ -101,6 +103,20 @@ def test_asking_makes_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store"):
         explain("0123", Home.of(tmp_path / "nowhere"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_asking_changes_no_store(space: Workspace, tmp_path: Path) -> None:
+    space.store.close()  # so that the file is whole
+    (tmp_path / "sent").mkdir()
+    sent = shutil.copy(space.home.root / "store.db", tmp_path / "sent" / "store.db")
+    with sqlite3.connect(sent) as older:
+        older.execute("PRAGMA user_version = 0")  # as one that was made before stores had numbers
+    before = Path(sent).read_bytes()
+    home = Home(tmp_path / "none", f"sqlite:///{sent}", "sqlite://")
+    assert explain(space.first, home)["key"] == space.first
+    assert doctor.store(home).status == "ok"
+    assert Path(sent).read_bytes() == before
+    assert {path.name for path in Path(sent).parent.iterdir()} <= {"store.db", "store.db-wal", "store.db-shm"}
 
 
 def test_the_log_of_a_cell_is_found_among_those_of_others(space: Workspace) -> None:

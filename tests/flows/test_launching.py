@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from flows import launching
 from flows.launching import (
+    TORCHRUN_SECONDS,
     Ending,
     RanksFailed,
+    RanksLost,
     RanksRefused,
     Where,
     _Teller,
@@ -25,7 +29,10 @@ from flows.launching import (
 )
 from flows.placements import Placement
 from flows.provenance import process_alive
-from sparseforge_core.errors import Diverged, Interrupted, RecipeError
+from sparseforge_core.errors import Diverged, Interrupted, RecipeError, described
+from sparseforge_core.identity import dumps
+from sparseforge_core.store.causes import cause_of
+from tests.core.train.team import cell, curve
 from tests.processes import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,13 +100,55 @@ def test_killing_the_launcher_ends_torchrun_and_its_ranks(tmp_path: Path) -> Non
     assert wait_until(lambda: not any(process_alive(pid) for pid in [torchrun, *_pids(tmp_path)]), 60)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_rank_ends_the_launch_within_a_heartbeat_and_is_a_lost_worker(number: int, tmp_path: Path) -> None:
+    heartbeat, hit = 4.0, [0.0]
+    (tmp_path / "cell.json").write_text(dumps(cell("sr-ste", steps=100_000)))
+
+    def strike() -> None:
+        if not hit[0] and len(curve(tmp_path / "out")) >= 3:
+            record = json.loads((tmp_path / "ranks" / "endings" / "rank-1.json").read_text())
+            os.kill(record["pid"], number)
+            hit[0] = time.monotonic()
+
+    program = ["sparseforge_core.run", "--home", str(tmp_path), "train", str(tmp_path / "cell.json")]
+    program += [str(tmp_path / "out"), "--sharding", "replicate", "--heartbeat", str(heartbeat)]
+    ending = launch(program, 2, tmp_path / "ranks", lambda: False, tick=strike)
+    seconds = time.monotonic() - hit[0]
+    assert seconds < heartbeat + TORCHRUN_SECONDS, "torchrun alone would wait for 30 s"
+    with pytest.raises(RanksLost) as error:
+        measured(ending, tmp_path / "measurements.json")
+    assert cause_of("failed", described(error.value)) == "lost worker"
+
+
+@pytest.mark.slow
+def test_a_torchrun_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "TORCHRUN_SECONDS", 1.0)
+    hung: list[float] = []
+
+    def hang() -> None:
+        if not hung and len(_pids(tmp_path)) == 2:
+            os.kill(_parent(_pids(tmp_path)[0]), signal.SIGSTOP)
+            hung.append(time.monotonic())
+
+    program = [PROGRAM, str(tmp_path), "wait"]
+    ending = launch(program, 2, tmp_path / "ranks", lambda: bool(hung), stop_seconds=100.0, tick=hang)
+    assert time.monotonic() - hung[0] < 50.0, "it waited for torchrun until the last moment"
+    assert ending.codes == {0: 130, 1: 130}
+
+
 def test_endings_are_told_apart(tmp_path: Path) -> None:
     def ending(codes: dict[int, int], *, stopped: bool = False) -> Ending:
         return Ending(codes, 2, stopped, tmp_path / "no-log")
 
     path = tmp_path / "measurements.json"
-    with pytest.raises(RanksFailed, match="exit codes of 2 ranks"):
+    with pytest.raises(RanksFailed, match="exit codes of 2 ranks") as crashed:
         measured(ending({0: 1}), path)
+    assert not isinstance(crashed.value, RanksLost)
+    for gone in ({}, {0: 75}, {0: 75, 1: 130}):
+        with pytest.raises(RanksLost):
+            measured(ending(gone), path)
     with pytest.raises(RanksFailed):  # all said that they were done, and left nothing
         measured(ending({0: 0, 1: 0}), path)
     with pytest.raises(Interrupted):

@@ -30,11 +30,25 @@ def test_a_known_model(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "predicted from a GPU" in text
     assert "7.27 GiB with 2:4, 12.55 dense" in text
+    assert "cache; 17.75 with 2:4 in mode throughput" in text
+    assert run("doctor", "--model", "llama-3-8b") == 0
+    assert "cache; at most " in capsys.readouterr().out, "nobody measured large batches of its shapes"
     assert run("doctor", "--model", "llama-2-7b", "--batch", "8", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["batch"] == 8
     assert found["gain"] == pytest.approx(found["sparse_tokens_per_second"] / found["dense_tokens_per_second"])
     assert 1.3 < found["gain"] < 1.78
+    assert run("doctor", "--model", "llama-2-7b", "--batch", "65") == 0
+    assert "a step of more than 64 rows needs mode throughput" in capsys.readouterr().out
+
+
+def test_figures_of_the_same_gpu_are_preferred(results: Path) -> None:
+    """A GPU with results of its own is predicted from them, another from those of RESULTS."""
+    mine = [{"measure": "copy_bandwidth", "value": 4.2, "hardware": "Some GPU X2, torch 2"}]
+    (results.parent / "decode-x2.json").write_text(json.dumps(mine))
+    assert outlook.committed("Some GPU X2") == ({"copy_bandwidth": 4.2}, "Some GPU X2, torch 2")
+    assert outlook.committed("Some GPU X")[1] == "a GPU"
+    assert outlook.committed(None)[1] == "a GPU"
 
 
 def test_a_model_that_gains_nothing_is_told_so(

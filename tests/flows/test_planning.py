@@ -16,9 +16,10 @@ from flows.grids.zoo import LLAMA2_7B, QWEN3_8B
 from flows.home import Home
 from flows.planning import CHECKPOINTS, bill, checkpoint_bytes, corpus_tokens, final_bytes, size, token_bytes
 from sparseforge_core.data.corpora import C4, HubText, PythonDocs, Synthetic, TextFiles
-from sparseforge_core.methods import Dense, SparseForge
-from sparseforge_core.recipe import Recipe, TrainPlan
+from sparseforge_core.methods import Dense, FrozenMask, MagnitudePruning, MaskLLM, SparseForge, SparseGPT, Wanda
+from sparseforge_core.recipe import Cell, Recipe, TrainPlan
 from sparseforge_core.sparsity.patterns import nm
+from tests.tiny import tiny_source
 
 FORGE = Recipe(model=LLAMA2_7B, method=SparseForge(), corpus=C4, pattern=nm(2, 4), train=TrainPlan(steps=100))
 DENSE = Recipe(model=LLAMA2_7B, method=Dense(), corpus=C4)
@@ -83,6 +84,39 @@ def test_a_bill_adds_up_and_done_cells_cost_nothing(home: Path) -> None:
     done = frozenset((cell.key, "train") for cell in plan.cells if cell.seed == 0)
     rest = bill(plan, "g", Home.of(), workers=2, done=done)
     assert (rest.done, rest.disk.finals_of, rest.disk.at_work) == (2, 1, 1)
+
+
+def test_a_solution_that_many_cells_start_from_is_counted_once_a_seed(home: Path) -> None:
+    plans = [TrainPlan(steps=steps) for steps in (10, 20)]
+    frozen = [replace(FORGE, method=FrozenMask(prior=SparseGPT()), train=plan) for plan in plans]
+    learned = replace(FORGE, method=MaskLLM(), slorb=None)
+    others = [replace(FORGE, method=FrozenMask(prior=prior)) for prior in (Wanda(), MagnitudePruning())]
+    entries = [
+        Planned(recipe=r, variant=f"v{i}", seeds=(0, 1)) for i, r in enumerate([*frozen, learned, *others, FORGE])
+    ]
+    disk = bill(grid(*entries), "g", Home.of(), workers=1).disk
+    assert disk.solutions_of == 2 * 2, "SparseGPT's and Wanda's, of two seeds; magnitude needs no text"
+    assert disk.solutions == 2 * (int(4.125 * PARAMETERS) + int(PARAMETERS / 8))
+    assert disk.needed == disk.finals + disk.checkpoints + disk.solutions + disk.tokens
+    assert any("one-shot solutions" in line for line in disk.lines)
+
+
+def test_a_kept_solution_is_no_larger_than_the_arithmetic_says(tmp_path: Path) -> None:
+    from sparseforge_core.models.hub import load_model
+    from sparseforge_core.run import train_cell
+
+    source = tiny_source("llama")
+    recipe = Recipe(
+        model=source,
+        method=FrozenMask(prior=SparseGPT(samples=4, length=16)),
+        corpus=source.tokenizer.corpus,  # type: ignore[attr-defined]
+        pattern=nm(2, 4),
+        train=TrainPlan(steps=1, sequences=2, length=16),
+    )
+    train_cell(Cell(recipe=recipe), tmp_path / "cell", tmp_path)
+    written = sum(path.stat().st_size for path in (tmp_path / "solutions").rglob("*.safetensors"))
+    parameters = sum(parameter.numel() for parameter in load_model(source, tmp_path).parameters())
+    assert 2 * parameters < written < 4.125 * parameters
 
 
 def test_a_disk_that_is_too_small_is_a_warning_by_name(

@@ -118,6 +118,28 @@ def test_a_killed_worker_is_replaced_and_its_cell_goes_on(start: Callable[..., R
     assert steps[-1] == STEPS
 
 
+def test_a_store_that_is_gone_for_a_while_is_missed_and_nothing_is_made_in_its_place(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = start("--workers", "1")
+    run.wait_until_training()
+    put_away = tmp_path / "away"
+    put_away.mkdir()
+    parts = ("store.db", "store.db-wal", "store.db-shm")
+    for part in parts:
+        os.rename(run.home.root / part, put_away / part)
+    run.until(lambda: any((run.home.root / "cells").glob("*/train/measurements.json")))
+    time.sleep(2.0)  # the worker asks again and again whether it can record it
+    assert run.process.poll() is None, run.output.read_text()
+    assert not [part for part in parts if (run.home.root / part).exists()], "a second store"
+    for part in parts:
+        os.rename(put_away / part, run.home.root / part)
+    code, output = run.end()
+    assert code == 0, output
+    assert statuses(run) == ["done"]
+    assert ResultStore(run.home.store_url).fsck() == []
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_the_next_run_does(start: Callable[..., Run]) -> None:
     run = start("--workers", "2")
     run.wait_until_training()

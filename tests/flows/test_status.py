@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flows.cycle import LEASE
 from flows.estimates import Pace, clock, devices, makespan, seconds_taken
 from flows.home import Home, shown_url
 from flows.local import open_grid
@@ -103,6 +105,17 @@ def test_a_cell_of_another_machine_shows_when_it_was_last_heard_of(space: Space)
     assert "on elsewhere" in "\n".join(screen(seen))
     silent = status_of(space.home, GRID, now=later + datetime.timedelta(hours=1))
     assert silent["counts"]["lost"] == 1
+
+
+def test_a_claim_whose_lease_is_over_is_lost_though_a_process_has_its_number(space: Space) -> None:
+    space.claim(space.first)  # as by this very process: by then, its number may be that of any other
+    later = datetime.datetime.now(datetime.UTC) + LEASE + datetime.timedelta(minutes=2)
+    seen = status_of(space.home, GRID, now=later)
+    assert (seen["running"], seen["counts"]["lost"]) == ([], 1)
+    said = r"it was not heard of for [67]:\d\d, longer than its lease; the next run of the grid goes on"
+    assert re.search(said, seen["failed"][0]["error"])
+    assert space.store.expire(LEASE) == 0, "by the clock of now it is held"
+    assert space.see()["counts"]["running"] == 1
 
 
 def test_what_failed_says_its_cause_and_what_waits_for_it_has_no_end(space: Space) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 
-from flows.bundle import _corpora, _not_carried, choose
+import pytest
+
+from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
 from flows.grids.study import BOOKS, IDEAS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
+from flows.grids.study_grid import FIVE, NAME, OTHER_TEXT, TUNED, ZERO_SHOT, ablations, tuned
 from sparseforge_core import specs
+from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
+from sparseforge_core.identity import key_of
 
 
 def test_every_method_has_the_same_trials_on_the_same_text_and_budget() -> None:
@@ -41,3 +47,60 @@ def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
     suites = [specs.decode(json.loads(json.dumps(specs.encode(suite))), Suite, "suite") for suite in REPORTED]
     assert OTHER_BOOKS in _corpora(suites)
     assert not any("books" in said for said in _not_carried(suites))
+
+
+def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds() -> None:
+    rows = {slot.row: entry for entry in grid_named(NAME).entries for slot in entry.slots if slot.exhibit == "table-2"}
+    assert set(rows) == {"dense", "magnitude", "wanda", "sparsegpt", *contenders(PEAKS[0])}
+    for name in contenders(PEAKS[0]):
+        assert rows[name].seeds == (0, 1, 2)
+        assert rows[name].recipe.train.tokens == 733 * 16 * 1024
+    assert {entry.suites for entry in rows.values()} == {(*REPORTED, ZERO_SHOT)}
+    assert set(TUNED) == set(contenders(PEAKS[0]))
+
+
+def test_the_figure_has_five_methods_at_five_budgets() -> None:
+    points = collections.defaultdict(set)
+    for entry in grid_named(NAME).entries:
+        for slot in entry.slots:
+            if slot.exhibit == "accuracy-vs-tokens" and not slot.row.endswith("/0"):
+                points[slot.label].add(entry.recipe.train.tokens // 1_000_000)
+    assert {tuned(name).label: {3, 6, 12, 24, 48} for name in FIVE} == points
+
+
+def test_an_ablation_differs_from_the_full_recipe_and_none_twice() -> None:
+    full = tuned("improved").recipe(12_000_000)
+    recipes = [recipe for _, recipe in ablations().values()]
+    assert full not in recipes
+    assert len(set(map(key_of, recipes))) == len(recipes)
+    rows = {slot.row for entry in grid_named(NAME).entries for slot in entry.slots if slot.exhibit == "table-3"}
+    assert rows == {"dense", "full", "half-steps", *ablations()}
+    assert not {*BOOKS.sha256} & {*OTHER_TEXT.sha256}
+
+
+def test_the_retrained_teacher_comes_along_and_a_part_of_the_grid_can_be_carried() -> None:
+    chosen = choose([NAME], only=Only(variants=("w/ Retrained Teacher",), seeds=(1,)))
+    assert [(cell.variant, cell.seed) for cell in chosen.cells.values()] == [
+        ("Dense control", 0),
+        ("w/ retrained teacher", 1),
+    ]
+    one_shot = choose([NAME], only=Only(millions=(0,), seeds=(0,)))
+    assert {cell.variant for cell in one_shot.cells.values()} == {"Dense", "Magnitude", "Wanda", "SparseGPT"}
+    left = choose([NAME], only=Only(millions=(0,), without=frozenset(one_shot.cells)))
+    assert {(cell.variant, cell.seed) for cell in left.cells.values()} == {
+        (name, seed) for name in ("Wanda", "SparseGPT") for seed in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"),
+    [
+        (Only(variants=("AST", "CASt.")), "unknown variant 'CASt.'. Did you mean 'CAST'"),
+        (Only(seeds=(3,)), "unknown seed '3'"),
+        (Only(millions=(13,)), "unknown millions of tokens '13'"),
+        (Only(variants=("AST",), millions=(0,)), "has no cell with all that was asked for"),
+    ],
+)
+def test_a_part_that_the_grid_does_not_have_is_refused(only: Only, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(sentence)):
+        choose([NAME], only=only)

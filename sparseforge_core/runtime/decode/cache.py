@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_core.runtime.decode.parts import Parts, Sizes
-from sparseforge_core.runtime.loading import check_memory
+from sparseforge_core.runtime.kernels.support import check_memory
 
 
 @dataclass

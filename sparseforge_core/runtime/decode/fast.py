@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparseforge_core.runtime.decode import crowded
+from sparseforge_core.runtime.decode import attention
 
 if TYPE_CHECKING:
     from sparseforge_core.runtime.decode.cache import Cache
@@ -93,12 +93,12 @@ def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tens
         "STRETCHES": stretches, "TOGETHER": min(max(1, 8 // padded), triton.next_power_of_2(stretches)),
         "NORMED": head_norms is not None, **_early(qkv),
     }  # fmt: skip
-    grid = (pairs, stretches)
     if pairs * stretches > CROWDED:
-        rows, block = max(16, padded), min(stretch, 32)
-        crowded.attend[grid](*given, **sizes_of, ROWS=rows, BLOCK=block, num_warps=4, num_stages=3)
+        how = {"ROWS": max(16, padded), "BLOCK": min(stretch, 32), "num_warps": 4, "num_stages": 3}
     else:
-        _attend[grid](*given, **sizes_of, BLOCK=min(stretch, max(8, 64 // padded)), num_warps=8)
+        how = {"ROWS": padded, "BLOCK": min(stretch, max(8, 64 // padded)), "num_warps": 8}
+    dots = pairs * stretches > CROWDED
+    attention.attend[(pairs, stretches)](*given, **sizes_of, **how, DOTS=dots)
     return out
 
 
@@ -202,117 +202,16 @@ def _branch(
 
 @triton.jit
 def _turned(first, second, cos, sin, scale, eps, HEAD: tl.constexpr, NORMED: tl.constexpr):
-    """Both halves of heads `[heads, head / 2]`, normed if the model does so, turned by their position."""
+    """Both halves of heads `[heads, head / 2]`, normed if the model does so, turned by their position.
+
+    A thread holds both values of a pair, so that a prompt's queries can be turned in place.
+    """
     half = tl.arange(0, HEAD // 2)
     if NORMED:
         root = tl.rsqrt(tl.sum(first * first + second * second, 1) / HEAD + eps)[:, None]
         first = first * root * tl.load(scale + half).to(tl.float32)[None, :]
         second = second * root * tl.load(scale + HEAD // 2 + half).to(tl.float32)[None, :]
     return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
-
-
-@triton.jit
-def _attend(
-    qkv, keys, values, cos_table, sin_table, position, out, partial, counters, q_norm, k_norm, eps, scale, capacity,
-    KV: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, STRETCH: tl.constexpr,
-    STRETCHES: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NORMED: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    pair = tl.program_id(0)
-    stretch = tl.program_id(1)
-    place = tl.load(position)
-    begin = stretch * STRETCH
-    if (stretch > 0) & (begin >= place):
-        return
-    HALF: tl.constexpr = HEAD // 2
-    row = (pair // KV).to(tl.int64) * ((GROUP * KV + 2 * KV) * HEAD)
-    kv = pair % KV
-    half = tl.arange(0, HALF)
-    whole = tl.arange(0, HEAD)
-    group = tl.arange(0, PADDED)
-    cos = tl.load(cos_table + place * HALF + half)
-    sin = tl.load(sin_table + place * HALF + half)
-    at = row + (kv * GROUP + group[:, None]) * HEAD + half[None, :]
-    real = group[:, None] < GROUP
-    q1 = tl.load(qkv + at, mask=real, other=0.0).to(tl.float32)
-    q2 = tl.load(qkv + at + HALF, mask=real, other=0.0).to(tl.float32)
-    q1, q2 = _turned(q1, q2, cos, sin, q_norm, eps, HEAD, NORMED)
-    q1 = q1 * scale
-    q2 = q2 * scale
-    held = pair.to(tl.int64) * capacity * HEAD
-
-    highest = tl.full([PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    mixed = tl.zeros([PADDED, HEAD], tl.float32)
-    if stretch == 0:  # the new token: turned, stored as it will be read, and seen
-        new = row + (GROUP * KV + kv) * HEAD
-        one = tl.zeros([1, HALF], tl.int32) + half[None, :]
-        k1 = tl.load(qkv + new + one).to(tl.float32)
-        k2 = tl.load(qkv + new + HALF + one).to(tl.float32)
-        k1, k2 = _turned(k1, k2, cos, sin, k_norm, eps, HEAD, NORMED)
-        k1 = k1.to(keys.dtype.element_ty)
-        k2 = k2.to(keys.dtype.element_ty)
-        tl.store(keys + held + place * HEAD + one, k1)
-        tl.store(keys + held + place * HEAD + HALF + one, k2)
-        v = tl.load(qkv + new + KV * HEAD + whole)
-        tl.store(values + held + place * HEAD + whole, v)
-        highest = tl.sum(q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32), 1)
-        total += 1.0
-        mixed += v.to(tl.float32)[None, :]
-
-    for start in range(0, STRETCH, BLOCK):
-        token = begin + start + tl.arange(0, BLOCK)
-        seen = (token < place)[:, None]
-        place_of = held + token[:, None] * HEAD
-        old1 = tl.load(keys + place_of + half[None, :], mask=seen, other=0.0).to(tl.float32)
-        old2 = tl.load(keys + place_of + HALF + half[None, :], mask=seen, other=0.0).to(tl.float32)
-        old = tl.load(values + place_of + whole[None, :], mask=seen, other=0.0).to(tl.float32)
-        score = tl.sum(q1[:, None, :] * old1[None, :, :] + q2[:, None, :] * old2[None, :, :], 2)
-        score = tl.where((token < place)[None, :], score, float("-inf"))
-        higher = tl.maximum(highest, tl.max(score, 1))
-        share = tl.exp2(score - higher[:, None])
-        fade = tl.exp2(highest - higher)
-        total = total * fade + tl.sum(share, 1)
-        mixed = mixed * fade[:, None] + tl.sum(share[:, :, None] * old[None, :, :], 1)
-        highest = higher
-
-    target = out + (pair // KV).to(tl.int64) * GROUP * KV * HEAD + (kv * GROUP + group[:, None]) * HEAD + whole[None, :]
-    active = tl.maximum(1, tl.cdiv(place, STRETCH))
-    if active == 1:
-        tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=real)
-    else:
-        WIDTH: tl.constexpr = HEAD + 2
-        base = partial + (pair * STRETCHES).to(tl.int64) * PADDED * WIDTH
-        own = base + (stretch * PADDED + group) * WIDTH
-        tl.store(own[:, None] + whole[None, :], mixed)
-        tl.store(own + HEAD, highest)
-        tl.store(own + HEAD + 1, total)
-        tl.debug_barrier()  # all of this program is written before it says so
-        done = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
-        if done == active - 1:
-            highest = tl.full([PADDED], float("-inf"), tl.float32)
-            total = tl.zeros([PADDED], tl.float32)
-            mixed = tl.zeros([PADDED, HEAD], tl.float32)
-            for first in range(0, STRETCHES, TOGETHER):
-                which = first + tl.arange(0, TOGETHER)
-                there = (which < active)[:, None]
-                other = base + (which[:, None] * PADDED + group[None, :]) * WIDTH
-                tops = tl.load(other + HEAD, mask=there, other=float("-inf"), cache_modifier=".cg")
-                sums = tl.load(other + HEAD + 1, mask=there, other=0.0, cache_modifier=".cg")
-                pieces = tl.load(
-                    other[:, :, None] + whole[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
-                )
-                higher = tl.maximum(highest, tl.max(tops, 0))
-                share = tl.exp2(tops - higher[None, :])
-                fade = tl.exp2(highest - higher)
-                total = total * fade + tl.sum(sums * share, 0)
-                mixed = mixed * fade[:, None] + tl.sum(pieces * share[:, :, None], 0)
-                highest = higher
-            tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=real)
-            tl.store(counters + pair, 0)
 
 
 @triton.jit

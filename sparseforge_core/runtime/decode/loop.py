@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from sparseforge_core.errors import ExportError
 from sparseforge_core.runtime.decode import plain
+from sparseforge_core.runtime.decode.admission import refusal
 from sparseforge_core.runtime.decode.cache import Cache
 from sparseforge_core.runtime.decode.parts import Block, Parts
 
@@ -31,7 +32,13 @@ class Decoder:
     def __init__(
         self, parts: Parts, *, batch: int = 1, capacity: int, steps: ModuleType = plain, graph: bool | None = None
     ) -> None:
-        """`graph`: whether a step is captured; by default on CUDA. Raises ExportError where it does not fit."""
+        """`graph`: whether a step is captured; by default on CUDA.
+
+        Raises ExportError where it does not fit, or where so many rows need another mode.
+        """
+        why = refusal(parts, batch)
+        if why is not None:
+            raise ExportError(why)
         if not 1 <= capacity <= parts.sizes.positions:
             raise ExportError(f"{capacity} tokens exceed the model's {parts.sizes.positions}")
         self.parts, self.steps = parts, steps

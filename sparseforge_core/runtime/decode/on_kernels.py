@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from sparseforge_core.errors import UnsupportedModel
 from sparseforge_core.runtime.decode.products import Dense, Maker, Modules, Norm, Product, join, joined, joined_bias
 from sparseforge_core.runtime.kernels import KernelWeight, sparse_linear
+from sparseforge_core.runtime.kernels.choices import against_dense
+from sparseforge_core.runtime.kernels.tuning import LARGE_ROWS, tune
+from sparseforge_core.runtime.kernels.weight import device_number
 from sparseforge_core.runtime.linear import KernelLinear
 
 
@@ -24,12 +27,23 @@ class Sparse(Product):
     def __init__(self, kernel: KernelWeight, bias: Tensor | None, name: str, steps: ModuleType) -> None:
         super().__init__(name, kernel.out_features, kernel.in_features, steps)
         self.kernel, self.bias = kernel, bias
-        self.nbytes = kernel.resident_bytes + (0 if bias is None else bias.nbytes)
+        self.unpacks = kernel.backend == "mma" and kernel.mode == "decode"
+        self.nbytes = self.held_bytes - sum(t.nbytes for t in (kernel.dense_copy, kernel.compressed) if t is not None)
         self._bare = kernel
         self._branch = kernel.branch if kernel.projection is None else None
         if self._branch is not None:  # the same memory without its branch, which is then added apart
             shape = kernel.out_features, kernel.in_features
             self._bare = KernelWeight(kernel.values, kernel.places, shape, kernel.backend)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.kernel.resident_bytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def times(self, rows: int) -> tuple[float, float] | None:
+        if self.kernel.backend != "mma":
+            return None
+        values, forms = self.kernel.values, self.kernel.forms
+        return against_dense(self.out, self.inputs, rows, values.dtype, values.device.index, forms)
 
     def apply(self, x: Tensor) -> Tensor:
         if x.numel() != self.inputs:
@@ -70,22 +84,35 @@ def on_kernels(steps: ModuleType) -> Maker:
 def joinable(kernels: Sequence[KernelWeight]) -> bool:
     """Whether the rows of several weights can be those of one: a trained projection belongs to its own weight alone."""
     blocks = {None if kernel.branch is None else kernel.branch.shape[1] for kernel in kernels}
-    apart = any(kernel.projection is not None or kernel.dense_copy is not None for kernel in kernels)
+    apart = any(kernel.projection is not None for kernel in kernels)
     return len(kernels) == 1 or (len(blocks) == 1 and not apart)
 
 
 def joined_kernels(kernels: Sequence[KernelWeight]) -> KernelWeight:
-    """The rows of several weights as one, these left with views of it: tiles of 16 outputs follow each other."""
+    """The rows of several weights as one, these left with views of it: tiles of 16 outputs follow each other.
+
+    In mode `throughput` the whole holds what its own shape needs, and of that the parts share a dense copy alone:
+    cuSPARSELt's form has no rows.
+    """
     first = kernels[0]
     if len(kernels) == 1:
         return first
-    out = sum(kernel.out_features for kernel in kernels)
+    out, mode = sum(kernel.out_features for kernel in kernels), first.mode
+    for kernel in kernels:
+        kernel.hold("decode")
     values, places = join([kernel.values for kernel in kernels]), join([kernel.places for kernel in kernels])
     whole = KernelWeight(values, places, (out, first.in_features), first.backend)
     if first.branch is not None:
         whole.branch = join([kernel.branch for kernel in kernels if kernel.branch is not None])
+    if mode == "throughput" and first.backend == "mma":
+        tune([(out, first.in_features)], values.dtype, LARGE_ROWS, device=device_number(values.device), copies=True)
+    whole.hold(mode)
     for name in ("values", "places", "branch"):
         _share(whole, kernels, name)
+    if whole.dense_copy is not None:
+        rows = whole.dense_copy.split([kernel.out_features for kernel in kernels])
+        for kernel, view in zip(kernels, rows, strict=True):
+            kernel.dense_copy = view
     if values.is_cuda:
         torch.cuda.synchronize(values.device)  # kernels fetch weights before what is queued in front of them has ended
     return whole

@@ -26,10 +26,21 @@ class Product:
     """y = W x for x `[..., in]`, and what it costs to read."""
 
     nbytes: int
-    """Of the weights, side branches and biases included: what one step reads."""
+    """Of the weights, side branches and biases included: what one step of few rows reads."""
+    unpacks = False
+    """Whether batches too large for the kernels unpack the weight each time."""
 
     def __init__(self, name: str, out: int, inputs: int, steps: ModuleType = plain) -> None:
         self.name, self.out, self.inputs, self.steps = name, out, inputs, steps
+
+    @property
+    def held_bytes(self) -> int:
+        """All that is in memory: forms for large batches too."""
+        return self.nbytes
+
+    def times(self, rows: int) -> tuple[float, float] | None:
+        """Seconds of the dense product and of this one for `rows` rows, where both were measured."""
+        return None
 
     def apply(self, x: Tensor) -> Tensor:
         """W x and the bias."""

@@ -61,7 +61,8 @@ def _tiles(out: int, inputs: int, size: int, passes: int, processors: int) -> li
     count, blocks, ranked = -(-out // ROWS), -(-inputs // COLUMNS), []
     for split in (1, 2, 4):
         for tiles in (2, 4, 6, 8, 9, 10, 11, 12, 16):
-            depth = min((ROOM - 1024) // (size * STAGE_ROW + tiles * BLOCK_BYTES), 6, -(-blocks // split))
+            most = max(2, -(-blocks // split))  # a ring has two stages at least, also where one block is all there is
+            depth = min((ROOM - 1024) // (size * STAGE_ROW + tiles * BLOCK_BYTES), 6, most)
             if depth < 2 or split > blocks:
                 continue
             waves = -(-count // tiles) * split * passes / min(processors, IN_CLUSTERS if split == 4 else processors)

@@ -30,7 +30,13 @@ ALGORITHM = 0
 """CUSPARSELT_MATMUL_ALG_CONFIG_ID."""
 
 MULTIPLE = 8
-"""Rows of x are filled up to a multiple of this, for aligned loads."""
+"""Rows of x are filled up to a multiple of this at least, for aligned loads."""
+
+STEPS = 16
+"""Sizes of plans between a power of two and the next, so that prompts of any length meet a plan that is there soon.
+
+A plan costs a millisecond and is made for a number of rows; what is filled up is 1/16 of them at most.
+"""
 
 
 class Plan:
@@ -81,12 +87,18 @@ def plan(out: int, inputs: int, rows: int, dtype: torch.dtype, algorithm: int, d
 def run(x: Tensor, compressed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
     """`x [rows, in]` -> `[rows, out]`."""
     rows, inputs = x.shape
-    filled = -(-rows // MULTIPLE) * MULTIPLE
+    filled = filled_up(rows)
     if filled != rows:
         x = torch.nn.functional.pad(x, (0, 0, 0, filled - rows))
     y = x.new_empty(filled, out)
     plan(out, inputs, filled, x.dtype, algorithm, x.device.index).run(x, compressed, y)
     return y[:rows] if bias is None else y[:rows].add_(bias)
+
+
+def filled_up(rows: int) -> int:
+    """The number of rows of the plan that `rows` rows take."""
+    step = max(MULTIPLE, (1 << (rows - 1).bit_length()) // (2 * STEPS))
+    return -(-rows // step) * step
 
 
 def compress(dense: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_core.runtime.kernels import cusparselt
-from sparseforge_core.runtime.kernels.choices import choose
+from sparseforge_core.runtime.kernels.choices import FORMS, choose
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.weight import KernelWeight, dense_of
 
@@ -17,11 +17,16 @@ ALIGNMENT = 16
 def sparse_linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
     """`x [..., in]` times the transposed weight, plus `bias [out]`: `[..., out]` in the type of x.
 
-    A side branch is added as its two factors: (x P^T) B^T, eq. (1).
+    A side branch is added as its two factors: (x P^T) B^T, eq. (1). Raises ValueError for an x that wants a gradient.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x wants a gradient, and products with packed 2:4 weights compute none; run them under torch.no_grad(), or "
+            "load the model with dense=True to train it"
+        )
     rows = x.reshape(-1, weight.in_features)
     copies = (weight.dense_copy, weight.compressed)
-    out: Tensor = product(rows, weight.values, weight.places, bias, *copies, weight.out_features, weight.backend)
+    out: Tensor = PRODUCT(rows, weight.values, weight.places, bias, *copies, weight.out_features, weight.backend)
     if weight.branch is not None:
         out = out + through_branch(rows, weight.branch, weight.projection)
     return out.reshape(*x.shape[:-1], weight.out_features)
@@ -36,8 +41,7 @@ def through_branch(rows: Tensor, branch: Tensor, projection: Tensor | None) -> T
     return sums @ branch.transpose(-1, -2)
 
 
-@torch.library.custom_op("sparseforge::linear_24", mutates_args=())
-def product(
+def _product(
     x: Tensor,
     values: Tensor,
     places: Tensor,
@@ -78,19 +82,19 @@ def _fastest(
     out: int,
 ) -> Tensor:
     rows, inputs = x.shape
-    choice = choose(out, inputs, rows, x.dtype, x.device.index, copies=dense is not None)
+    forms = FORMS[dense is not None, compressed is not None]
+    choice = choose(out, inputs, rows, x.dtype, x.device.index, forms)
     if choice.plan is not None:
         y = x.new_empty(rows, out)
         choice.plan.run(x, values, places, bias, y)
         return y
     if choice.kind == "cusparselt" and compressed is not None:
         return cusparselt.run(x, compressed, bias, out, choice.algorithm)
-    weight = expand(values, places, (out, inputs)) if dense is None else dense
+    weight = dense if choice.kind == "dense" and dense is not None else expand(values, places, (out, inputs))
     return torch.nn.functional.linear(x, weight, bias)
 
 
-@product.register_fake
-def _(
+def _shape_of_product(
     x: Tensor,
     values: Tensor,
     places: Tensor,
@@ -101,3 +105,17 @@ def _(
     backend: str,
 ) -> Tensor:
     return x.new_empty(x.shape[0], out)
+
+
+NAME = "sparseforge::linear_24"
+SCHEMA = (
+    "(Tensor x, Tensor values, Tensor places, Tensor? bias, Tensor? dense, Tensor? compressed, SymInt out, "
+    "str backend) -> Tensor"
+)
+
+torch.library.define(NAME, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.impl(NAME, "CompositeExplicitAutograd", _product)
+torch.library.register_fake(NAME, _shape_of_product)
+
+PRODUCT = torch.ops.sparseforge.linear_24.default
+"""The operator. `torch.library.custom_op` would put three times the host's time in front of it, for gradients."""

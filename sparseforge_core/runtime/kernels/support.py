@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sparseforge_core.errors import ExportError
+
 CAPABILITIES = ((9, 0),)
 """GPU generations that the kernels were checked on; on others nothing is known, so nothing is run."""
 
@@ -37,6 +39,18 @@ def supported(device: torch.device | str, dtype: torch.dtype, shape: tuple[int, 
             "load the model with dense=True"
         )
     return _no_kernels_on(device)
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ExportError(
+            f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
+            "or a smaller batch, or free the device"
+        )
 
 
 def _no_kernels_on(device: torch.device) -> str | None:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from sparseforge_core.errors import ExportError
-from sparseforge_core.runtime.kernels import choices, cusparselt
+from sparseforge_core.runtime.kernels import choices, cusparselt, table
 from sparseforge_core.runtime.kernels.candidates import candidates
-from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, Choice, Table
+from sparseforge_core.runtime.kernels.choices import LARGEST_OURS
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import to_fragments
 from sparseforge_core.runtime.kernels.measure import COLD, seconds
 from sparseforge_core.runtime.kernels.nvrtc import compile_ahead
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import random_packed
-from sparseforge_core.runtime.kernels.support import supported
+from sparseforge_core.runtime.kernels.support import check_memory, supported
+from sparseforge_core.runtime.kernels.table import Choice, Table
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ OURS_UP_TO = 256
 
 CUSPARSELT_FROM = 65
 """Rows below which cuSPARSELt is not measured: there it never won."""
+
+LARGE_ROWS = (96, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Rows that are measured to decide what a weight holds in mode "throughput"; between them the next larger decides."""
+
+MOST = 256
+"""Weights that are rotated: those of less than 0.2 MB may be found in the cache, but are launched rather than read."""
 
 TOLERANCE = 2e-2
 """Largest relative error against the dense product of the same type; both round each output once."""
@@ -45,9 +52,9 @@ def tune(
         dtype: of values and x.
         rows: of x; each stands for its bucket.
         device: which GPU.
-        copies: measure dense and compressed copies too, for mode "throughput".
+        copies: measure cuSPARSELt too, for mode "throughput".
 
-    Raises ExportError if a shape is not supported, or if a kernel's product is wrong.
+    Raises ExportError if a shape is not supported, if the device has no room to try it, or if a product is wrong.
     """
     found: Table = {}
     for out, inputs in dict.fromkeys(shapes):
@@ -56,32 +63,50 @@ def tune(
             raise ExportError(why)
         missing = [
             size
-            for size in dict.fromkeys(choices.bucket(n) for n in rows)
-            if not _covers(choices.table(device).get(choices.key(out, inputs, size, dtype), ()), copies=copies)
+            for size in dict.fromkeys(table.bucket(n) for n in rows)
+            if not _covers(table.table(device).get(table.key(out, inputs, size, dtype), ()), size, copies=copies)
         ]
         if missing:
+            needed = trial_bytes(out, inputs, dtype, max(missing), copies=copies)
+            check_memory(needed, torch.device("cuda", device), f"measuring products {out}x{inputs}")
             with torch.cuda.device(device), torch.no_grad():
                 trial = _Trial(out, inputs, dtype)
                 for size in missing:
-                    found[choices.key(out, inputs, size, dtype)] = trial.measure(size, copies=copies)
+                    found[table.key(out, inputs, size, dtype)] = trial.measure(size, copies=copies)
     if found:
         choices.record(device, found)
     return found
 
 
-def _covers(known: tuple[Choice, ...], *, copies: bool) -> bool:
+def _covers(known: tuple[Choice, ...], rows: int, *, copies: bool) -> bool:
     kinds = {choice.kind for choice in known}
-    return bool(kinds & {"kernel", "expand"}) and (not copies or "dense" in kinds)
+    compressed = not copies or rows < CUSPARSELT_FROM or "cusparselt" in kinds
+    return bool(kinds & choices.ALWAYS) and "dense" in kinds and compressed
+
+
+def counts(out: int, inputs: int) -> tuple[int, int]:
+    """How many packed weights of a shape are rotated, and how many dense ones, so that none is found in the cache."""
+    packed = min(MOST, max(2, -(-COLD // (out * inputs * 9 // 8))))
+    return packed, min(packed, max(2, -(-COLD // (out * inputs * 2))))
+
+
+def trial_bytes(out: int, inputs: int, dtype: torch.dtype, rows: int, *, copies: bool) -> int:
+    """Memory of a trial: its weights in every form, one more that is unpacked, x, and three outputs."""
+    packed, dense = counts(out, inputs)
+    forms = choices.FORMS[True, copies]
+    held = dense * choices.held_bytes(out, inputs, forms, dtype.itemsize)
+    held += (packed - dense + 1) * choices.held_bytes(out, inputs, itemsize=dtype.itemsize)
+    return held + (out * inputs + rows * (inputs + 3 * out)) * dtype.itemsize
 
 
 class _Trial:
-    """Enough weights of one shape that none is found in the cache."""
+    """Weights of one shape."""
 
     def __init__(self, out: int, inputs: int, dtype: torch.dtype) -> None:
         self.out, self.inputs, self.dtype = out, inputs, dtype
-        count = max(2, -(-COLD // (out * inputs * 9 // 8)))
-        self.fragments = [to_fragments(*random_packed(out, inputs, dtype, "cuda")) for _ in range(count)]
-        self.dense = [expand(*pair, (out, inputs)) for pair in self.fragments[: max(2, -(-COLD // (out * inputs * 2)))]]
+        packed, dense = counts(out, inputs)
+        self.fragments = [to_fragments(*random_packed(out, inputs, dtype, "cuda")) for _ in range(packed)]
+        self.dense = [expand(*pair, (out, inputs)) for pair in self.fragments[:dense]]
 
     @functools.cached_property
     def compressed(self) -> list[Tensor]:
@@ -100,11 +125,11 @@ class _Trial:
         if rows > LARGEST_OURS:
             expanded = [functools.partial(self._expanded, x, pair) for pair in self.fragments]
             found.append(Choice("expand", seconds=self._seconds(expanded)))
-        if copies:
-            dense = [functools.partial(torch.nn.functional.linear, x, weight) for weight in self.dense]
-            found.append(Choice("dense", seconds=self._seconds(dense)))
-            if rows >= CUSPARSELT_FROM:
-                found.append(self._best([self._cusparselt(n, x, exact) for n in range(cusparselt.ALGORITHMS)]))
+        dense = [functools.partial(torch.nn.functional.linear, x, weight) for weight in self.dense]
+        found.append(Choice("dense", seconds=self._seconds(dense)))
+        if copies and rows >= CUSPARSELT_FROM:
+            tried = self._best([self._cusparselt(n, x, exact) for n in range(cusparselt.ALGORITHMS)])
+            found.append(tried or Choice("cusparselt"))
         kept = tuple(choice for choice in found if choice is not None)
         log.info("%dx%d, %d rows: %s", self.out, self.inputs, rows, kept)
         return kept

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.runtime.kernels import cusparselt
+from sparseforge_core.runtime.kernels.choices import FORMS, NONE, Forms, forms_for
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
 from sparseforge_core.runtime.kernels.support import supported
@@ -23,7 +24,7 @@ Backend = Literal["reference", "mma", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "mma", "triton")
 
 Mode = Literal["decode", "throughput"]
-"""Whether nothing but the packed weight stays in memory, or a second form for large batches too."""
+"""Whether nothing but the packed weight stays in memory, or what large batches need too."""
 
 MODES: tuple[Mode, ...] = ("decode", "throughput")
 
@@ -35,8 +36,8 @@ class KernelWeight(nn.Module):
 
     In mode `decode` it holds the kept values and their places alone, 0.5625 of a dense weight of two-byte values;
     batches too large for the kernels unpack it into memory that is given back at once. In mode `throughput` it also
-    holds a dense copy and, on a GPU, one in the form of cuSPARSELt, so that every batch takes the fastest way: 2.125
-    of a dense weight, which `resident_bytes` counts.
+    holds what its shape needs so that no batch loses to dense, by the measurements of `choices.forms_for`: the form of
+    cuSPARSELt (0.5625 more), a dense copy (1 more), or both. `resident_bytes` counts everything.
     """
 
     values: Tensor
@@ -50,6 +51,7 @@ class KernelWeight(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.backend: Backend = backend
+        self.mode: Mode = "decode"
         self.register_buffer("values", values)
         self.register_buffer("places", places)
         self.register_buffer("branch", None)
@@ -97,17 +99,29 @@ class KernelWeight(nn.Module):
         if packed.branch is not None:
             weight.branch = packed.branch.to(device)
             weight.projection = None if packed.projection is None else packed.projection.to(device)
-        if mode == "throughput":
-            weight.dense_copy = weight.dense()
-            if device.type == "cuda":
-                weight.compressed = cusparselt.compress(weight.dense_copy)
+        weight.hold(mode)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # kernels fetch weights before what was launched in front of them has ended
         return weight
 
+    def hold(self, mode: Mode) -> None:
+        """Make the forms that a mode needs here, and let go of those that it does not."""
+        forms = forms_of(self.out_features, self.in_features, self.values.dtype, self.values.device, self.backend, mode)
+        self.mode, self.dense_copy, self.compressed = mode, None, None
+        dense = self.dense() if forms else None
+        if dense is not None and "cusparselt" in forms:
+            self.compressed = cusparselt.compress(dense)
+        if "dense" in forms:
+            self.dense_copy = dense
+
     def dense(self) -> Tensor:
         """The weight `[out, in]` unpacked, bit for bit, without its side branch."""
         return dense_of(self.values, self.places, (self.out_features, self.in_features))
+
+    @property
+    def forms(self) -> Forms:
+        """What it holds beside the packed weight."""
+        return FORMS[self.dense_copy is not None, self.compressed is not None]
 
     @property
     def resident_bytes(self) -> int:
@@ -116,6 +130,25 @@ class KernelWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, 2:4, {self.backend}"
+
+
+def forms_of(
+    out: int, inputs: int, dtype: torch.dtype, device: torch.device | None, backend: Backend, mode: Mode
+) -> Forms:
+    """What a weight holds beside its packed form; without a device, on a GPU of the committed measurements.
+
+    The reference path multiplies by a dense copy in mode `throughput`; the Triton kernels take every batch themselves.
+    """
+    if mode == "decode" or backend == "triton":
+        return NONE
+    if backend == "reference":
+        return frozenset({"dense"})
+    return forms_for(out, inputs, dtype, None if device is None else device_number(device))
+
+
+def device_number(device: torch.device) -> int:
+    """Of a CUDA device, the current one if it says none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def dense_of(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -20,7 +20,8 @@ from sparseforge_core.data.corpora import Synthetic, TextFiles
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, open_tokens, tokenize_once
 from sparseforge_core.data.vocabulary import train_bpe
 from sparseforge_core.errors import DataError
-from sparseforge_core.evaluate.perplexity import WIKITEXT_ENV, wikitext2_test
+from sparseforge_core.evaluate.perplexity import wikitext2_test
+from sparseforge_core.evaluate.suites import WIKITEXT_ENV
 
 CORPUS = Synthetic(documents_count=120)
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"

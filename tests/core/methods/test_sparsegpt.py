@@ -18,6 +18,7 @@ from sparseforge_core.opening import cell_folder, open_finished
 from sparseforge_core.recipe import Cell, Recipe
 from sparseforge_core.run import train_cell
 from sparseforge_core.sparsity.patterns import BLOCK_16, Unstructured, check_mask, check_weight, nm
+from sparseforge_core.sparsity.rules import ByRule, PatternRule
 from sparseforge_core.sparsity.second_order import inverse_factor, sweep, tenfold_raises
 from tests.tiny import sites_of, tiny_model, tiny_source, tokens
 
@@ -86,6 +87,15 @@ def test_wanda_on_a_tiny_model_is_the_literal_reference() -> None:
     masks = literal_wanda(reference, list(tokens(12, 16, seed=5).split(4)))
     agreed = sum(int((site.mask.hard == masks[site.name]).sum()) for site in track.sites)
     assert agreed / sum(mask.numel() for mask in masks.values()) >= 0.999
+
+
+def test_sites_with_one_input_may_have_different_patterns() -> None:
+    model = tiny_model("llama")
+    keys = PatternRule(sites="*.k_proj.weight", pattern=nm(1, 4))
+    choice = ByRule(rules=(keys, PatternRule(sites="*[!k]_proj.weight", pattern=nm(2, 4))))
+    track = SparseGPT(samples=12, length=16).start(around_of(model, choice))
+    for site in track.sites:
+        check_mask(site.mask.hard, nm(1, 4) if "k_proj" in site.name else nm(2, 4), site.name)
 
 
 def test_experts_each_have_their_own_hessian() -> None:

@@ -80,6 +80,32 @@ def test_grams_are_sums_of_outer_products_and_shared_by_sites_with_one_input() -
     assert grams.of(by_name["q_proj"]) is not grams.of(by_name["o_proj"])
 
 
+def test_sites_share_a_gram_across_others_that_ran_between_them() -> None:
+    """Phi's attention and MLP stand side by side on one normalised input."""
+    model = tiny_model("phi")
+    block = next(stream_blocks(model, sites_of(model), BATCHES))
+    grams = Grams(block, block.sites)
+    by_name = {site.name.split(".")[-2]: site for site in block.sites}
+    assert grams.of(by_name["fc1"]) is grams.of(by_name["q_proj"])
+    assert grams.of(by_name["fc2"]) is not grams.of(by_name["dense"])
+    alone = Grams(block, [by_name["fc1"]])
+    assert torch.equal(alone.of(by_name["fc1"]), grams.of(by_name["fc1"]))
+
+
+def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
+    model = tiny_model("phi")
+    mlp = model.model.layers[0].mlp
+
+    def double(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].mul_(2.0)
+
+    mlp.fc1.register_forward_pre_hook(double)
+    block = next(stream_blocks(model, sites_of(model), BATCHES))
+    grams = Grams(block, block.sites)
+    by_name = {site.name.split(".")[-2]: site for site in block.sites}
+    assert torch.allclose(grams.of(by_name["fc1"]), 4.0 * grams.of(by_name["q_proj"]))
+
+
 @pytest.mark.parametrize(
     ("architecture", "order"),
     [

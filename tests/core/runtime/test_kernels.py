@@ -5,6 +5,7 @@ What a machine without a GPU cannot run is named by the skips; the Triton kernel
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,13 +19,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseforge_core.errors import ExportError
-from sparseforge_core.runtime.kernels import KernelWeight, choices, sparse_linear, supported
+from sparseforge_core.runtime.kernels import KernelWeight, choices, cusparselt, sparse_linear, supported, table
 from sparseforge_core.runtime.kernels.candidates import candidates
-from sparseforge_core.runtime.kernels.choices import Choice
+from sparseforge_core.runtime.kernels.cusparselt import filled_up
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
-from sparseforge_core.runtime.kernels.nvrtc import FOLDER
+from sparseforge_core.runtime.kernels.measure import COLD
+from sparseforge_core.runtime.kernels.nvrtc import FOLDER, compile_ahead
+from sparseforge_core.runtime.kernels.operator import PRODUCT
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import PAIRS, random_packed
+from sparseforge_core.runtime.kernels.table import Choice
+from sparseforge_core.runtime.kernels.tuning import counts, trial_bytes
 from sparseforge_core.runtime.linear import PackedWeight, SparseLinear
 from sparseforge_core.runtime.packed import Layout, Packed, check_indices, layout_of, pack, unpack
 from sparseforge_core.sparsity.patterns import nm, top_mask
@@ -135,6 +140,31 @@ def test_compilers_take_the_product_whole() -> None:
     assert torch.equal(compiled(x), sparse_linear(x, weight) + 1)
 
 
+def test_a_product_has_no_gradient_and_says_so() -> None:
+    weight, x = KernelWeight.of(packed_weight(16, 64, torch.float32)), torch.randn(3, 64, requires_grad=True)
+    with pytest.raises(ValueError, match="load the model with dense=True to train"):
+        sparse_linear(x, weight)
+    with torch.no_grad():
+        assert torch.equal(sparse_linear(x, weight), sparse_linear(x.detach(), weight))
+
+
+def test_the_operator_is_a_good_one_for_compilers() -> None:
+    """torch's own checks: schema, no hidden aliases, the shape that compilers are told."""
+    weight = KernelWeight.of(packed_weight(16, 64, torch.float32), mode="throughput")
+    given = (
+        torch.randn(3, 64),
+        weight.values,
+        weight.places,
+        torch.randn(16),
+        weight.dense_copy,
+        None,
+        16,
+        "reference",
+    )
+    for checked in ("test_schema", "test_faketensor"):
+        assert torch.library.opcheck(PRODUCT, given, test_utils=checked) == {checked: "SUCCESS"}
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "shape", "words"),
     [
@@ -177,7 +207,7 @@ def test_a_weight_says_what_is_wrong() -> None:
 
 
 LLAMA = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
-SMALL = ((768, 768), (576, 1536), (1536, 576), (2048, 5632))
+SMALL = ((16, 64), (32, 256), (768, 768), (576, 1536), (1536, 576), (2048, 5632))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 17, 33, 64, 100])
@@ -195,23 +225,131 @@ def test_every_shape_has_plans_that_fit(rows: int) -> None:
             assert Choice.from_json(json.loads(json.dumps(Choice("kernel", plan, seconds=1e-5).to_json()))).plan == plan
 
 
+DENSE, COMPRESSED = choices.FORMS[True, False], choices.FORMS[False, True]
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, lines: dict[str, tuple[Choice, ...]]) -> None:
+    """Let these be all that GPU 0 measured; its generation measured nothing."""
+    monkeypatch.setattr(table, "table", lambda device: lines)
+    monkeypatch.setattr(table, "generation", lambda device: {})
+    choices.choose.cache_clear()
+
+
 def test_choices_come_from_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = candidates(32, 256, 8)[0]
     fast, slow = Choice("cusparselt", algorithm=3, seconds=1e-6), Choice("kernel", plan, seconds=2e-6)
-    known = {choices.key(32, 256, 8, torch.float16): (slow, fast)}
-    monkeypatch.setattr(choices, "table", lambda device: known)
-    assert choices.choose(32, 256, 5, torch.float16, 0, copies=True) == fast
-    assert choices.choose(32, 256, 5, torch.float16, 0, copies=False) == slow
-    known[choices.key(32, 256, 512, torch.float16)] = (
-        Choice("dense", seconds=1e-6),
-        Choice("cusparselt", seconds=0.99e-6),
-        Choice("expand", seconds=2e-6),
+    refused = Choice("cusparselt")
+    large = (Choice("dense", seconds=1e-6), Choice("cusparselt", seconds=0.99e-6), Choice("expand", seconds=2e-6))
+    measured(
+        monkeypatch,
+        {
+            table.key(32, 256, 8, torch.float16): (slow, fast),
+            table.key(32, 256, 512, torch.float16): large,
+            table.key(32, 256, 2048, torch.float16): (refused, large[2], large[0]),
+        },
     )
-    assert choices.choose(32, 256, 400, torch.float16, 0, copies=True).kind == "dense"
-    assert choices.choose(32, 256, 400, torch.float16, 0, copies=False).kind == "expand"
-    assert choices.choose(32, 256, 5, torch.bfloat16, 0, copies=False).seconds is None
-    assert choices.choose(32, 256, 4096, torch.float16, 0, copies=False).kind == "expand"
-    assert choices.choose(32, 256, 4096, torch.float16, 0, copies=True).kind == "dense"
+    choose = functools.partial(choices.choose, 32, 256, dtype=torch.float16, device=0)
+    assert choose(rows=5, forms=choices.BOTH) == fast
+    assert choose(rows=5) == slow
+    assert choose(rows=400, forms=choices.BOTH).kind == "dense", "one per cent is no reason to change"
+    assert choose(rows=400, forms=COMPRESSED).kind == "cusparselt"
+    assert choose(rows=400).kind == "expand"
+    assert choose(rows=4096, forms=COMPRESSED).kind == "expand", "what was refused is not taken"
+    assert choices.choose(32, 256, 5, torch.bfloat16, 0).seconds is None
+    assert choices.against_dense(32, 256, 400, torch.float16, 0) == (1e-6, 2e-6)
+    assert choices.against_dense(32, 256, 5, torch.float16, 0) is None
+
+
+def test_sizes_between_the_measured_ones_take_their_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No prompt length falls between the lines of a table back to what is taken before anything was measured."""
+    best = Choice("cusparselt", algorithm=17, seconds=1e-6)
+    lines = {table.key(32, 256, size, torch.float16): (best,) for size in (128, 1024, 2048)}
+    measured(monkeypatch, lines)
+    for rows in (65, 100, 128, 520, 1000, 1025, 1500, 2048, 2049, 3000, 8192, 20_000):
+        assert choices.choose(32, 256, rows, torch.float16, 0, choices.BOTH) == best, rows
+    for rows in (1, 2, 60, 129, 500):
+        assert choices.choose(32, 256, rows, torch.float16, 0, choices.BOTH).seconds is None, rows
+    assert table.deciding(1) == (1,), "one row has kernels of its own"
+
+
+@given(rows=st.integers(1, 20_000))
+def test_prompts_meet_few_plans(rows: int) -> None:
+    filled = filled_up(rows)
+    assert rows <= filled <= max(-(-rows // 8) * 8, rows * 17 / 16 + 1)
+    assert filled % 8 == 0
+    assert filled_up(filled) == filled
+
+
+def test_prompts_of_every_length_share_a_few_plans() -> None:
+    assert len({filled_up(rows) for rows in range(1025, 8193)}) == 48
+    assert all(filled_up(rows) == rows for rows in (64, 128, 1024, 2048, 4096, 8192))
+
+
+def test_the_committed_measurements_decide_what_llama_holds() -> None:
+    """On the H100 that was measured: no copy that wins nowhere, and no batch that loses for want of one."""
+    held = total = 0
+    for out, inputs in LLAMA:
+        forms = choices.forms_for(out, inputs, torch.bfloat16, None)
+        assert "cusparselt" in forms
+        for rows in (1, 16, 64, 96, 128, 200, 256, 1000, 2048, 8192):
+            times = choices.against_dense(out, inputs, rows, torch.bfloat16, None, forms)
+            assert times is None or times[0] >= choices.WORST * times[1], (out, inputs, rows)
+        held += choices.held_bytes(out, inputs, forms)
+        total += 2 * out * inputs
+    assert choices.forms_for(12288, 4096, torch.bfloat16, None) == COMPRESSED
+    assert choices.forms_for(4096, 4096, torch.bfloat16, None) == choices.BOTH
+    assert held / total == pytest.approx(1.4307, abs=1e-4)
+    assert choices.forms_for(48, 640, torch.bfloat16, None) == choices.BOTH, "nothing is known of a new shape"
+
+
+def test_every_plan_of_the_committed_tables_fits() -> None:
+    files = sorted(table.MEASURED.iterdir())
+    assert [file.name for file in files] == ["9.0.json"]
+    known = table.read_table(9, 0)
+    for out, inputs in LLAMA:
+        for rows in (1, 2, 4, 8, 16, 24, 32, 48, 64):
+            assert choices.choose(out, inputs, rows, torch.bfloat16, None).plan is not None
+        assert {choice.kind for choice in known[f"{out}x{inputs} bfloat16 rows 2048"]} >= {"dense", "cusparselt"}
+    for name, several in known.items():
+        shape, _, _, rows = name.split()
+        out, inputs = map(int, shape.split("x"))
+        assert {choice.kind for choice in several} & choices.ALWAYS, name
+        for choice in several:
+            if choice.plan is not None:
+                assert choice.plan.fits(inputs)
+                assert choice.plan.kernel == "tiles" or choice.plan.rows >= int(rows)
+    assert table.read_table(8, 0) == {}
+
+
+def test_measurements_of_bfloat16_speak_for_float16_until_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = choices.choose(12288, 4096, 1, torch.bfloat16, None)
+    assert choices.choose(12288, 4096, 1, torch.float16, None) == one
+    assert one.seconds is not None
+    assert choices.choose(12288, 4096, 2048, torch.float16, None, choices.BOTH).kind == "dense", "no algorithm is known"
+    own = Choice("kernel", candidates(12288, 4096, 1)[1], seconds=1.0)
+    monkeypatch.setattr(table, "table", lambda device: {table.key(12288, 4096, 1, torch.float16): (own,)})
+    monkeypatch.setattr(table, "generation", lambda device: table.read_table(9, 0))
+    choices.choose.cache_clear()
+    assert choices.choose(12288, 4096, 1, torch.float16, 0) == own
+    assert choices.choose(12288, 4096, 1, torch.bfloat16, 0) == one
+    choices.choose.cache_clear()
+
+
+def test_the_memory_of_measuring_is_known_before() -> None:
+    """Gate and up of LLaMA-2-7B at 8,192 rows: two weights in all forms, x and outputs; small weights are many."""
+    dense = 22016 * 4096 * 2
+    assert counts(22016, 4096) == (3, 2)
+    found = trial_bytes(22016, 4096, torch.bfloat16, 8192, copies=True)
+    assert found == 2 * dense * 2.125 + 2 * dense * 0.5625 + dense + 8192 * (4096 + 3 * 22016) * 2
+    assert counts(16, 64) == (256, 256)
+    assert counts(4096, 4096)[0] * 4096 * 4096 * 9 / 8 >= COLD
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MEASURED", tmp_path)
+    (tmp_path / "7.5.json").write_text('{"choices": {"16x64 float16 rows 1": [{"kind": "dense"}]}}')
+    with pytest.raises(ExportError, match=r"7\.5\.json holds no choices of kernels"):
+        table.read_table(7, 5)
 
 
 INTERPRETED = """
@@ -262,10 +400,12 @@ def test_plans_agree_with_float64(out: int, inputs: int, dtype: torch.dtype) -> 
     fragments = to_fragments(values, indices)
     dense = unpack(values.cpu(), indices.cpu(), TWO_FOUR, (out, inputs))
     bias = torch.randn(out, device="cuda").to(dtype)
-    for rows in (1, 3, 8, 16, 20, 64, 130):
+    plans = {rows: candidates(out, inputs, rows)[::4] for rows in (1, 3, 8, 16, 20, 64, 130)}
+    compile_ahead([(p.kernel, p.constants(out, inputs, dtype)) for several in plans.values() for p in several], 0)
+    for rows, several in plans.items():
         x = torch.randn(rows, inputs, device="cuda").to(dtype)
         exact = x.cpu().double() @ dense.double().T + bias.cpu().double()
-        for plan in candidates(out, inputs, rows)[::4]:  # each takes a third of a second to build
+        for plan in several:
             y = torch.full((rows, out), float("nan"), dtype=dtype, device="cuda")
             plan.run(x, *fragments, bias, y)
             assert float((y.cpu().double() - exact).norm() / exact.norm()) < 1e-2, (rows, plan)
@@ -291,6 +431,28 @@ def test_gpu_products_and_graphs(backend: str, mode: str) -> None:
         graph.replay()
         expected = torch.nn.functional.linear(x, dense).float()
         assert float((y.float() - expected).norm() / expected.norm()) < 1e-2
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cusparselt_multiplies_prompts_of_any_length(dtype: torch.dtype) -> None:
+    """Rows are filled up to those of a plan; what is beyond the last row is no output."""
+    packed = packed_weight(128, 512, dtype, device="cuda")
+    dense, bias = packed.dense(), torch.randn(128, device="cuda").to(dtype)
+    compressed, ran = cusparselt.compress(dense), 0
+    for rows in (65, 200, 1030):
+        x = torch.randn(rows, 512, device="cuda").to(dtype)
+        exact = x.double() @ dense.double().T + bias.double()
+        for algorithm in range(cusparselt.ALGORITHMS):
+            try:
+                y = cusparselt.run(x, compressed, bias, 128, algorithm)
+            except ExportError:  # an algorithm that the library does not have for these sizes
+                continue
+            assert y.shape == (rows, 128)
+            assert float((y.double() - exact).norm() / exact.norm()) < 1e-2, (rows, algorithm)
+            ran += 1
+    assert ran >= 3
 
 
 @ON_GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from sparseforge_core.models.hub import from_pretrained
 from sparseforge_core.runtime import load_sparse, reference_reader
 from sparseforge_core.runtime.generate import generate
 from sparseforge_core.runtime.linear import SparseLinear
-from sparseforge_core.runtime.loading import load_packed
+from sparseforge_core.runtime.loading import extra_bytes, load_packed, resident_bytes
 from sparseforge_core.runtime.manifest import MANIFEST, SUMS, WEIGHTS, Entry, write_sums
 from sparseforge_core.runtime.packed import Layout
 from sparseforge_core.runtime.semi_structured import load_semi_structured, refusal
@@ -145,6 +146,31 @@ def test_a_model_that_overflows_says_so_instead_of_a_token(llama: Path) -> None:
     model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ExportError, match="a logit is not finite"):
         generate(model, Numbers(), "5 6", tokens=2)
+
+
+def test_modes_that_cannot_be_are_refused_before_anything_is_read(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"mode='throughput': holds forms .* on cpu load with dense=True"):
+        load_sparse(llama, mode="throughput")
+    for place in ("cpu", "cuda"):
+        with pytest.raises(ExportError, match=r"unknown mode 'troughput'.*Did you mean 'throughput'"):
+            load_sparse(tmp_path / "gone", mode="troughput", device=place)  # type: ignore[arg-type]
+
+
+def test_what_a_model_holds_is_counted_by_memory(llama: Path) -> None:
+    model, report = load_packed(llama)
+    assert resident_bytes([model]) == report.resident_bytes
+    assert resident_bytes([model, model.model.layers[0]]) == report.resident_bytes  # type: ignore[attr-defined]
+    assert "mode" not in str(report)
+    report.mode = "throughput"
+    assert ", mode throughput" in str(report)
+
+
+def test_what_large_batches_need_is_known_before_loading() -> None:
+    extra = functools.partial(extra_bytes, dtype=torch.bfloat16, device=None)
+    dense = 4096 * 4096 * 2
+    assert extra((4096, 4096), mode="decode") == 0
+    assert extra((4096, 4096), mode="throughput") == dense * 1.5625
+    assert extra((12288, 4096), mode="throughput") == 3 * dense * 0.5625
 
 
 def _manifest(folder: Path, change: Any) -> None:

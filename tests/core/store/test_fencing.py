@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from sparseforge_core.errors import CellTaken
-from sparseforge_core.store import schema
+from sparseforge_core.store import engine, schema
 from sparseforge_core.store.rows import Attempt
 from sparseforge_core.store.store import ResultStore
 from tests.stores import PROVENANCE, plan, planned_cell, value
@@ -53,6 +54,30 @@ def claim_then_finish(url: str, connection: Connection) -> None:
     else:
         connection.send("recorded")
     store.close()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("wrong", [datetime.timedelta(hours=1), datetime.timedelta(hours=-1)], ids=["fast", "slow"])
+def test_a_machine_whose_clock_is_wrong_takes_nothing_from_others(
+    postgres_url: str, wrong: datetime.timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return datetime.datetime.now(tz) + wrong
+
+    lease = datetime.timedelta(minutes=5)
+    right, other = ResultStore(postgres_url), ResultStore(postgres_url)
+    plan(right, [CELL])
+    attempt = right.claim(CELL.key, "train", PROVENANCE)
+    monkeypatch.setattr(engine, "datetime", types.SimpleNamespace(datetime=Wrong, UTC=datetime.UTC))
+    assert other.expire(lease) == 0
+    assert other.heartbeat(attempt)
+    monkeypatch.undo()
+    assert right.expire(lease) == 0, "a heartbeat that came from the past"
+    assert right.expire(datetime.timedelta(seconds=-1)) == 1, "a heartbeat that came from the future"
+    right.close()
+    other.close()
 
 
 @pytest.mark.parametrize("successor", ["finished", "running", "none"])

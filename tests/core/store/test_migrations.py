@@ -132,6 +132,8 @@ def test_an_older_schema_is_named_by_readers(store_url: str, monkeypatch: pytest
 @pytest.mark.parametrize("with_alembic", [False, True])
 def test_another_programs_database_is_left_alone(store_url: str, side: type, with_alembic: bool) -> None:
     engine = make_engine(store_url)
+    if engine.dialect.name == "sqlite":
+        Path(str(engine.url.database)).touch()
     with writing(engine) as connection:
         connection.exec_driver_sql("CREATE TABLE experiments (id INTEGER)")
         if with_alembic:

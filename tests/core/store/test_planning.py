@@ -51,10 +51,10 @@ def test_planning_again_changes_nothing_and_keeps_results(store: ResultStore, st
     slots = [planned_slot(BASE), planned_slot(SPARSE)]
     plan(store, [BASE, SPARSE], slots)
     record(store, BASE, "train", value("loss", 1.0))
-    before, frame = store.work("g"), Results(store_url).measurements("g")
+    before, measured = store.work("g"), Results(store_url).measurements("g")
     plan(store, [BASE, SPARSE], slots)
     assert store.work("g") == before
-    assert Results(store_url).measurements("g").equals(frame)
+    assert Results(store_url).measurements("g") == measured
     assert store.fsck() == []
 
 
@@ -64,8 +64,8 @@ def test_a_smaller_plan_drops_slots_and_stages_but_no_results(store: ResultStore
     record(store, SPARSE, "train", value("loss", 1.0))
     plan(store, [BASE], [planned_slot(BASE)])
     assert {s.cell_key for s in store.work("g")} == {BASE.key}
-    assert list(Results(store_url).slots("g").row) == ["dense"]
-    assert Results(store_url).measurements("h").value.tolist() == [1.0]
+    assert [slot.row for slot in Results(store_url).slots("g")] == ["dense"]
+    assert [m.value for m in Results(store_url).measurements("h")] == [1.0]
 
 
 def test_a_changed_default_under_an_old_key_is_drift_and_nothing_is_written(store: ResultStore) -> None:
@@ -108,10 +108,10 @@ def test_quoted_numbers_are_replaced_together_and_only_if_given(store: ResultSto
     plan(store, [BASE], published=[number("zeta", 0), number("alpha", 1)])
     plan(store, [BASE], grid="h")
     results = Results(store_url)
-    assert results.published("table-2").row.tolist() == ["zeta", "alpha"]
+    assert [number.row for number in results.published("table-2")] == ["zeta", "alpha"]
     assert (results.grid("g")["published"], results.grid("h")["published"]) == (True, False)
     plan(store, [BASE], published=[number("beta", 0)])
-    assert results.published("table-2").row.tolist() == ["beta"]
+    assert [number.row for number in results.published("table-2")] == ["beta"]
 
 
 def test_ten_thousand_cells_are_planned_and_listed(store: ResultStore) -> None:

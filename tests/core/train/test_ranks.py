@@ -17,8 +17,10 @@ from sparseforge_core import ranks
 from sparseforge_core.identity import dumps
 from sparseforge_core.methods.ast import AST
 from sparseforge_core.methods.cast import CAST
+from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.maskllm import MaskLLM
 from sparseforge_core.methods.sparseforge import SparseForge
+from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.observe.curvature import MicroBatchFisher
 from sparseforge_core.sparsity.patterns import BLOCK_16
 from sparseforge_core.sparsity.slorb import SLoRB
@@ -55,6 +57,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ast": (cell(AST(refresh_every=3), slorb=SLoRB(k=16)), {"sharding": "shard"}),
     "cast": (cell(CAST(scale_blocks=4)), {"sharding": "shard"}),
     "maskllm": (cell(MaskLLM(prior=None)), {"sharding": "replicate"}),
+    "from-a-solution": (cell(FrozenMask(prior=SparseGPT(samples=4, length=16))), {"sharding": "replicate"}),
     "experts": (cell(architecture="qwen3_moe"), {"sharding": "replicate"}),
 }
 

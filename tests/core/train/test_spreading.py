@@ -80,7 +80,7 @@ def test_a_rank_is_given_up_when_silent_or_left_behind_but_not_when_slow() -> No
     for second in range(100):  # both beat; rank 1 is always half a step behind, and goes on
         beats = [f"{second} {2 * second + 1} 0", f"{second} {2 * second} 0"]
         assert watch.trouble(beats, now + second) is None
-    assert watch.trouble(beats, now + 120) == "rank 0 was not heard of for 15 s"
+    assert watch.trouble(beats, now + 120) == "rank 0 was not heard of for 10 s"
     watch = _Others(2, 15.0)
     stays = [f"{second} {point} 0" for second, point in ((0, 8), (0, 7))]
     assert watch.trouble(stays, now) is None

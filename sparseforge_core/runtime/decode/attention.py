@@ -1,7 +1,9 @@
-"""Attention of one decode step where programs are many (rows, or long texts): the same as in `fast`, on tensor cores.
+"""Attention of one decode step over the cache: each program reads one stretch, the last of a head adds them up.
 
-The queries that share keys are filled up to 16 rows of a product, so that a stretch of the cache costs its reading and
-little else, and several programs fit a multiprocessor; the loads of later blocks run ahead.
+Queries that share keys are the rows of a program. Where programs are few, each has its own queries alone and multiplies
+in float32 (`DOTS` false). Where they are many (rows of a batch, long texts), a program must cost little beside its
+reading: queries are filled up to 16 rows of a product on tensor cores, so that several programs fit a multiprocessor
+and the loads of later blocks run ahead.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -55,7 +57,7 @@ def attend(
     qkv, keys, values, cos_table, sin_table, position, out, partial, counters, q_norm, k_norm, eps, scale, capacity,
     KV: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, STRETCH: tl.constexpr,
     STRETCHES: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, NORMED: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
+    DOTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one pair of text and key head; the last of a pair adds the stretches up."""
     if EARLY:
@@ -72,6 +74,7 @@ def attend(
     kv = pair % KV
     lane = tl.arange(0, ROWS)
     whole = tl.arange(0, HEAD)
+    half = tl.arange(0, HALF)
     partner = (whole + HALF) % HEAD
     cos = tl.load(cos_table + place * HALF + whole % HALF)
     sin = tl.load(sin_table + place * HALF + whole % HALF)
@@ -79,7 +82,11 @@ def attend(
     mine = lane[:, None] < GROUP
     q = tl.load(qkv + at + whole[None, :], mask=mine, other=0.0).to(tl.float32)
     q_partner = tl.load(qkv + at + partner[None, :], mask=mine, other=0.0).to(tl.float32)
-    q = _turned(q, q_partner, whole, partner, q_norm, cos, sin, eps, HEAD, NORMED).to(keys.dtype.element_ty)
+    q = _turned(q, q_partner, whole, partner, q_norm, cos, sin, eps, HEAD, NORMED)
+    if DOTS:
+        q = q.to(keys.dtype.element_ty)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(q, (ROWS, 2, HALF)), (0, 2, 1)))
     held = pair.to(tl.int64) * capacity * HEAD
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -101,17 +108,26 @@ def attend(
     for start in range(0, STRETCH, BLOCK):
         token = begin + start + tl.arange(0, BLOCK)
         seen = (token < place)[:, None]
-        place_of = held + token[:, None] * HEAD + whole[None, :]
-        old_keys = tl.load(keys + place_of, mask=seen, other=0.0)
-        old_values = tl.load(values + place_of, mask=seen, other=0.0)
-        score = tl.dot(q, tl.trans(old_keys), input_precision="ieee") * scale
+        place_of = held + token[:, None] * HEAD
+        old_values = tl.load(values + place_of + whole[None, :], mask=seen, other=0.0)
+        if DOTS:
+            old_keys = tl.load(keys + place_of + whole[None, :], mask=seen, other=0.0)
+            score = tl.dot(q, tl.trans(old_keys), input_precision="ieee") * scale
+        else:  # half by half: a sum over half as many threads
+            first_half = tl.load(keys + place_of + half[None, :], mask=seen, other=0.0).to(tl.float32)
+            second_half = tl.load(keys + place_of + HALF + half[None, :], mask=seen, other=0.0).to(tl.float32)
+            terms = low[:, None, :] * first_half[None, :, :] + high[:, None, :] * second_half[None, :, :]
+            score = tl.sum(terms, 2) * scale
         score = tl.where((token < place)[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
         fade = tl.exp2(highest - higher)
         total = total * fade + tl.sum(share, 1)
-        seen_values = tl.dot(share.to(old_values.dtype), old_values, input_precision="ieee")
-        mixed = mixed * fade[:, None] + seen_values
+        if DOTS:
+            added = tl.dot(share.to(old_values.dtype), old_values, input_precision="ieee")
+        else:
+            added = tl.sum(share[:, :, None] * old_values.to(tl.float32)[None, :, :], 1)
+        mixed = mixed * fade[:, None] + added
         highest = higher
 
     first = out + (pair // KV).to(tl.int64) * GROUP * KV * HEAD + kv * GROUP * HEAD

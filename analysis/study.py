@@ -1,0 +1,56 @@
+"""The study's report, results/README.md, from the results store alone; rows that are not in yet are said to be absent.
+
+python analysis/study.py [--db URL] [--grid smollm2-study] [--figure FILE] [--out results/README.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from analysis.study_report import report
+from sparseforge_core.errors import SparseForgeError
+from sparseforge_core.store.results import Results
+
+STORE = "results/smollm2/store.db"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 written, 2 refused."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--db", default=f"sqlite:///{STORE}", metavar="URL", help=f"default sqlite:///{STORE}")
+    parser.add_argument("--grid", default="smollm2-study")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("results/smollm2/figures/accuracy-vs-tokens.svg"),
+        help="the figure that make_tables.py wrote; the page links it if it is there",
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/README.md"))
+    options = parser.parse_args(arguments)
+    try:
+        results = Results(options.db)
+        try:
+            figure = os.path.relpath(options.figure, options.out.parent) if options.figure.is_file() else ""
+            store = options.db.removeprefix("sqlite:///")
+            text = report(results, results.grid(options.grid)["name"], store=store, figure=figure)
+        finally:
+            results.close()
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text, encoding="utf-8")
+    except (SparseForgeError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {text.count(chr(10)):,} lines")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

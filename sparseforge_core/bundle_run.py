@@ -1,0 +1,254 @@
+"""Going through the cells of a bundle: processes may share it, a cell that fails stops no other, time is kept.
+
+A cell is worked on by the process that holds its lock, which goes with the process. What is finished is passed over,
+what failed is said in `failures/STAGE.json` of the cell's folder, and each process tries a cell once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseforge_core import files, measured
+from sparseforge_core.bundles import Entry
+from sparseforge_core.checkpoint import drop_weights, dropped
+from sparseforge_core.errors import BundleError, CellsFailed, FolderHeld, Interrupted, SparseForgeError, described
+from sparseforge_core.evaluate.suites import Suite, suite_key
+from sparseforge_core.identity import cell_key, required_cells
+from sparseforge_core.opening import divergence
+from sparseforge_core.recipe import Cell
+
+log = logging.getLogger(__name__)
+
+TRAIN, FINAL = "train", "final"
+FAILURES, CLAIMS = "failures", "claims"
+"""Folder of a cell with what failed in it; folder of the bundle's home with the locks of its cells."""
+POLL = 0.5
+"""Seconds between two looks at cells that other processes hold."""
+FAILS = (SparseForgeError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, ImportError)
+"""What ends a stage and not the bundle: refusals, full memory, what is not installed, numbers that make no sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How one cell is trained and measured here."""
+
+    train: Callable[[Cell], object]
+    measure: Callable[[Cell, Suite], object]
+    should_stop: Callable[[], bool]
+
+
+@dataclass
+class Walk:
+    """One process on its way through a bundle's cells."""
+
+    bundle: Sequence[Entry]
+    """All cells of it."""
+    entries: Sequence[Entry]
+    """Those to run, each after those it needs."""
+    cells: Path
+    """The folder of the cells' folders."""
+    work: Work
+    seconds: float | None = None
+    """From now, in which cells may be started; None: all."""
+    drop_models: bool = False
+    """Whether the weights of a cell are deleted once all of it is measured and no other cell waits for them."""
+    failed: dict[str, list[str]] = field(default_factory=dict)
+    """What went wrong, by cell, since this process began."""
+    last: tuple[float, int] | None = None
+    """Seconds and tokens of the last cell that this process finished."""
+
+    def __post_init__(self) -> None:
+        self.began, self.clock = time.time(), time.monotonic()
+        self.left = {cell_key(entry.cell): entry for entry in self.entries}
+        self.late: dict[str, float] = {}
+
+    def go(self) -> None:
+        """Until every cell is finished, has failed, or would take longer than is left.
+
+        Raises CellsFailed in the end if something failed, Interrupted when asked to stop.
+        """
+        while self.left:
+            if not self._step():
+                if not set(self.left) - set(self.late):
+                    log.info("%d cells are not started: they would take longer than is left", len(self.late))
+                    break
+                time.sleep(POLL)
+        if self.failed:
+            said = "; ".join(f"{key}: {why}" for key, reasons in self.failed.items() for why in reasons[:1])
+            raise CellsFailed(
+                f"{len(self.failed)} of {len(self.entries)} cells failed, all others went on: {said}. Run the same "
+                f"command again to try them again; {self.cells}/CELL/{FAILURES}/ says more"
+            )
+
+    def _step(self) -> bool:
+        """Settle the first cell that can be; False if all that are left are waited for, held by others or too long."""
+        for key, entry in list(self.left.items()):
+            if self.work.should_stop():
+                raise Interrupted("stopped between two cells; run the same command again to go on from here")
+            if self._settled(key, entry):
+                return True
+            if self._is_late(key, entry) or self._waits(key, entry):
+                continue
+            try:
+                with files.held(self.cells.parent / CLAIMS / key, seconds=0):
+                    if not self._settled(key, entry):  # somebody may have finished it in the meantime
+                        self._run(key, entry)
+                        if not self._settled(key, entry):
+                            raise BundleError(f"cell {key} ended and left no results in {self.cells / key}")
+            except FolderHeld:
+                continue
+            return True
+        return False
+
+    def _settled(self, key: str, entry: Entry) -> bool:
+        """Whether a cell is finished or has failed since this process began; then it is left behind."""
+        if key in self.left and self.finished(entry):
+            del self.left[key]
+            self.late.pop(key, None)
+            self._drop()
+            return True
+        if key in self.left and (key in self.failed or self._failed_elsewhere(key)):
+            del self.left[key]
+            self.late.pop(key, None)
+            return True
+        return key not in self.left
+
+    def _failed_elsewhere(self, key: str) -> bool:
+        """Whether another process has tried a cell in vain since this one began."""
+        found = [why for path, why in failures(self.cells / key).items() if path.stat().st_mtime >= self.began]
+        if found:
+            self.failed[key] = found
+        return bool(found)
+
+    def finished(self, entry: Entry) -> bool:
+        """Whether a cell is trained and measured under every suite."""
+        folder = self.cells / cell_key(entry.cell)
+        return is_trained(folder / TRAIN) and all(
+            (folder / suite_key(suite) / measured.FILE).is_file() for suite in entry.suites
+        )
+
+    def _waits(self, key: str, entry: Entry) -> bool:
+        """Whether a cell that this one reads is still to be made; it is late where that one is."""
+        read = {cell_key(cell) for cell in required_cells(entry.cell)} & set(self.left)
+        needed = {one for one in read if not is_trained(self.cells / one / TRAIN)}
+        if late := [self.late[one] for one in needed if one in self.late]:
+            self.late[key] = max(late)
+        return bool(needed)
+
+    def _is_late(self, key: str, entry: Entry) -> bool:
+        """Whether a cell, by what the last one took, would not end in time."""
+        if self.seconds is None:
+            return False
+        rest = self.seconds - (time.monotonic() - self.clock)
+        took, tokens = self.last or (0.0, 0)
+        expected = took * max(1.0, entry.cell.recipe.train.tokens / tokens if tokens else 1.0)
+        if rest > expected:
+            return False
+        self.late[key] = expected
+        return True
+
+    def _run(self, key: str, entry: Entry) -> None:
+        began = time.monotonic()
+        if self._stage(key, TRAIN, lambda: self._train(entry)):
+            for suite in entry.suites:
+                if self.work.should_stop():
+                    raise Interrupted("stopped between two stages; run the same command again to go on from here")
+                stage = suite_key(suite)
+                if not (self.cells / key / stage / measured.FILE).is_file():
+                    self._stage(key, stage, lambda suite=suite: self.work.measure(entry.cell, suite))  # type: ignore[misc]
+        spent = time.monotonic() - began
+        if key not in self.failed:
+            self.last = spent, entry.cell.recipe.train.tokens
+            log.info("cell %s done in %.1f s", key, spent)
+        _free_memory()
+
+    def _train(self, entry: Entry) -> None:
+        folder = self.cells / cell_key(entry.cell) / TRAIN
+        if not dropped(folder):
+            self.work.train(entry.cell)
+
+    def _stage(self, key: str, stage: str, run: Callable[[], object]) -> bool:
+        """Run a stage; what ends it is written down. Returns whether it ended well."""
+        path = self.cells / key / FAILURES / f"{stage}.json"
+        _free_memory()
+        try:
+            run()
+        except Interrupted:
+            raise
+        except FAILS as error:
+            log.exception("cell %s, stage %s failed", key, stage)
+            why = described(error)
+            files.write_json(path, {"cell": key, "stage": stage, "error": why, "process": os.getpid()})
+            self.failed.setdefault(key, []).append(f"{stage}: {why}")
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
+    def _drop(self) -> None:
+        """Delete the weights of finished cells that no unfinished one reads."""
+        if not self.drop_models:
+            return
+        unfinished = [entry for entry in self.bundle if not self.finished(entry)]
+        read = {cell_key(cell) for entry in unfinished for cell in required_cells(entry.cell)}
+        for entry in self.bundle:
+            key = cell_key(entry.cell)
+            if key in read or not (self.cells / key / TRAIN / FINAL).is_dir() or not self.finished(entry):
+                continue
+            with files.only_one(self.cells.parent / CLAIMS / f"drop-{key}"):
+                drop_weights(self.cells / key / TRAIN / FINAL)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a train stage has ended with a model, with one whose weights were dropped, or by diverging."""
+    if not (folder / measured.FILE).is_file():
+        return False
+    return (folder / FINAL).is_dir() or dropped(folder) or divergence(folder) is not None
+
+
+def failures(folder: Path) -> dict[Path, str]:
+    """`STAGE: ERROR` of every stage of a cell that failed last time, by the file that says so."""
+    found = {}
+    for path in sorted((folder / FAILURES).glob("*.json")):
+        body = files.read_json(path)
+        found[path] = f"{body['stage']}: {body['error']}"
+    return found
+
+
+def _free_memory() -> None:
+    """Give a GPU's memory back to the processes that share it. Raises RuntimeError if the GPU has stopped working."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def add_commands(commands: Any) -> argparse.ArgumentParser:
+    """Add `bundle` and `pack` to the command line of one cell; returns the parser of `bundle`."""
+    bundle: argparse.ArgumentParser = commands.add_parser(
+        "bundle", help="run many cells in one warm process, for machines without a store; processes may share it"
+    )
+    bundle.add_argument("folder", type=Path, help="folder with bundle.json, written by `sparseforge bundle`")
+    bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
+    bundle.add_argument(
+        "--seconds", type=float, help="start no cell that, by what the last one took, would not end within so many"
+    )
+    bundle.add_argument(
+        "--drop-models",
+        action="store_true",
+        help="delete weights once all is measured; manifests say what they were",
+    )
+    packing = commands.add_parser("pack", help="what a bundle has made so far, without weights, in one archive")
+    packing.add_argument("folder", type=Path, help="the bundle's folder, with its home/ in it")
+    packing.add_argument("out", type=Path, help="NAME.tar.xz; in parts NAME.tar.xz.00 and so on where it is large")
+    packing.add_argument("--part-mib", type=float, default=15.0, help="largest size of a part (default 15)")
+    return bundle
