@@ -251,11 +251,11 @@ def _plan(
         programs.append(programs[-1] + math.ceil(tiles / repeat))
         looks.append(looks[-1] + kept * math.ceil(length / tile))
     counts, looked = ([b - a for a, b in itertools.pairwise(ends)] for ends in (programs, looks))
-    table = _host(rows, torch.int64, device).to(device, non_blocking=True)
-    return _Plan(
-        table, _owners(tuple(counts), device), torch.tensor(programs, device=device),
-        _owners(tuple(looked), device), torch.tensor(looks, device=device), max(counts), max(looked), even,
-    )  # fmt: skip
+    table, bounds, looked_bounds = (
+        _host(values, torch.int64, device).to(device, non_blocking=True) for values in (rows, programs, looks)
+    )
+    owner, owner_of_looks = _owners(tuple(counts), device), _owners(tuple(looked), device)
+    return _Plan(table, owner, bounds, owner_of_looks, looked_bounds, max(counts), max(looked), even)
 
 
 def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
