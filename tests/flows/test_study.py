@@ -11,8 +11,9 @@ import pytest
 from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
-from flows.grids.study import BOOKS, IDEAS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
+from flows.grids.study import BOOKS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
 from flows.grids.study_grid import FIVE, NAME, OTHER_TEXT, TUNED, ZERO_SHOT, ablations, tuned
+from flows.grids.study_lab import IDEAS
 from sparseforge_core import specs
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
