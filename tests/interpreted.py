@@ -35,7 +35,7 @@ def assert_agreement(script: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=540,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == AGREED

@@ -248,5 +248,5 @@ CASES = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    fused.TILE = 256
+    fused.TILE, fused.REPEAT, fused.LOOK = 256, 4, 256
     run_cases(CASES)
