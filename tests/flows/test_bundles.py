@@ -28,16 +28,11 @@ from sparseforge_core.checkpoint import verify
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import BundleError, DataError, FolderHeld, RecipeError
 from sparseforge_core.evaluate.suites import WIKITEXT2_2048, HarnessSuite, Suite
-from sparseforge_core.execution import Execution
-from sparseforge_core.run import run_bundle
 from sparseforge_core.store.store import ResultStore
 from tests.flows.command import GRID, register
+from tests.there import run_there
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_there(folder: Path) -> None:
-    run_bundle(folder, folder / bundles.HOME, Execution(), lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +241,6 @@ def test_the_files_of_a_corpus_travel_if_they_are_the_ones_in_the_recipe(
     monkeypatch.setenv("SPARSEFORGE_DATA", "/nowhere")
     monkeypatch.delenv("SPARSEFORGE_DATA")
     run_there(tmp_path / "carried")
-    monkeypatch.delenv("SPARSEFORGE_DATA", raising=False)
     of_files(monkeypatch, tmp_path / "texts" / "own.txt")
     with pytest.raises(BundleError, match="which lies outside of the data folder"):
         write_bundle(choose(["tiny-smoke"]), tmp_path / "absolute")
@@ -266,7 +260,7 @@ def test_a_text_that_is_another_one_there_is_refused(tmp_path: Path) -> None:
 
 def test_an_index_that_the_bundle_lacks_is_refused(carried: Path) -> None:
     with pytest.raises(BundleError, match="--index 4: the bundle has cells 0 to 3"):
-        run_bundle(carried, carried / bundles.HOME, Execution(), lambda: False, index=4)
+        run_there(carried, index=4)
 
 
 class Array:

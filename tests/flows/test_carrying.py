@@ -34,11 +34,11 @@ from sparseforge_core.execution import Execution
 from sparseforge_core.identity import cell_key, loads
 from sparseforge_core.opening import open_finished
 from sparseforge_core.packing import pack
-from sparseforge_core.run import run_bundle
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import read_journal
+from tests.there import run_there
 
 pytestmark = pytest.mark.slow
 TOO_WIDE = PerplexitySuite(name="too-wide", text="heldout", window=128, limit=8)
@@ -59,10 +59,6 @@ def with_trouble() -> Grid:
         Planned(recipe=burnt, variant="Burnt", suites=forge.suites),
     )
     return dataclasses.replace(grid, entries=entries)
-
-
-def run_there(folder: Path, *, drop_models: bool = False, execution: Execution | None = None) -> None:
-    run_bundle(folder, folder / bundles.HOME, execution or Execution(), lambda: False, drop_models=drop_models)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +259,7 @@ def test_no_cell_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
     write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
     bundle = bundles.read_bundle(tmp_path / "carried")
     home = tmp_path / "carried" / "home"
-    assert run_bundle(tmp_path / "carried", home, Execution(), lambda: False, seconds=0.0) == home / "cells"
+    assert run_there(tmp_path / "carried", seconds=0.0) == home / "cells"
     assert not (home / "cells").exists()
     work = Work(train=never, measure=never, should_stop=lambda: False)
     first = bundle.entries[0].cell

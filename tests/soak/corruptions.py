@@ -16,13 +16,11 @@ from pathlib import Path
 
 from flows.bundle import choose, write_bundle
 from flows.ingesting import ingest
-from sparseforge_core import bundles
 from sparseforge_core.errors import BundleError, CheckpointMismatch, DataError, Interrupted, SparseForgeError
-from sparseforge_core.execution import Execution
-from sparseforge_core.run import run_bundle
 from sparseforge_core.store.store import ResultStore
 from tests.soak.grid import GRID
 from tests.soak.world import Counts, Reference, World
+from tests.there import run_there
 
 ADVICE = re.compile(r"delete (/\S+?)(?: |;|$)")
 
@@ -177,7 +175,7 @@ def _bundle(scratch: Path) -> Path:
     """A bundle of the grid that was run to its end."""
     folder = scratch / "bundle"
     write_bundle(choose([GRID]), folder)
-    run_bundle(folder, folder / bundles.HOME, Execution(), lambda: False)
+    run_there(folder)
     return folder
 
 
