@@ -118,9 +118,18 @@ def held(path: Path, *, seconds: float, pause: float = 0.2) -> Iterator[None]:
         yield
 
 
-def _take(handle: int) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether a process is inside `held` for `path` now."""
+    lock = path.with_name(f".{path.name}.held")
+    if not lock.is_file():
+        return False
+    with lock.open("r", encoding="utf-8") as file:
+        return not _take(file.fileno(), fcntl.LOCK_SH)
+
+
+def _take(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
