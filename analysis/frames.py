@@ -161,10 +161,17 @@ def exhibit_data(
 ) -> ExhibitData:
     """Collect an exhibit from its records among those of a grid, with a bank of their items' outcomes.
 
-    Raises MixedSuites naming the column and the two versions.
+    Raises MixedSuites naming the column and the two versions, SparseForgeError for a row of a suite that is missing.
     """
     own_slots = [slot for slot in slots if slot.exhibit == exhibit]
     shown = [slot for slot in own_slots if slot.row != CAPTION]
+    for slot in shown:
+        for key in slot.suite_keys:
+            if key not in suite_specs:
+                raise SparseForgeError(
+                    f"{exhibit}, row {slot.row}: the store does not hold suite {key}, which the row shows; plan the "
+                    "grid again, which writes its suites: `sparseforge run GRID`"
+                )
     rows = {slot.row: _row(slot, suite_specs, bank or Bank({})) for slot in shown}
     columns: dict[str, tuple[Any, ...]] = {}
     contexts: dict[str, dict[str, str]] = {}

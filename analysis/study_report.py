@@ -50,8 +50,9 @@ of the training text.
     "cost": """## What a method costs
 
 Of one cell: training speed in tokens a second, GPU-minutes of its steps, and of the whole training stage with
-calibration, one-shot solutions, compilation and writing the model. Where processes shared a GPU, the seconds of each
-count in full, so that these are upper bounds.
+calibration, one-shot solutions (what they took where they were made, if a cell read another's), compilation and writing
+the model. *Beside* says how many other processes worked beside each seed's when it began: they shared the machine and
+its time, of which each counts all; only rows with a 0 compare.
 """,
     "claims": """## The paper's claims, in small
 
@@ -194,7 +195,8 @@ def _costs(results: Results, grid: str, study: Study) -> str:
             continue
         seen.add(name)
         stages = [origins[place] for cell in _cells(row) if (place := (cell, "train")) in origins]
-        walls = [stage["context"]["wall_seconds"] for stage in stages if "wall_seconds" in stage["context"]]
+        walls = [_alone(stage["context"]) for stage in stages if "wall_seconds" in stage["context"]]
+        beside = [str(stage["context"].get("companions", "not known")) for stage in stages]
         speed, seconds = row.estimate("tokens_per_second"), row.estimate("train_seconds")
         lines.append(
             (
@@ -203,10 +205,17 @@ def _costs(results: Results, grid: str, study: Study) -> str:
                 f"{speed.mean:,.0f}" if speed else "" if not row.tokens else "absent",
                 f"{seconds.mean / 60:.2f}" if seconds else "" if not row.tokens else "absent",
                 f"{sum(walls) / len(walls) / 60:.2f}" if walls else "absent",
+                ", ".join(beside) or "absent",
                 escape_markdown(", ".join(sorted({str(stage["context"].get("device", "")) for stage in stages}))),
             )
         )
-    return _table(("Row", "Tokens", "tokens/s", "steps, min", "stage, min", "device"), lines)
+    return _table(("Row", "Tokens", "tokens/s", "steps, min", "stage, min", "beside", "device"), lines)
+
+
+def _alone(context: Mapping[str, Any]) -> float:
+    """Seconds of a training stage with those that a solution took which it only read."""
+    reused = [used["seconds"] for used in context.get("solutions", ()) if used["reused"]]
+    return float(context["wall_seconds"]) + sum(map(float, reused))
 
 
 def _diverged(study: Study) -> str:

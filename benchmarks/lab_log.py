@@ -1,6 +1,8 @@
-"""The table of docs/lab-log.md: mean training losses over stretches of steps, and held-out perplexity, of kept cells.
+"""The tables of docs/lab-log.md: mean training losses over stretches of steps, and held-out perplexity, of kept cells.
 
 python benchmarks/lab_log.py [results/smollm2/lab] [--stretches 1-40 146-250 331-366]
+
+Then what was explored many at a time (`explored.jsonl`, one line a run), best first.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flows.grids.planned import expand
-from flows.grids.study import ideas
+from flows.grids.study_lab import ideas
 from sparseforge_core.tracking.tracker import read_journal
 
 
@@ -37,6 +39,17 @@ def perplexity(folder: Path) -> str:
     return ""
 
 
+def explored(path: Path) -> list[str]:
+    """Lines of a table of the runs in a file, by held-out perplexity."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = ["| idea | held-out | WikiText-2 validation | CE, KL at the end |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["heldout_perplexity"]):
+        losses = f"{row['loss_task']:.3f}, {row['loss_kl']:.3f}"
+        held, other = row["heldout_perplexity"], row["wikitext2_valid_perplexity"]
+        lines.append(f"| {row['idea']} | {held:.2f} | {other:.2f} | {losses} |")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, a row for each folder, by the name that the grid of ideas gives it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [losses(folder, *map(int, stretch.split("-"))) for stretch in options.stretches]
         name = names.get(folder.name, folder.name)
         print(f"| {name} | " + " | ".join(cells) + f" | {perplexity(folder)} |")
+    if (options.folder / "explored.jsonl").is_file():
+        print("\n" + "\n".join(explored(options.folder / "explored.jsonl")))
     return 0
 
 

@@ -110,8 +110,8 @@ def by_kernel(update: Callable[[int], Tensor], device: torch.device, turns: int 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiles", nargs="+", type=int, default=[2048, 1024])
-    parser.add_argument("--repeats", nargs="+", type=int, default=[4, 1, 8])
+    parser.add_argument("--tiles", nargs="+", type=int, default=[1024, 2048])
+    parser.add_argument("--repeats", nargs="+", type=int, default=[8, 4])
     parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--seconds", type=float, default=55, help="no variant is begun after these")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for mask_update_sweep.json")
@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({"variant": f"touch {block}x{repeat}", "ratio": taken / once})
         print(f"{rows[-1]['variant']:<30}{1e3 * taken:8.3f} ms  ratio {taken / once:.3f}", flush=True)
         del inputs
+    usual = fused.TILE, fused.REPEAT, fused.WARPS
     for tile, repeat, warps in itertools.product(options.tiles, options.repeats, options.warps):
         if time.perf_counter() - began > options.seconds:
             print(f"tile {tile} x{repeat} warps {warps}: no time left", flush=True)
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
             variant = f"{tile} x{repeat} warps {warps} {name}"
             rows.append({"variant": variant, "seconds": taken, "ratio": taken / once, "microseconds": kernels})
             print(f"{variant:<30}{1e3 * taken:8.3f} ms  ratio {taken / once:.3f}  us: {said}", flush=True)
-    fused.TILE, fused.REPEAT, fused.WARPS = 2048, 4, 4
+    fused.TILE, fused.REPEAT, fused.WARPS = usual
     print(f"agreement with gate.py: {agreement(track):.7f}; {time.perf_counter() - began:.0f} s", flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

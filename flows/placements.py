@@ -89,13 +89,13 @@ def model_name(source: ModelSource) -> str:
 
 
 def memory_gib(recipe: Recipe) -> float:
-    """Weights, gradients, moments, mask, view and curvature in float32, a bf16 teacher; GiB, without activations."""
+    """Weights, gradients, moments, mask, view, curvature in float32, and the teacher; GiB, without activations."""
     parameters = card_of(recipe.model).parameters
     if not recipe.train.steps:
         return 4.0 * parameters / 2**30
     per_weight = 16.0 + (13.0 if recipe.method.sparsifies else 0.0)
     teacher = teacher_card(recipe)
-    return (per_weight * parameters + (2.0 * teacher.parameters if teacher else 0.0)) / 2**30
+    return (per_weight * parameters + (recipe.objective.teacher_bytes * teacher.parameters if teacher else 0.0)) / 2**30
 
 
 def teacher_card(recipe: Recipe) -> ModelCard | None:
@@ -107,12 +107,14 @@ def teacher_card(recipe: Recipe) -> ModelCard | None:
 
 
 def flops(recipe: Recipe) -> float:
-    """Training at 6 N a token, 2 N of the teacher, N of mask work where there are masks; then the evaluation."""
+    """Training at 6 N a token, 2 N of a teacher or 8 N of one that is corrected, N of mask work where there are masks;
+    then the evaluation."""
     card, teacher = card_of(recipe.model), teacher_card(recipe)
     working = card.active or card.parameters
     per_token = (7.0 if recipe.method.sparsifies else 6.0) * working
     if teacher:
-        per_token += 2.0 * (teacher.active or teacher.parameters)
+        passes = 2.0 if recipe.objective.correcting is None else 2.0 + 6.0
+        per_token += passes * (teacher.active or teacher.parameters)
     evaluated = 1e5 if card.parameters < 1e7 else EVALUATION_TOKENS
     return per_token * recipe.train.tokens + 2.0 * working * evaluated
 

@@ -88,6 +88,8 @@ def _write_inputs(store: ResultStore, home: Home, key: str, stage: str) -> None:
     for path in inputs_of(home, key, stage):
         if not path.is_file():
             files.write_text(path, store.suite_spec(stage) if path.stem == stage else store.cell_body(key))
+        if path.stem == stage:  # only who holds the stage writes it; the rest of the folder is cleaned by training
+            files.remove_leftovers(path)
 
 
 @contextlib.contextmanager

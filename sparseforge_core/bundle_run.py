@@ -42,7 +42,8 @@ FAILS = (SparseForgeError, OSError, RuntimeError, ValueError, ArithmeticError, L
 class Work:
     """How one cell is trained and measured here."""
 
-    train: Callable[[Cell], object]
+    train: Callable[[Cell, int], object]
+    """Given the number of other processes at work on the bundle too."""
     measure: Callable[[Cell, Suite], object]
     should_stop: Callable[[], bool]
 
@@ -175,7 +176,12 @@ class Walk:
     def _train(self, entry: Entry) -> None:
         folder = self.cells / cell_key(entry.cell) / TRAIN
         if not dropped(folder):
-            self.work.train(entry.cell)
+            self.work.train(entry.cell, self._companions(cell_key(entry.cell)))
+
+    def _companions(self, own: str) -> int:
+        """How many other cells of the bundle somebody works on now."""
+        keys = {cell_key(entry.cell) for entry in self.bundle} - {own}
+        return sum(files.is_held(self.cells.parent / CLAIMS / key) for key in keys)
 
     def _stage(self, key: str, stage: str, run: Callable[[], object]) -> bool:
         """Run a stage; what ends it is written down. Returns whether it ended well."""

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from sparseforge_core import files
 from sparseforge_core.errors import CheckpointMismatch
-from sparseforge_core.methods.base import MaskTrack
 from sparseforge_core.sparsity.masking import Branch
 
 log = logging.getLogger(__name__)
@@ -38,6 +37,16 @@ B_KEY, P_KEY = ".slorb_B", ".slorb_P"
 """After the name of a site's weight: its branch's factors, eq. (1)."""
 
 
+class Stateful(Protocol):
+    """What a checkpoint keeps beyond the weights and their moments."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+
+
 class Checkpoints:
     """The checkpoints of one cell in one folder."""
 
@@ -45,7 +54,7 @@ class Checkpoints:
         self.folder = folder
         self.cell = cell
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> Path:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> Path:
         """Write everything that determines the steps after `step`."""
         path = self.folder / f"step-{step:08d}"
         with files.new_folder(path) as temporary:
@@ -63,7 +72,7 @@ class Checkpoints:
         found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*") if (p / MANIFEST).is_file())
         return sorted(int(match.group(1)) for match in found if match)
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> int:
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> int:
         """Restore the newest checkpoint that verifies; returns its step, or 0 where there is none.
 
         A truncated or altered one is reported and the one before it used. Raises CheckpointMismatch if a
@@ -93,7 +102,7 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> None:
+    def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> None:
         path = self._path(step)
         said = verify(path, self.cell).get("step")
         if said != step:

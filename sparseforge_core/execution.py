@@ -36,6 +36,8 @@ class Execution:
     """Whether activations of a block are computed again in backward instead of kept."""
     deterministic: bool = False
     """Whether GPUs use only algorithms that give the same bits each time, where there are any; slower."""
+    companions: int | None = None
+    """Processes that worked on other cells beside this one when it began, if known: the device was theirs too."""
     heartbeat: float = HEARTBEAT
     """Seconds after which a rank that is silent, or behind the others, ends them all."""
 
@@ -73,7 +75,7 @@ def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: fl
             micro_batch=min(execution.micro_batch or share, share),
             length=recipe.train.length,
             recompute=execution.recompute,
-            teacher=recipe.objective.distills,
+            teacher=recipe.objective.teacher_bytes,
             masks=recipe.method.sparsifies,
             mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
             curvature_bytes=_curvature_bytes(recipe.method),

@@ -89,8 +89,7 @@ def only_one(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in list(path.parent.glob(f".{path.name}.*.tmp")):
-            _remove(leftover)
+        remove_leftovers(path)
         yield
 
 
@@ -119,9 +118,18 @@ def held(path: Path, *, seconds: float, pause: float = 0.2) -> Iterator[None]:
         yield
 
 
-def _take(handle: int) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether a process is inside `held` for `path` now."""
+    lock = path.with_name(f".{path.name}.held")
+    if not lock.is_file():
+        return False
+    with lock.open("r", encoding="utf-8") as file:
+        return not _take(file.fileno(), fcntl.LOCK_SH)
+
+
+def _take(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -160,6 +168,12 @@ def remove_folder(path: Path) -> None:
 def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Delete what killed writers left in a folder, and in those below it, that has one writer at a time."""
     for leftover in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
+        _remove(leftover)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed writers left of a file that has one writer at a time."""
+    for leftover in list(path.parent.glob(f".{path.name}.*.tmp")):
         _remove(leftover)
 
 

@@ -18,6 +18,8 @@ MASK_BYTES = 4 + 4 + 1
 """Of a masked weight: m, view, hard mask."""
 CURVATURE_BYTES = 4
 ADAM_BYTES = 8
+TEACHER_BYTES = 2
+"""Of a weight of a teacher in bfloat16; one that is corrected takes 16."""
 EIGHT_BIT_BYTES = 2 + 8 / 256
 """Of a masked weight whose moments are kept in 8 bits: two codes, and two float32 scales for 256 of them."""
 MOVING_BYTES = 28
@@ -117,8 +119,8 @@ class Spread:
     length: int = 4096
     recompute: bool = True
     """Whether activations inside a block are computed again in backward."""
-    teacher: bool = True
-    """Whether a bfloat16 teacher of the same shape runs beside the student."""
+    teacher: int = TEACHER_BYTES
+    """Of a weight of the teacher, of the student's shape, that runs beside it; 0 where none does."""
     masks: bool = True
     mask_bytes: int = MASK_BYTES
     curvature_bytes: int = CURVATURE_BYTES
@@ -157,7 +159,7 @@ def lines(shape: Shape, spread: Spread) -> list[Line]:
         for what, each in (("masks", spread.mask_bytes), ("curvature", spread.curvature_bytes)):
             found.append(Line(what, each * m / n, f"{each} B x {m / 1e6:,.0f}M masked{cut}"))
     if spread.teacher:
-        found.append(Line("teacher", 2 * p / n, f"2 B x {p / 1e6:,.0f}M{cut}"))
+        found.append(Line("teacher", spread.teacher * p / n, f"{spread.teacher} B x {p / 1e6:,.0f}M{cut}"))
     gathered = 8 if spread.masks else 4
     if n > 1:
         # The block that runs and the next one; its unsharded gradients, and a copy of these on their way.
@@ -173,7 +175,7 @@ def lines(shape: Shape, spread: Spread) -> list[Line]:
     effective = f"6 B x {b / 1e6:,.0f}M of the block that runs, 2 B of others kept"
     found.append(Line("effective weights", 4 * b + 2 * b * blocks, effective))
     found += _activations(shape, tokens, recompute=spread.recompute)
-    found.append(_logits(shape, tokens, teacher=spread.teacher))
+    found.append(_logits(shape, tokens, teacher=spread.teacher > 0))
     return found
 
 

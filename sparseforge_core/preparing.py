@@ -26,6 +26,7 @@ from sparseforge_core.ranks import Beats
 from sparseforge_core.recipe import Cell
 from sparseforge_core.solutions import KeptSolutions, computed_on
 from sparseforge_core.tracking.tracker import Tracker
+from sparseforge_core.train.correction import Correction
 from sparseforge_core.train.loop import Run
 from sparseforge_core.train.optimizer import build_optimizer
 from sparseforge_core.train.parallel import (
@@ -135,6 +136,7 @@ class Prepared:
             plain=plain,
             ranks=ranks,
             track=track,
+            correction=self._correction(),
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
             checkpoints=checkpoints,
@@ -156,9 +158,18 @@ class Prepared:
         objective.check(self.model.config, teacher.config)
         if source is not None:
             self._check_tokenizer(source)
+        if objective.correcting is not None:
+            return teacher.requires_grad_(True)  # what takes steps is kept in float32
         if self.cell.recipe.train.compute_dtype == "bfloat16":
             teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
         return teacher.requires_grad_(False)
+
+    def _correction(self) -> Correction | None:
+        spec = self.cell.recipe.objective.correcting
+        if spec is None:
+            return None
+        assert self.teacher is not None, "what corrects a teacher distills"
+        return Correction(self.teacher, spec, self.cell.recipe.train)
 
     def _check_tokenizer(self, source: ModelSource) -> None:
         """Raise DataError unless the teacher's tokenizer, where it is known, gives every text the student's ids."""

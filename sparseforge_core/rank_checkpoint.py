@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparseforge_core import files
-from sparseforge_core.checkpoint import KEPT, MANIFEST, Checkpoints, verify
+from sparseforge_core.checkpoint import KEPT, MANIFEST, Checkpoints, Stateful, verify
 from sparseforge_core.distributed import (
     first_row,
     is_sharded,
@@ -36,7 +36,6 @@ from sparseforge_core.distributed import (
     world,
 )
 from sparseforge_core.errors import CheckpointMismatch, RanksDisagree
-from sparseforge_core.methods.base import MaskTrack
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ ALONE = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "tr
 class RankCheckpoints(Checkpoints):
     """The checkpoints of one cell in one folder that all ranks see. Every method is collective."""
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> Path:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> Path:
         """Write everything that determines the steps after `step`. Raises OSError, on all ranks, if one cannot."""
         if world() == 1:
             return super().save(step, model, optimizer, track)
@@ -66,7 +65,7 @@ class RankCheckpoints(Checkpoints):
         said_by_all("written")
         return path
 
-    def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> None:
+    def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> None:
         if (self._path(step) / _file(0)).is_file():
             _restore(_Reader(self._path(step), self._verified(step)), model, optimizer, track)
         else:
@@ -96,7 +95,7 @@ class RankCheckpoints(Checkpoints):
             raise OSError(f"the checkpoint of step folder {folder.name} could not be written; {failed[0]}")
         return {_file(i): found.decode() for i, found in enumerate(of_all_ranks(digest.encode()))}
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> int:
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> int:
         """As `Checkpoints.resume`; all ranks take up the same step, the newest that is good on each of them."""
         if world() == 1:
             return super().resume(model, optimizer, track)
@@ -150,7 +149,7 @@ class _State:
         }
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> _State:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> _State:
     tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -248,7 +247,7 @@ class _Reader:
 
 
 @torch.no_grad()
-def _restore(reader: _Reader, model: nn.Module, optimizer: torch.optim.Optimizer, track: MaskTrack) -> None:
+def _restore(reader: _Reader, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> None:
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         part(parameter).copy_(_ours(reader, f"model/{name}", parameter))

@@ -172,6 +172,8 @@ def _train_to_the_end(
     rows = train_rows(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
     context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
+    if execution.companions is not None:
+        context["companions"] = execution.companions
     if prepared.solutions.used:
         context["solutions"] = prepared.solutions.used
     return write_stage(directory, cell, "train", None, rows, context)
@@ -353,9 +355,10 @@ def run_bundle(
         raise BundleError(f"--index {index}: the bundle has cells 0 to {len(bundle.entries) - 1}")
     entries = bundle.entries if index is None else bundle.entries[index : index + 1]
 
-    def train_one(cell: Cell) -> Path:
+    def train_one(cell: Cell, companions: int) -> Path:
         directory = cell_folder(home, cell) / "train"
-        return train_cell(cell, directory, home, should_stop=should_stop, execution=execution)
+        how = replace(execution, companions=companions)
+        return train_cell(cell, directory, home, should_stop=should_stop, execution=how)
 
     def measure(cell: Cell, suite: Suite) -> Path:
         return evaluate_cell(cell, suite, cell_folder(home, cell) / suite_key(suite), home, ngram=ngram)

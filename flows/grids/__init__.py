@@ -35,13 +35,16 @@ def _smoke(name: str) -> Callable[[], Grid]:
     return build
 
 
-def _study(name: str) -> Callable[[], Grid]:
-    def build() -> Grid:
-        from flows.grids import study
+def _trials() -> Grid:
+    from flows.grids.study import trials
 
-        return study.GRIDS[name]()
+    return trials()
 
-    return build
+
+def _ideas() -> Grid:
+    from flows.grids.study_lab import ideas
+
+    return ideas()
 
 
 def _study_grid() -> Grid:
@@ -62,7 +65,8 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "demo": _demo,
     **{name: _paper(name) for name in PAPER},
     "reproductions": _reproductions,
-    **{name: _study(name) for name in ("smollm2-trials", "smollm2-ideas")},
+    "smollm2-trials": _trials,
+    "smollm2-ideas": _ideas,
     "smollm2-study": _study_grid,
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }

@@ -146,7 +146,8 @@ class MaskedTrack(MaskTrack):
     @property
     def sharded(self) -> bool:
         """Whether this rank holds but a part of each mask."""
-        return any(is_sharded(site.mask.mask) for site in self.sites)
+        # Asked of the weight, beside whose shards those of the mask lie: a packed mask would be unpacked to answer.
+        return any(is_sharded(site.weight) for site in self.sites)
 
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Project: fix every hard mask, zero pruned weights and their optimizer moments."""

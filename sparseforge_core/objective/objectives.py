@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseforge_core.errors import DataError, RecipeError
 from sparseforge_core.models.sources import ModelSource
+from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.divergence import SparseTarget, forward_kl, next_token_loss, summed_losses
 from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.objective.teaching import Full, TeacherLogits
@@ -43,6 +44,18 @@ class Objective(ABC):
     def matching(self) -> HiddenMatch | None:
         """How hidden states are matched, if they are."""
         return None
+
+    @property
+    def correcting(self) -> TeacherCorrection | None:
+        """How the teacher follows the text, if it does."""
+        return None
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Bytes of a weight of the teacher: bfloat16, or all that a float32 weight trains with; 0 without a teacher."""
+        if not self.distills:
+            return 0
+        return 2 if self.correcting is None else 16
 
     @property
     def taught(self) -> TeacherLogits:
@@ -130,6 +143,8 @@ class Distill(Objective):
     """What of the teacher's distribution is used."""
     hidden: HiddenMatch | None = None
     """Whether the hidden states are matched too."""
+    correction: TeacherCorrection | None = None
+    """Whether the teacher takes steps on the text too; None keeps it as it is."""
 
     def __post_init__(self) -> None:
         if self.task_weight is None and not 0.0 <= self.kl_weight <= 1.0:
@@ -155,6 +170,10 @@ class Distill(Objective):
     @property
     def matching(self) -> HiddenMatch | None:
         return self.hidden
+
+    @property
+    def correcting(self) -> TeacherCorrection | None:
+        return self.correction
 
     @property
     def taught(self) -> TeacherLogits:
@@ -207,8 +226,9 @@ class Then(Objective):
             raise RecipeError(f"switch_at={self.switch_at}: must lie between 0 and 1, both excluded")
         if any(isinstance(part, Then) for part in (self.before, self.after)):
             raise RecipeError("before, after: a plan has one switch; neither may be another 'then'")
-        if len({part.teacher for part in self._distilling()}) > 1:
-            raise RecipeError("after.teacher: both parts need the same teacher; a run holds one")
+        for name in ("teacher", "correction"):
+            if len({getattr(part, name) for part in self._distilling()}) > 1:
+                raise RecipeError(f"after.{name}: both parts need the same {name}; a run holds one")
 
     def _distilling(self) -> list[Distill]:
         return [part for part in (self.before, self.after) if isinstance(part, Distill)]
@@ -217,6 +237,10 @@ class Then(Objective):
     def teacher(self) -> ModelSource | None:
         """Who teaches, in whichever part does."""
         return next((part.teacher for part in self._distilling()), None)
+
+    @property
+    def correcting(self) -> TeacherCorrection | None:
+        return next((part.correction for part in self._distilling()), None)
 
     @property
     def distills(self) -> bool:

@@ -28,11 +28,14 @@ from sparseforge_core.sparsity.patterns import GroupPattern, Pattern
 SIZES = (2, 4, 8, 16)
 """Group sizes that the kernels hold in registers."""
 
-TILE, REPEAT, WARPS = 2048, 4, 4
-"""Entries that a program works on at once, how often an update's does, and warps of a program."""
+TILE, REPEAT, WARPS = 1024, 8, 4
+"""Entries that a program of the update works on at once, how often it does, and its warps."""
 
-ADDED = 256
-"""Rows of sums that are added at once."""
+LOOK = 2048
+"""Entries of a program that only adds up or averages."""
+
+ADDED, ADDING_WARPS = 2048, 16
+"""Rows of sums that are added at once, and by how many warps: one program a site, so it must not be a slow one."""
 
 ALIGNED = 64
 """Bytes: 16 entries of float32, of which a thread reads four at once."""
@@ -159,14 +162,19 @@ def _update_batch(entries: list[Entry], way: Way, known: Tensor | None, gathered
     by = {"CRITERION": criterion, "LOG": way.log}
     if known is None:
         known = torch.empty(len(entries), statistics.KNOWN.value, dtype=torch.float64, device=device)
-        adding = {"LOG": way.log, "MOST": triton.next_power_of_2(plan.most_looked), "BLOCK": ADDED}
+        adding = {
+            "LOG": way.log,
+            "MOST": triton.next_power_of_2(plan.most_looked),
+            "BLOCK": ADDED,
+            "num_warps": ADDING_WARPS,
+        }
         looked, of = (len(plan.looked),), (table, plan.looked, *anchors[:2])
-        statistics.sum_scores[looked](*of, partial, CRITERION=criterion, BLOCK=TILE, num_warps=4)
+        statistics.sum_scores[looked](*of, partial, CRITERION=criterion, BLOCK=LOOK, num_warps=4)
         bounds = plan.looked_bounds
         statistics.site_means[sites](
             table, bounds, partial, known, standard, first.scale, eps, CRITERION=criterion, **adding
         )
-        statistics.sum_logs[looked](*of, standard, partial, **by, BLOCK=TILE, num_warps=4)
+        statistics.sum_logs[looked](*of, standard, partial, **by, BLOCK=LOOK, num_warps=4)
         statistics.site_spreads[sites](table, bounds, partial, known, standard, **adding)
     else:
         statistics.site_constants[sites](known, standard, first.scale, eps, **by, num_warps=1)
@@ -186,6 +194,7 @@ def _update_batch(entries: list[Entry], way: Way, known: Tensor | None, gathered
     statistics.site_reports[sites](
         table, plan.bounds, partial, shares, known, known if gathered is None else gathered, first.scale,
         LOG=way.log, GATHER=gathered is not None, MOST=triton.next_power_of_2(plan.most), BLOCK=ADDED,
+        num_warps=ADDING_WARPS,
     )  # fmt: skip
     return shares
 
@@ -229,14 +238,17 @@ def _plan_of(entries: list[Entry], every: int) -> _Plan:
     places = tuple((*_distances(_anchors(entry), anchors), *entry.weight.shape) for entry in entries)
     pattern = entries[0].pattern
     assert isinstance(pattern, GroupPattern)
-    return _plan(places, pattern.cols, entries[0].soft.transposed, every, TILE, REPEAT, entries[0].weight.device)
+    return _plan(
+        places, pattern.cols, entries[0].soft.transposed, every, (TILE, REPEAT, LOOK), entries[0].weight.device
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def _plan(
-    places: tuple[tuple[int, ...], ...], m: int, transposed: bool, every: int, tile: int, repeat: int,
+    places: tuple[tuple[int, ...], ...], m: int, transposed: bool, every: int, sizes: tuple[int, int, int],
     device: torch.device,
 ) -> _Plan:  # fmt: skip
+    tile, repeat, look = sizes
     rows: list[list[int]] = []
     programs, looks, even = [0], [0], True
     for place in places:
@@ -245,17 +257,17 @@ def _plan(
         tiles = groups // columns * math.ceil(columns / block) if transposed else math.ceil(groups / block)
         # All rows together are one long row: only where some are left out must a tile end with its row.
         length, kept = (size, 1) if every == 1 else (columns, math.ceil(size // columns / every))
-        sizes = [groups, columns, tiles, size, length, columns * every, looks[-1], length * kept]
-        rows.append([*place[:5], programs[-1], *sizes])
+        about = [groups, columns, tiles, size, length, columns * every, looks[-1], length * kept]
+        rows.append([*place[:5], programs[-1], *about])
         even = even and tiles % repeat == 0 and (columns if transposed else groups) % block == 0
         programs.append(programs[-1] + math.ceil(tiles / repeat))
-        looks.append(looks[-1] + kept * math.ceil(length / tile))
+        looks.append(looks[-1] + kept * math.ceil(length / look))
     counts, looked = ([b - a for a, b in itertools.pairwise(ends)] for ends in (programs, looks))
-    table = _host(rows, torch.int64, device).to(device, non_blocking=True)
-    return _Plan(
-        table, _owners(tuple(counts), device), torch.tensor(programs, device=device),
-        _owners(tuple(looked), device), torch.tensor(looks, device=device), max(counts), max(looked), even,
-    )  # fmt: skip
+    table, bounds, looked_bounds = (
+        _host(values, torch.int64, device).to(device, non_blocking=True) for values in (rows, programs, looks)
+    )
+    owner, owner_of_looks = _owners(tuple(counts), device), _owners(tuple(looked), device)
+    return _Plan(table, owner, bounds, owner_of_looks, looked_bounds, max(counts), max(looked), even)
 
 
 def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -296,7 +308,7 @@ def average_squares(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> Non
     from sparseforge_core.sparsity import statistics_kernels as kernels
 
     averages, gradients = pairs[0]
-    tiles = [math.ceil(average.numel() / TILE) for average, _ in pairs]
+    tiles = [math.ceil(average.numel() / LOOK) for average, _ in pairs]
     first = [0, *itertools.accumulate(tiles)]
     rows = [
         [*_distances([average, gradient], [averages, gradients]), first[i], average.numel()]
@@ -305,4 +317,4 @@ def average_squares(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> Non
     device = averages.device
     table = _host(rows, torch.int64, device).to(device, non_blocking=True)
     owner = _owners(tuple(tiles), device)
-    kernels.average_squares[(len(owner),)](table, owner, averages, gradients, decay, BLOCK=TILE, num_warps=4)
+    kernels.average_squares[(len(owner),)](table, owner, averages, gradients, decay, BLOCK=LOOK, num_warps=4)

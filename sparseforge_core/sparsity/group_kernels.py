@@ -23,8 +23,6 @@ length of a row, entries from one to the next, first tile, entries in all."""
 MAGIC: tl.constexpr = tl.constexpr(8388608.0)
 """2^23: the sum with a whole number below it has that number in its low bits."""
 
-MAGIC_BITS: tl.constexpr = tl.constexpr(0x4B000000)
-
 STEPS: tl.constexpr = tl.constexpr(32767.0)
 """Steps of a packed m, as in `masking.STEPS_OF_M`."""
 
@@ -230,12 +228,13 @@ def bfloat(halves, i: tl.constexpr, TRANSPOSED: tl.constexpr):
 def unpacked(halves, i: tl.constexpr, TRANSPOSED: tl.constexpr):
     """m in steps, and 1.0 where the hard mask keeps, of the i-th entry of what `masking.packed` made."""
     if TRANSPOSED:
-        raised = halves[i].to(tl.uint16, bitcast=True).to(tl.int32) | MAGIC_BITS
+        code = halves[i].to(tl.uint16, bitcast=True).to(tl.int32)
+    elif i % 2:
+        code = (halves[i // 2].to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True)
     else:
-        word = halves[i // 2]
-        raised = bytes_of(word, tl.full(word.shape, MAGIC_BITS, tl.int32), 0x7432 if i % 2 else 0x7410)
-    raised = raised.to(tl.float32, bitcast=True)
-    return tl.minimum(raised - MAGIC, (MAGIC + 65535.0) - raised), clamped(raised, -(MAGIC + 32767.0))
+        code = halves[i // 2] & 65535
+    code = code.to(tl.float32)
+    return tl.minimum(code, 65535.0 - code), clamped(code, tl.full(code.shape, -32767.0, tl.float32))
 
 
 @triton.jit

@@ -28,12 +28,24 @@ class Constants:
     push_target: str = "scores"
 
 
-def standard_scores(scores: Array, *, log: bool) -> Array:
+Known = tuple[float, float]
+"""Mean of a layer's scores, and standard deviation of these or of their logarithms, at an earlier update."""
+
+
+def standard_scores(scores: Array, *, log: bool, known: Known | None = None) -> Array:
     """s~ = (s - mean) / (std + eps) over the layer (section 4.1), of the scores or of their logarithm."""
+    s = _raised(scores, log, known)
+    return np.asarray((s - s.mean()) / ((s.std() if known is None else known[1]) + 1e-6))
+
+
+def known_of(scores: Array, *, log: bool, known: Known | None = None) -> Known:
+    """What the next update standardises by, from the scores of one that was standardised by `known`."""
+    return float(np.mean(scores)), float(_raised(scores, log, known).std())
+
+
+def _raised(scores: Array, log: bool, known: Known | None) -> Array:
     s = np.asarray(scores, dtype=np.float64)
-    if log:
-        s = np.log(s + 1e-10 * s.mean() + 1e-38)
-    return np.asarray((s - s.mean()) / (s.std() + 1e-6))
+    return np.asarray(np.log(s + 1e-10 * (s.mean() if known is None else known[0]) + 1e-38)) if log else s
 
 
 def top(values: Array, keep: int, ties: Array | None = None) -> Array:
@@ -74,15 +86,21 @@ def update_group(m: Array, z: Array, target: Array, keep: int, at: Constants) ->
     return np.asarray((1.0 - at.mask_rate) * m + at.mask_rate * pushed)  # eq. (5)
 
 
-def anneal(grouped_scores: list[Any], keep: int, constants: list[Constants], *, log: bool) -> tuple[Array, Array]:
+def anneal(
+    grouped_scores: list[Any], keep: int, constants: list[Constants], *, log: bool, by_the_last: bool = False
+) -> tuple[Array, Array]:
     """(m, m_hat) `[groups, size]` after one update for each array of scores, from masks of one (line 1).
 
-    The scores are a layer's, already cut into groups; they may change from update to update.
+    The scores are a layer's, already cut into groups; they may change from update to update. With `by_the_last` each
+    update but the first is standardised by the statistics of the one before it.
     """
+    known: Known | None = None
     m = np.ones_like(np.asarray(grouped_scores[0], dtype=np.float64))
     hard = np.ones_like(m)
     for scores, at in zip(grouped_scores, constants, strict=True):
-        z = standard_scores(np.asarray(scores, dtype=np.float64), log=log)
+        s = np.asarray(scores, dtype=np.float64)
+        z = standard_scores(s, log=log, known=known)
+        known = known_of(s, log=log, known=known) if by_the_last else None
         for g in range(len(m)):
             m[g] = update_group(m[g], z[g], top(z[g], keep), keep, at)
             hard[g] = top(m[g], keep, z[g])

@@ -25,6 +25,8 @@ CURVES = (
 """Charts of the training, by section."""
 ABOUT = ("variant", "pattern", "tokens", "seed", "method", "cell_key")
 """Tags that are columns."""
+PRETRAINING = "pretraining"
+"""The tag `variant` of a cell whose model other cells start from."""
 BEST = ("perplexity", "mean/acc")
 """Ends of the scores that people look at first."""
 
@@ -61,8 +63,16 @@ def views_of(grid: str, scores: Sequence[str]) -> tuple[View, ...]:
     best = {"orderByKey": _column("metrics", first[0]), "orderByAsc": not first[0].endswith("acc")} if first else newest
     together = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "group"}]}
     table = {"selectedColumns": _columns(first)}
-    losses = {**facets, **newest, **table, "groupBy": together, **_charts("LINE", CURVES)}
-    seeds = {**facets, **newest, **table, "groupBy": together, **_charts("BAR", [("Scores", name) for name in scores])}
+    # a model's own pretraining is many times as long, and would press every other curve into the axis
+    retrained = {**facets, "searchFilter": f"tags.grid = '{grid}' AND tags.variant != '{PRETRAINING}'"}
+    losses = {**retrained, **newest, **table, "groupBy": together, **_charts("LINE", CURVES)}
+    seeds = {
+        **retrained,
+        **newest,
+        **table,
+        "groupBy": together,
+        **_charts("BAR", [("Scores", name) for name in scores]),
+    }
     everyone = {"runsHiddenMode": "SHOW_ALL", "hideEmptyCharts": True, "useGroupedValuesInCharts": True}
     return (
         View(SCORES, "a table of every run, best first", False, {**facets, **best, **table, "groupBy": None}),

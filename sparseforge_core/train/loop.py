@@ -17,12 +17,13 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
 from sparseforge_core.errors import Diverged, Interrupted, SparseForgeError
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Draws, Objective, batch_losses, predictions
+from sparseforge_core.objective import Draws, Objective, TaskOnly, batch_losses, predictions
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
 from sparseforge_core.train.ahead import Ahead
+from sparseforge_core.train.correction import Beside, Correction
 from sparseforge_core.train.optimizer import set_rate
 from sparseforge_core.train.parallel import Ranks
 from sparseforge_core.train.watch import Watch
@@ -62,6 +63,8 @@ class Run:
     """What gives the student's logits of a few tokens, where that is not `model` itself."""
     plain: tuple[Any, Any | None] | None = None
     """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
+    correction: Correction | None = None
+    """The teacher's own steps, where the objective asks for them."""
     seed: int = 0
     """The cell's, for what the objective draws."""
     micro_batch: int | None = None
@@ -91,7 +94,8 @@ def train(
     not finite (nothing of that step reaches a checkpoint).
     """
     plan = run.recipe.train
-    first = run.checkpoints.resume(run.model, run.optimizer, run.track) + 1
+    beside = run.track if run.correction is None else Beside(run.track, run.correction)
+    first = run.checkpoints.resume(run.model, run.optimizer, beside) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
     saving = _Saving(patient=run.ranks.world == 1)
     watch = Watch(run.optimizer, run.device, deferred=run.ranks.deferred)
@@ -103,6 +107,7 @@ def train(
             run.ranks.begin(step)
             tokens = ahead.batch(step)
             losses = _backward(run, tokens, step, watch)
+            losses |= _correct(run, tokens, step)
             with _diverged_first(watch):
                 run.track.observe(_as_observed(run, tokens, step))
                 run.track.before_update(step)
@@ -129,7 +134,7 @@ def train(
             if (step % run.save_every == 0 and saving.is_due()) or (stop and not last):
                 watch.check()
                 with saving.timed():
-                    run.checkpoints.save(step, run.model, run.optimizer, run.track)
+                    run.checkpoints.save(step, run.model, run.optimizer, beside)
             if stop and not last:
                 raise Interrupted(
                     f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
@@ -190,6 +195,19 @@ def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Te
     if run.ranks.world > 1:  # on all ranks alike: one that left alone would leave them waiting
         watch.refuse_loss(means["loss/total"], step)
     return means
+
+
+def _correct(run: Run, tokens: Tensor, step: int) -> dict[str, Tensor]:
+    """The teacher's step on a batch that it has taught; its loss, where it takes one."""
+    if run.correction is None or _objective(run, step).correcting is None:
+        return {}
+
+    def loss_of(piece: Tensor) -> Tensor:
+        with _autocast(run):
+            return batch_losses(run.teacher, None, TaskOnly(), piece.to(run.device)).total
+
+    pieces = list(tokens.split(run.micro_batch or tokens.shape[0]))
+    return {"loss/teacher": run.correction.step(step / run.recipe.train.steps, pieces, loss_of)}
 
 
 def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:

@@ -140,6 +140,11 @@ def refuse(recipe: Recipe, sharding: Sharding, ranks: int, *, compiled: bool = F
     why = method.unshardable() if sharding == "shard" and ranks > 1 else None
     if why:
         raise RecipeError(f"sharding shard: method {method.kind!r} cannot be sharded: {why}; use replicate")
+    if ranks > 1 and recipe.objective.correcting is not None:
+        raise RecipeError(
+            f"objective.correction: {ranks} ranks would each correct a teacher of their own by their share of a batch; "
+            "use one rank, or a teacher that was corrected before (objective.teacher)"
+        )
     if sharding == "shard" and ranks > 1 and recipe.train.rule == "muon":
         raise RecipeError(
             "sharding shard: train.rule='muon' makes the singular values of whole matrices one, and a rank has a part "
@@ -307,4 +312,4 @@ def device_bytes(recipe: Recipe, model: nn.Module, sites: list[Site]) -> float:
     total = sum(parameter.numel() for parameter in model.parameters())
     masked = sum(site.weight.numel() for site in sites)
     saved = (8.0 - eight_bit.BYTES) * masked if recipe.train.moments == "8-bit" else 0.0
-    return 16.0 * total - saved + 13.0 * masked + (2.0 * total if recipe.objective.distills else 0.0)
+    return 16.0 * total - saved + 13.0 * masked + recipe.objective.teacher_bytes * total

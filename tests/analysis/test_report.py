@@ -81,7 +81,7 @@ def test_everything_is_in_it(report: Path) -> None:
     assert "The results log matches every result." in text
     assert "These tables add up." in text
     assert "commit 0123abc" in text
-    assert 'class="worse">worse</td>' in text
+    assert 'class="word worse">worse</td>' in text
     assert "Published (not measured here)" in text
 
 

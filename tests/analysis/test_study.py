@@ -15,7 +15,7 @@ from analysis.study import main
 from analysis.study_bars import bars
 from analysis.study_claims import claims
 from analysis.study_data import Study
-from analysis.study_report import report
+from analysis.study_report import _alone, report
 from sparseforge_core.store.results import Results
 from tests.analysis.filled import CAPTION, TASKS, Filled, suite
 
@@ -156,6 +156,13 @@ def test_the_page_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     assert re.search(r"\| SparseForge \(improved\) \| \*\*22\.80\*\* \| ", page)
     assert CAPTION not in page
     assert "nan" not in page.lower().replace("finance", "")
+
+
+def test_the_cost_of_a_cell_has_what_a_solution_took_that_it_only_read() -> None:
+    made, read = ({"reused": reused, "seconds": 40.0} for reused in (False, True))
+    assert _alone({"wall_seconds": 100.0}) == 100.0
+    assert _alone({"wall_seconds": 100.0, "solutions": [made]}) == 100.0
+    assert _alone({"wall_seconds": 60.0, "solutions": [read]}) == 100.0
 
 
 def test_an_empty_grid_has_a_page_that_says_so(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from analysis.frames import CAPTION, MixedSuites
 from analysis.make_tables import make_tables
+from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import PublishedNumber
 from tests.analysis import filled
@@ -125,6 +127,18 @@ def test_two_suites_of_one_name_in_an_exhibit_are_refused(sqlite_url: str, tmp_p
     grid.write(sqlite_url).close()
     with pytest.raises(MixedSuites, match="two suites that are both called 'zero-shot-7'"):
         tables(sqlite_url, tmp_path)
+
+
+def test_a_suite_that_the_store_has_lost_is_named_with_its_row(sqlite_url: str, tmp_path: Path) -> None:
+    everything().write(sqlite_url).close()
+    with sqlite3.connect(sqlite_url.removeprefix("sqlite:///")) as store:
+        (key,) = store.execute("SELECT key FROM suite WHERE name = 'zero-shot-7'").fetchone()
+        store.execute("DELETE FROM suite WHERE key = ?", (key,))
+    with pytest.raises(
+        SparseForgeError, match=rf"table-1, row \S+: the store does not hold suite {key}.*sparseforge run"
+    ):
+        make_tables(Results(sqlite_url), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_task_of_two_suites_in_a_column_is_refused(sqlite_url: str, tmp_path: Path) -> None:

@@ -30,11 +30,19 @@ from sparseforge_core.methods.base import MaskedTrack, Surroundings
 from sparseforge_core.methods.sparseforge import Phases
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
-from sparseforge_core.observe.curvature import Fisher
+from sparseforge_core.observe.curvature import Batch, Fisher
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Constant, Geometric, Linear, WarmupLinear
 from sparseforge_core.sparsity.compensation import Compensation
-from sparseforge_core.sparsity.criteria import Magnitude, SparseGPTScore, WandaScore
+from sparseforge_core.sparsity.criteria import (
+    Criterion,
+    HessianOBD,
+    HessianRatio,
+    Magnitude,
+    SparseGPTScore,
+    WandaScore,
+    observed,
+)
 from sparseforge_core.sparsity.patterns import BLOCK_16, check_weight, nm
 from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.tracking.tracker import MemoryTracker
@@ -307,6 +315,28 @@ def test_updates_may_come_late_and_more_seldom_at_first() -> None:
         Phases.of(SparseForge(), 1)
 
 
+@pytest.mark.parametrize("criterion", [HessianOBD(), HessianRatio(), Magnitude()])
+def test_statistics_of_the_last_update_are_those_that_it_saw(criterion: Criterion, tmp_path: Path) -> None:
+    method = SparseForge(criterion=criterion, statistics_of="last-update", update_every=1, quench_begin=0.8)
+    run = start(recipe_of(method), tmp_path)
+    track: Any = run.track
+    for site in track.sites:
+        site.weight.grad = torch.randn_like(site.weight)
+    batch: dict[str, Any] = {"tokens": tokens(), "loss": None, "predictions": None, "optimizer": run.optimizer}
+    track.observe(Batch(step=1, model=run.model, **batch))
+    wanted = [observed(track._scores(s, track._statistic(s)), track._statistic(s), log=True) for s in track.sites]
+    track._update_masks(1)
+    assert torch.allclose(track.known, torch.stack(wanted), rtol=1e-5)
+    seen = track.known.clone()
+    with torch.no_grad():
+        for site in track.sites:
+            site.weight.mul_(3.0)
+    track._update_masks(2)  # by what was seen before; what it sees itself is for the third
+    power = 1.0 if isinstance(criterion, Magnitude | HessianRatio) else 2.0
+    assert torch.allclose(track.known[:, 1], seen[:, 1] * 3.0**power, rtol=1e-4)
+    assert torch.allclose(track.known[:, 2], seen[:, 2], rtol=1e-2)  # the floor under the logarithm is the old one
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -322,6 +352,7 @@ def test_updates_may_come_late_and_more_seldom_at_first() -> None:
         ({"structure_mix": Linear(first=0.0, last=-0.1)}, "structure_mix"),
         ({"mid_push": Constant(value=-0.1)}, "mid_push"),
         ({"hysteresis": Constant(value=-0.1)}, "hysteresis"),
+        ({"statistics_rows": 4, "statistics_of": "last-update"}, "statistics_rows=4: with statistics_of"),
     ],
 )
 def test_constants_out_of_range_are_refused_by_name(changes: dict[str, Any], field: str) -> None:

@@ -137,3 +137,13 @@ def test_whoever_has_a_file_to_itself_clears_away_what_killed_writers_left(tmp_p
     assert not folder.exists()
     assert other.exists()
     assert (tmp_path / "a.json").read_text() == "whole"
+
+
+def test_whether_a_folder_is_held_is_asked_without_holding_it(tmp_path: Path) -> None:
+    assert not files.is_held(tmp_path / "stage")
+    with files.held(tmp_path / "stage", seconds=0):
+        assert files.is_held(tmp_path / "stage")
+        assert files.is_held(tmp_path / "stage"), "asking took nothing"
+    assert not files.is_held(tmp_path / "stage")
+    with files.held(tmp_path / "stage", seconds=0):
+        pass

@@ -109,6 +109,15 @@ def test_what_was_finished_on_disk_but_not_recorded_is_recorded_and_not_run(spac
     assert {a.status for a in other.attempts(space.dense)} == {"done"}
 
 
+def test_what_a_killed_writer_of_a_suite_left_goes_with_the_next_try(space: Workspace) -> None:
+    space.execute(space.first)
+    space.execute(space.dense)
+    left = space.home.cell(space.dense) / f".{space.suite}.json.999999.tmp"
+    left.write_text("{")
+    space.execute(space.dense, space.suite)
+    assert not left.exists()
+
+
 def test_files_of_another_cell_or_torn_ones_are_refused_with_what_to_do(space: Workspace) -> None:
     space.execute(space.first)
     file = space.home.cell(space.dense) / space.suite / "measurements.json"

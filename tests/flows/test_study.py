@@ -11,12 +11,15 @@ import pytest
 from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
-from flows.grids.study import BOOKS, IDEAS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
+from flows.grids.study import BOOKS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
 from flows.grids.study_grid import FIVE, NAME, OTHER_TEXT, TUNED, ZERO_SHOT, ablations, tuned
+from flows.grids.study_lab import IDEAS
 from sparseforge_core import specs
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
 from sparseforge_core.identity import key_of
+from sparseforge_core.presets import PAPER
+from sparseforge_core.schedules import WarmupCosine
 
 
 def test_every_method_has_the_same_trials_on_the_same_text_and_budget() -> None:
@@ -104,3 +107,14 @@ def test_the_retrained_teacher_comes_along_and_a_part_of_the_grid_can_be_carried
 def test_a_part_that_the_grid_does_not_have_is_refused(only: Only, sentence: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(sentence)):
         choose([NAME], only=only)
+
+
+def test_the_papers_row_is_the_papers_preset_but_for_the_peak() -> None:
+    recipe = contenders(PEAKS[-1])["paper"].recipe(12_000_000)
+    assert (recipe.method, recipe.objective, recipe.slorb) == (PAPER.method, PAPER.objective, PAPER.slorb)
+    assert (recipe.train.weight_decay, recipe.train.decayed) == (0.1, "all")
+    lr = recipe.train.lr
+    assert isinstance(lr, WarmupCosine)
+    assert isinstance(PAPER.lr, WarmupCosine)
+    assert (lr.peak, lr.last) == (PEAKS[-1], PEAKS[-1] / 10)
+    assert lr.warmup == PAPER.lr.warmup

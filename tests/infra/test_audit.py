@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +63,52 @@ def _at(text: str, name: str, version: str) -> str:
 def test_a_condition_holds_where_it_holds() -> None:
     assert audit._applies('python_version >= "3.0"')
     assert not audit._applies('python_version < "3.0"')
+
+
+def _pip_audit(folder: Path, said: str, code: int) -> None:
+    """A package of that name that says and returns what pip-audit would: its advisories need a network."""
+    folder.mkdir()
+    about = "pip_audit-2.9.0.dist-info"
+    program = f"import sys\ndef audit():\n    print({said!r}, file=sys.stderr)\n    return {code}\n"
+    with zipfile.ZipFile(folder / "pip_audit-2.9.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("pip_audit.py", program)
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: pip-audit\nVersion: 2.9.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/entry_points.txt", "[console_scripts]\npip-audit = pip_audit:audit\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("said", "code", "ends", "sentence"),
+    [
+        (None, 0, 3, "audit: advisories were NOT checked, pip-audit cannot be installed"),
+        (
+            "ERROR:pip_audit._cli:Could not connect to PyPI's vulnerability feed",
+            1,
+            3,
+            "audit: advisories were NOT checked",
+        ),
+        ("Found 2 known vulnerabilities in 1 package", 1, 1, "Found 2 known vulnerabilities in 1 package"),
+        ("No known vulnerabilities found", 0, 0, "No known vulnerabilities found"),
+    ],
+    ids=["no pip-audit", "out of reach", "found", "clean"],
+)
+def test_advisories_that_were_not_asked_are_said_not_to_be(
+    said: str | None, code: int, ends: int, sentence: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "checkout"
+    shutil.copytree(ROOT / "infra", place / "infra")
+    for name in (*audit.LOCKS, "pyproject.toml"):
+        shutil.copy(ROOT / name, place / name)
+    (place / ".venv").symlink_to(sys.prefix)
+    if said is not None:
+        _pip_audit(tmp_path / "wheels", said, code)
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PYTHON": sys.executable}
+    done = subprocess.run(
+        [place / "infra" / "audit.sh"], env={**os.environ, **offline}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ends, done.stderr
+    assert sentence in done.stderr
+    assert ("NOT checked" in done.stderr) == (ends == 3)
+    assert "pinned, complete, installed as locked" in done.stdout

@@ -51,10 +51,15 @@ class Size:
     full: int = 16
     locked: int = 6
     gone: int = 4
+    away: int = 16
+    refused: int = 12
     pairs: int = 8
 
 
-SHORT = Size(forked=12, trees=1, corruptions=6, cells=30, configs=300, paused=1, full=3, locked=1, gone=1, pairs=2)
+SHORT = Size(
+    forked=12, trees=1, corruptions=6, cells=30, configs=300, paused=1, full=3, locked=1, gone=1, away=2, refused=1,
+    pairs=2,
+)  # fmt: skip
 """A little of everything: what the ordinary tests run of it, and to see whether the soak itself works."""
 
 
@@ -195,7 +200,7 @@ def _resumes(reference: Any, scratch: Path, chance: random.Random, size: Size, c
 
 
 def _faults(reference: Any, scratch: Path, chance: random.Random, size: Size, counts: Any) -> None:
-    from tests.soak import faults
+    from tests.soak import away, faults
 
     start = faults.begun(scratch)
     faults.paused(start, reference, scratch, chance, size.paused, counts)
@@ -203,6 +208,8 @@ def _faults(reference: Any, scratch: Path, chance: random.Random, size: Size, co
     faults.locked(start, reference, scratch, chance, size.locked, counts)
     if not faults.read_only(start, reference, scratch, counts):
         print("read-only file system: not tested, mounting is not permitted", file=sys.stderr)
+    away.gone_and_back(reference, scratch, chance, size.away, counts)
+    away.refused(start, reference, scratch, chance, size.refused, counts)
     faults.gone_and_back(reference, scratch, chance, size.gone, counts)
 
 

@@ -1,4 +1,7 @@
-"""Faults of the machine: a process stopped past its lease, a full disk, a database locked, read-only, gone and back."""
+"""Faults of the machine: a process stopped past its lease, a full disk, a database locked, read-only, gone and back.
+
+What goes away with a file or a folder is in `away.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from flows import cycle
+from flows import cycle, failures
 from flows.provenance import process_alive
 from sparseforge_core.errors import StoreError
 from sparseforge_core.store.store import ResultStore
@@ -28,18 +31,16 @@ PATIENCE = 0.5
 
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
-    """Processes forked meanwhile give up soon on a locked store, or on a folder that a stopped process still holds."""
+    """Processes forked meanwhile give up soon on a store that is locked or full, and on a folder that is still held."""
     defaults = ResultStore.__init__.__kwdefaults__
-    before, folder = dict(defaults), getattr(cycle, "FOLDER_SECONDS", None)
-    defaults["lock_seconds"] = PATIENCE
-    if folder is not None:
-        cycle.FOLDER_SECONDS = PATIENCE  # type: ignore[attr-defined]
+    before, folder, waits = dict(defaults), cycle.FOLDER_SECONDS, failures.WAITS
+    defaults["lock_seconds"] = cycle.FOLDER_SECONDS = PATIENCE
+    failures.WAITS = (PATIENCE,)  # type: ignore[assignment]
     try:
         yield
     finally:
         defaults.update(before)
-        if folder is not None:
-            cycle.FOLDER_SECONDS = folder  # type: ignore[attr-defined]
+        cycle.FOLDER_SECONDS, failures.WAITS = folder, waits
 
 
 def begun(scratch: Path) -> World:
@@ -55,7 +56,7 @@ def begun(scratch: Path) -> World:
     return world
 
 
-def _finish(world: World, what: str, reference: Reference, counts: Counts) -> None:
+def finish(world: World, what: str, reference: Reference, counts: Counts) -> None:
     """Go on until everything is done, and compare."""
     log = world.root.with_suffix(".log")
     code = CRASHED
@@ -94,7 +95,7 @@ def paused(
                 if "is locked; another process has held it for too long" not in str(error):
                     raise
                 counts.add(counts.faults, "stopped while it held the store")
-                _finish(world, f"stopped process {number}", reference, counts)
+                finish(world, f"stopped process {number}", reference, counts)
                 continue
             fresh = fork(world.drain, world.root.with_suffix(".fresh.log"))
             if number % 2:
@@ -106,7 +107,7 @@ def paused(
                 os.kill(stale, signal.SIGCONT)
             end_of(stale)
             counts.add(counts.faults, "stopped past the lease")
-            _finish(world, f"stopped process {number}", reference, counts)
+            finish(world, f"stopped process {number}", reference, counts)
 
 
 # ---------------------------------------------------------------------------------------------------------- full disk
@@ -151,18 +152,20 @@ def full_disk(start: World, reference: Reference, scratch: Path, wanted: int, co
             log = scratch / "full.log"
             if resize:
                 resize(_used(scratch / "disk") + room, False)
-                code = end_of(fork(world.drain, log))
+                with impatient():
+                    code = end_of(fork(world.drain, log))
                 resize(None, False)
                 counts.add(counts.faults, "disk full (tmpfs, ENOSPC)")
             else:
-                code = end_of(fork(lambda: _limited(world, 1024 + 40_000 * number // wanted), log))  # noqa: B023
+                with impatient():
+                    code = end_of(fork(lambda: _limited(world, 1024 + 40_000 * number // wanted), log))  # noqa: B023
                 counts.add(counts.faults, "disk full (RLIMIT_FSIZE, EFBIG)")
             if code == CRASHED:
                 counts.tracebacks += 1
                 counts.say(f"full disk, room for {room} bytes: {log.read_text()[-600:]}")
             world.check(counts)
             world.release_everything()
-            _finish(world, f"full disk, room for {room} bytes", reference, counts)
+            finish(world, f"full disk, room for {room} bytes", reference, counts)
 
 
 def _limited(world: World, size: int) -> None:
@@ -198,7 +201,7 @@ def locked(
             counts.add(counts.faults, "store locked")
             world.check(counts)
             world.release_everything()
-            _finish(world, "locked store", reference, counts)
+            finish(world, "locked store", reference, counts)
 
 
 def _hold(world: World, seconds: float) -> None:
@@ -224,7 +227,7 @@ def read_only(start: World, reference: Reference, scratch: Path, counts: Counts)
             counts.tracebacks += 1
             counts.say(f"read-only: ended with {code}: {log.read_text()[-400:]}")
         counts.add(counts.faults, "read-only")
-        _finish(world, "read-only", reference, counts)
+        finish(world, "read-only", reference, counts)
     return True
 
 
@@ -258,7 +261,7 @@ def _cut_once(world: World, server: _Server, reference: Reference, chance: rando
     counts.add(counts.faults, "PostgreSQL killed and back")
     world.check(counts)
     world.release_everything()
-    _finish(world, "server gone", reference, counts)
+    finish(world, "server gone", reference, counts)
 
 
 def _empty(url: str) -> None:

@@ -247,7 +247,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
         code = REFUSED
     except Exception as error:
         # A library's own error for a full disk and the like has a sentence too; only its type is not ours.
-        if "No space left" in str(error) or "File too large" in str(error):
+        if any(said in str(error) for said in ("No space left", "File too large", "No such file")):
             code = REFUSED
         traceback.print_exc()
     finally:

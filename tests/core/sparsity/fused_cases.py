@@ -249,7 +249,7 @@ CASES = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fused.TILE = 256
+    fused.TILE, fused.REPEAT, fused.LOOK = 256, 4, 256
     torch.manual_seed(0)
     for name in sys.argv[1:] or CASES:
         CASES[name]()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparseforge_core.sparsity import reference
-from sparseforge_core.sparsity.criteria import standardize
+from sparseforge_core.sparsity.criteria import observed, standardize
 from sparseforge_core.sparsity.gate import AnnealPoint, GateForm, hard_target, project, update_mask
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
 from sparseforge_core.sparsity.reference import Constants
@@ -36,13 +36,15 @@ def scores_of(pattern: GroupPattern, groups: int) -> list[torch.Tensor]:
 
 
 def fast(
-    scores: list[torch.Tensor], keep: int, constants: list[Constants], log: bool
+    scores: list[torch.Tensor], keep: int, constants: list[Constants], log: bool, by_the_last: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a track does to one site, in the dtype of the product: float32."""
     mask = torch.ones(scores[0].shape)
     hard = torch.ones_like(mask, dtype=torch.bool)
+    known: torch.Tensor | None = None
     for s, at in zip(scores, constants, strict=True):
-        z = standardize(s, log=log)
+        z = standardize(s, log=log, known=known)
+        known = observed(s, None, log=log, known=known) if by_the_last else None
         values: dict[str, Any] = dataclasses.asdict(at)
         form = GateForm(**{name: values.pop(name) for name in ("threshold", "order", "push_target")})
         mask = update_mask(mask, z, hard_target(z, keep), keep, AnnealPoint(**values), form)
@@ -50,10 +52,13 @@ def fast(
     return mask, hard
 
 
-def assert_agree(pattern: GroupPattern, groups: int, constants: list[Constants], *, log: bool) -> None:
+def assert_agree(
+    pattern: GroupPattern, groups: int, constants: list[Constants], *, log: bool, by_the_last: bool = False
+) -> None:
     scores = scores_of(pattern, groups)
-    m, m_hat = reference.anneal([s.numpy() for s in scores], pattern.keep, constants, log=log)
-    mask, hard = fast(scores, pattern.keep, constants, log)
+    given = [s.numpy() for s in scores]
+    m, m_hat = reference.anneal(given, pattern.keep, constants, log=log, by_the_last=by_the_last)
+    mask, hard = fast(scores, pattern.keep, constants, log, by_the_last)
     # Relative to the scale of a mask, which is 1: float32 cannot say more of an entry near 0.
     assert float((mask.double() - torch.from_numpy(m)).abs().max()) < TOLERANCE
     assert np.array_equal(hard.numpy(), m_hat.astype(bool))
@@ -72,6 +77,11 @@ TOLERANCE = 1e-6
 )
 def test_ten_thousand_groups_agree_with_the_reference(pattern: GroupPattern) -> None:
     assert_agree(pattern, GROUPS, SCHEDULE, log=True)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_updates_by_the_statistics_of_the_last_agree_with_the_reference(log: bool) -> None:
+    assert_agree(nm(2, 4), 500, SCHEDULE, log=log, by_the_last=True)
 
 
 @pytest.mark.parametrize("log", [True, False])

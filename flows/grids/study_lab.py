@@ -1,0 +1,115 @@
+"""Ideas for the study's method, tried one at a time (docs/lab-log.md): 6 M tokens, seed 0, text of no result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flows.grids.planned import Grid, Planned
+from flows.grids.study import CALIBRATION, LENGTH, MILLION, SPARSEGPT, TRIED_ON, Contender, contenders, rate
+from sparseforge_core.methods import SparseForge
+from sparseforge_core.objective import Distill
+from sparseforge_core.objective.correction import TeacherCorrection
+from sparseforge_core.objective.hidden import HiddenMatch
+from sparseforge_core.schedules import Constant
+from sparseforge_core.sparsity.compensation import Compensation
+from sparseforge_core.sparsity.criteria import HessianOBD, SparseGPTScore, WandaScore
+
+SOFT = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION // 2)
+"""The specification's schedules, the strongest one-shot score."""
+FITTED = Compensation(samples=CALIBRATION, length=LENGTH)
+EARLY: dict[str, Any] = {"quench_begin": 0.2, "freeze_at": 0.4, "compensation": FITTED}
+HIDDEN = Distill(hidden=HiddenMatch())
+BEGUN: dict[str, Any] = {"start_from": SPARSEGPT, "quench_begin": 0.1, "freeze_at": 0.5}
+
+
+def _annealed(label: str, peak: float, **changes: Any) -> Contender:
+    """A change of one thing: fields of the contender, or of its method."""
+    contender = Contender(label=label, method=SOFT, lr=rate(peak))
+    ours = {name: value for name, value in changes.items() if name in Contender.__dataclass_fields__}
+    method = {name: value for name, value in changes.items() if name not in ours}
+    return replace(contender, method=replace(SOFT, **method), **ours)
+
+
+def _as(name: str, label: str, peak: float, **changes: Any) -> Contender:
+    return replace(contenders(peak)[name], label=label, **changes)
+
+
+def _frozen(label: str, peak: float, **changes: Any) -> Contender:
+    return _as("frozen-sparsegpt", label, peak, **changes)
+
+
+def _followed(label: str, rate_scale: float, kl_weight: float) -> Contender:
+    objective = Distill(kl_weight=kl_weight, correction=TeacherCorrection(rate_scale=rate_scale))
+    return _frozen(label, 2.4e-3, unmasked_rate=0.25, objective=objective)
+
+
+IDEAS: tuple[Contender, ...] = (
+    _frozen("frozen SparseGPT 6e-4", 6e-4),
+    _annealed("annealed, SparseGPT score 6e-4", 6e-4),
+    _annealed("early projection, compensated 6e-4", 6e-4, **EARLY),
+    _annealed("early projection, compensated 1.2e-3", 1.2e-3, **EARLY),
+    _annealed("hidden states 6e-4", 6e-4, objective=HIDDEN),
+    _annealed("Muon 6e-4", 6e-4, rule="muon"),
+    _frozen("frozen SparseGPT 1.2e-3", 1.2e-3),
+    _annealed("annealed, SparseGPT score 1.2e-3", 1.2e-3),
+    _annealed("annealed, Fisher score 6e-4", 6e-4, criterion=HessianOBD()),
+    _as("frozen-wanda", "frozen Wanda 6e-4", 6e-4),
+    _frozen("frozen SparseGPT, Muon 6e-4", 6e-4, rule="muon"),
+    _frozen("frozen SparseGPT, hidden states 6e-4", 6e-4, objective=HIDDEN),
+    _as("dense-control", "dense control 6e-4", 6e-4),
+    # How fast, and what moves
+    _frozen("frozen SparseGPT 2.4e-3", 2.4e-3),
+    _frozen("frozen 2.4e-3, unmasked a quarter", 2.4e-3, unmasked_rate=0.25),
+    _frozen("frozen 4.8e-3, unmasked an eighth", 4.8e-3, unmasked_rate=0.12),
+    _frozen("frozen Muon 1.2e-3", 1.2e-3, rule="muon"),
+    _frozen("frozen Muon 1.7e-3, unmasked a third", 1.7e-3, rule="muon", unmasked_rate=0.35),
+    _frozen("frozen Muon 2.4e-3, unmasked a half", 2.4e-3, rule="muon", unmasked_rate=0.5),
+    _frozen("frozen Muon 4e-3, unmasked a third", 4e-3, rule="muon", unmasked_rate=0.3),
+    # What is minimised
+    _frozen("frozen 1.2e-3, KL 0.25", 1.2e-3, objective=Distill(kl_weight=0.25)),
+    _frozen("frozen 1.2e-3, KL 0.75", 1.2e-3, objective=Distill(kl_weight=0.75)),
+    _frozen("frozen 1.2e-3, hidden states", 1.2e-3, objective=HIDDEN),
+    _frozen(
+        "frozen 2.4e-3, unmasked a quarter, KL 0.65", 2.4e-3, unmasked_rate=0.25, objective=Distill(kl_weight=0.65)
+    ),
+    _followed("teacher follows at 1/4, KL 0.5", 0.25, 0.5),
+    _followed("teacher follows at 1/4, KL 0.75", 0.25, 0.75),
+    _followed("teacher follows at 1/16, KL 0.75", 0.0625, 0.75),
+    _followed("teacher follows at 1/48, KL 0.75", 1 / 48, 0.75),
+    _followed("teacher follows at 1/48, KL 0.5", 1 / 48, 0.5),
+    # Which mask, and when
+    _as("frozen-wanda", "frozen Wanda 2.4e-3", 2.4e-3),
+    _annealed("from SparseGPT, T 0.05, 1.2e-3", 1.2e-3, temperature=Constant(value=0.05), **BEGUN),
+    _annealed(
+        "from SparseGPT, T 0.05, Wanda score to 0.8, 1.2e-3",
+        1.2e-3,
+        **{**BEGUN, "criterion": WandaScore(), "freeze_at": 0.8, "temperature": Constant(value=0.05)},
+    ),
+    _annealed(
+        "from SparseGPT, T 0.1, 2.4e-3, unmasked a quarter",
+        2.4e-3,
+        unmasked_rate=0.25,
+        temperature=Constant(value=0.1),
+        **BEGUN,
+    ),
+    _annealed(
+        "projection at 0.15, compensated, 2.4e-3, unmasked a quarter",
+        2.4e-3,
+        unmasked_rate=0.25,
+        quench_begin=0.02,
+        freeze_at=0.15,
+        compensation=FITTED,
+    ),
+    _as("ast", "AST 2.4e-3", 2.4e-3),
+)
+"""In the order of the log; `results/smollm2/lab` has what was run."""
+
+
+def ideas() -> Grid:
+    """The lab's runs."""
+    entries = tuple(
+        Planned(recipe=contender.recipe(6 * MILLION), variant=contender.label, suites=(TRIED_ON,))
+        for contender in IDEAS
+    )
+    return Grid(name="smollm2-ideas", title="SmolLM2-135M, ideas", entries=entries, captions={})

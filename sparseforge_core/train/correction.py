@@ -1,0 +1,83 @@
+"""The teacher's own steps (`objective/correction.py`): its loss on a batch, its optimizer, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.methods.base import MaskTrack
+from sparseforge_core.objective.correction import TeacherCorrection
+from sparseforge_core.recipe import TrainPlan
+from sparseforge_core.train.optimizer import clip
+
+WEIGHTS, MOMENTS = "teacher/weights/", "teacher/moments/"
+
+
+class Correction:
+    """AdamW on all weights of a teacher in float32, at a share of the plan's learning rate."""
+
+    def __init__(self, teacher: nn.Module, spec: TeacherCorrection, plan: TrainPlan) -> None:
+        self.plan, self.scale = plan, spec.rate_scale
+        self.weights = dict(teacher.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=0.0, betas=plan.betas, eps=plan.eps, weight_decay=0.0, fused=True
+        )
+
+    def step(self, progress: float, pieces: list[Tensor], loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """One step at a share of the plan; returns the mean cross-entropy before it, float64.
+
+        Args:
+            progress: share of the plan that ends with this step.
+            pieces: token ids of the batch in micro-batches, each `[sequences, length]`.
+            loss_of: mean loss of a piece in the teacher as it is, with its graph.
+        """
+        count = sum(len(piece) for piece in pieces)
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(self.weights.values())).device)
+        for piece in pieces:
+            share = loss_of(piece) * (len(piece) / count)
+            share.backward()  # type: ignore[no-untyped-call]
+            total += share.detach().double()
+        clip(list(self.weights.values()), self.plan.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.scale * self.plan.lr.at(progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and moments, by name."""
+        found = {f"{WEIGHTS}{name}": weight.detach() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                found[f"{MOMENTS}{key}/{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up `state()`."""
+        self.optimizer.state.clear()
+        for name, weight in self.weights.items():
+            weight.copy_(state[f"{WEIGHTS}{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = state.get(f"{MOMENTS}{key}/{name}")
+                if value is not None:
+                    # Adam's fused kernels want the count where the weight is, whatever it was saved on.
+                    self.optimizer.state[weight][key] = value.to(weight.device)
+
+
+class Beside:
+    """What a checkpoint keeps beyond the student's weights and their moments: the track's state and the teacher's."""
+
+    def __init__(self, track: MaskTrack, correction: Correction) -> None:
+        self.track, self.correction = track, correction
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.track.state(), **self.correction.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        ours = {name: value for name, value in state.items() if name.startswith("teacher/")}
+        self.correction.restore(ours)
+        self.track.restore({name: value for name, value in state.items() if name not in ours})

@@ -1,0 +1,111 @@
+"""A teacher that takes steps on the text: what a step is, that it teaches before it learns, and that it resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparseforge_core.data.corpora import Synthetic
+from sparseforge_core.errors import Interrupted, RecipeError
+from sparseforge_core.execution import Execution
+from sparseforge_core.methods import FrozenMask, SparseForge
+from sparseforge_core.objective import Distill, TaskOnly, Then
+from sparseforge_core.objective.correction import TeacherCorrection
+from sparseforge_core.recipe import Cell, Recipe, TrainPlan
+from sparseforge_core.run import train_cell
+from sparseforge_core.schedules import Constant, WarmupLinear
+from sparseforge_core.sparsity.patterns import nm
+from sparseforge_core.tracking.tracker import read_journal
+from sparseforge_core.train.correction import Correction
+from sparseforge_core.train.parallel import refuse
+from tests.tiny import tiny_source
+
+STEPS = 12
+CORRECTED = Distill(correction=TeacherCorrection(rate_scale=0.5))
+
+
+def _recipe(objective: Distill | Then = CORRECTED, method: FrozenMask | SparseForge | None = None) -> Recipe:
+    return Recipe(
+        model=tiny_source("llama"),
+        method=method or FrozenMask(),
+        corpus=Synthetic(documents_count=60),
+        pattern=nm(2, 4),
+        objective=objective,
+        train=TrainPlan(steps=STEPS, sequences=4, length=16, lr=WarmupLinear(peak=3e-3)),
+    )
+
+
+def _losses(folder: Path, name: str) -> dict[int, float]:
+    lines, _ = read_journal(folder / "journal.jsonl")
+    return {line["step"]: line["scalars"][name] for line in lines if name in line.get("scalars", {})}
+
+
+def test_a_step_is_adamws_at_a_share_of_the_rate() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Linear(4, 3, bias=False)
+    alone = nn.Linear(4, 3, bias=False)
+    alone.load_state_dict(teacher.state_dict())
+    plan = TrainPlan(steps=10, lr=Constant(value=0.02), clip=1e9)
+    x = torch.randn(6, 4)
+    found = Correction(teacher, TeacherCorrection(rate_scale=0.25), plan).step(
+        0.5, list(x.split(2)), lambda piece: teacher(piece).square().mean()
+    )
+    rule = torch.optim.AdamW(alone.parameters(), lr=0.005, betas=plan.betas, eps=plan.eps, weight_decay=0.0)
+    loss = alone(x).square().mean()
+    loss.backward()
+    rule.step()
+    assert float(found) == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(teacher.weight, alone.weight)
+
+
+def test_it_teaches_a_batch_before_it_learns_from_it(tmp_path: Path) -> None:
+    train_cell(Cell(recipe=_recipe()), tmp_path / "follows", tmp_path / "home")
+    train_cell(Cell(recipe=_recipe(Distill())), tmp_path / "stays", tmp_path / "home")
+    follows, stays = (_losses(tmp_path / name, "loss/kl") for name in ("follows", "stays"))
+    assert follows[1] == stays[1]
+    assert follows[STEPS] != stays[STEPS]
+    taught = _losses(tmp_path / "follows", "loss/teacher")
+    assert taught[STEPS] < taught[1]
+    assert not _losses(tmp_path / "stays", "loss/teacher")
+
+
+@pytest.mark.parametrize("method", [FrozenMask(), SparseForge()])
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, method: FrozenMask | SparseForge, stop: int) -> None:
+    cell = Cell(recipe=_recipe(method=method))
+    train_cell(cell, tmp_path / "whole", tmp_path / "home")
+    seen: list[int] = []
+    with pytest.raises(Interrupted):
+        train_cell(
+            cell, tmp_path / "parts", tmp_path / "home",
+            on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == stop,
+        )  # fmt: skip
+    train_cell(cell, tmp_path / "parts", tmp_path / "home")
+    hashes = [
+        json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"] for name in ("whole", "parts")
+    ]
+    assert hashes[0] == hashes[1]
+    assert _losses(tmp_path / "whole", "loss/teacher")[STEPS] == _losses(tmp_path / "parts", "loss/teacher")[STEPS]
+
+
+def test_micro_batches_make_the_same_step(tmp_path: Path) -> None:
+    cell = Cell(recipe=_recipe())
+    train_cell(cell, tmp_path / "whole", tmp_path / "home")
+    train_cell(cell, tmp_path / "cut", tmp_path / "home", execution=Execution(micro_batch=1))
+    whole, cut = (_losses(tmp_path / name, "loss/teacher") for name in ("whole", "cut"))
+    assert cut[STEPS] == pytest.approx(whole[STEPS], rel=1e-4)
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match=r"correction\.rate_scale=0"):
+        TeacherCorrection(rate_scale=0.0)
+    with pytest.raises(RecipeError, match=r"after\.correction"):
+        Then(before=CORRECTED, after=Distill(), switch_at=0.5)
+    with pytest.raises(RecipeError, match=r"objective\.correction: 2 ranks"):
+        refuse(_recipe(), "replicate", 2)
+    assert Then(before=CORRECTED, after=TaskOnly(), switch_at=0.5).correcting == CORRECTED.correction
+    assert [objective.teacher_bytes for objective in (TaskOnly(), Distill(), CORRECTED)] == [0, 2, 16]
