@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks.curvature import seconds
 from sparseforge_core.methods import SparseForge
+from sparseforge_core.methods.annealing import SparseForgeTrack
 from sparseforge_core.methods.base import Surroundings
-from sparseforge_core.methods.sparseforge import SparseForgeTrack
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.sparsity.patterns import BLOCK_16, Pattern, nm

@@ -32,7 +32,7 @@ from torch import Tensor
 from triton import knobs
 
 from benchmarks.train import AT_ONCE, BUSY, LEAN, _seconds, agreement, copy_bandwidth, hardware, touched, track_of
-from sparseforge_core.methods.sparseforge import SparseForgeTrack
+from sparseforge_core.methods.annealing import SparseForgeTrack
 from sparseforge_core.sparsity import fused
 
 SHAPES = [(4096, 4096)] * 4 + [(11_008, 4096)] * 2 + [(4096, 11_008)]

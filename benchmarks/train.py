@@ -34,8 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.published_step import PublishedStep
 from benchmarks.steps import SHAPES, Shape, config_of, release, synchronize, timed
 from sparseforge_core.methods import SparseForge
+from sparseforge_core.methods.annealing import SparseForgeTrack
 from sparseforge_core.methods.base import Surroundings
-from sparseforge_core.methods.sparseforge import SparseForgeTrack
 from sparseforge_core.models.heads import split
 from sparseforge_core.models.hub import from_config
 from sparseforge_core.models.sites import Site

@@ -222,7 +222,7 @@ def _bring(store: ResultStore, home: Home, stage: Carried) -> int:
             for name in stage.names:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage.folder / name, temporary / name, follow_symlinks=False)
-        patiently(lambda: record(store, attempt, target / measured.FILE))
-        if (target / FINAL).is_dir():
+        if (target / FINAL).is_dir():  # not where the training diverged, nor where weights were dropped
             verify(target / FINAL, stage.cell)
+        patiently(lambda: record(store, attempt, target / measured.FILE))
     return 1

@@ -30,7 +30,7 @@ from sparseforge_core.store.shown import (
     StoredCurve,
     TidyMeasurement,
 )
-from sparseforge_core.store.states import attempt_record, grid_attempts, stage_states, statuses
+from sparseforge_core.store.states import cell_attempts, grid_attempts, stage_states, statuses
 
 
 class Results:
@@ -239,9 +239,8 @@ class Results:
 
     def attempts(self, cell_key: str) -> list[AttemptRecord]:
         """Every try at the stages of a cell, oldest first."""
-        table = schema.attempt
-        chosen = sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)
-        return [attempt_record(row) for row in self._rows(chosen)]
+        with reading(self.engine) as connection:
+            return cell_attempts(connection, cell_key)
 
     def now(self) -> datetime.datetime:
         """The present moment by the clock that heartbeats are told by."""

@@ -51,13 +51,20 @@ def _states(connection: sa.Connection, which: sa.ColumnElement[bool], cells: sa.
 
 def grid_attempts(connection: sa.Connection, grid: str) -> list[AttemptRecord]:
     """Every try at the cells of a grid, oldest first."""
+    return _attempts(connection, schema.attempt.c.cell_key.in_(_cells(grid)))
+
+
+def cell_attempts(connection: sa.Connection, cell_key: str) -> list[AttemptRecord]:
+    """Every try at the stages of a cell, oldest first."""
+    return _attempts(connection, schema.attempt.c.cell_key == cell_key)
+
+
+def _attempts(connection: sa.Connection, which: sa.ColumnElement[bool]) -> list[AttemptRecord]:
     table = schema.attempt
-    rows = connection.execute(sa.select(table).where(table.c.cell_key.in_(_cells(grid))).order_by(table.c.id))
-    return [attempt_record(row) for row in rows]
+    return [_attempt(row) for row in connection.execute(sa.select(table).where(which).order_by(table.c.id))]
 
 
-def attempt_record(row: sa.Row[Any]) -> AttemptRecord:
-    """A row of the attempts' table."""
+def _attempt(row: sa.Row[Any]) -> AttemptRecord:
     known = dict(row._mapping)
     provenance = Provenance(**{f.name: known.pop(f.name) for f in fields(Provenance)})
     return AttemptRecord(**known, provenance=provenance)

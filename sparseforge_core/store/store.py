@@ -37,7 +37,7 @@ from sparseforge_core.store.rows import (
     PublishedNumber,
     StageState,
 )
-from sparseforge_core.store.states import attempt_record, stage_states
+from sparseforge_core.store.states import cell_attempts, stage_states
 
 log = logging.getLogger(__name__)
 
@@ -237,10 +237,8 @@ class ResultStore:
 
     def attempts(self, cell_key: str) -> list[AttemptRecord]:
         """Every try at the stages of a cell, oldest first."""
-        table = schema.attempt
         with reading(self.engine) as connection:
-            rows = connection.execute(sa.select(table).where(table.c.cell_key == cell_key).order_by(table.c.id)).all()
-        return [attempt_record(row) for row in rows]
+            return cell_attempts(connection, cell_key)
 
     def fsck(self) -> list[str]:
         """What in the store contradicts itself, one sentence each; an empty list is a sound store."""

@@ -13,7 +13,7 @@ import torch
 from sparseforge_core import specs
 from sparseforge_core.errors import CurvatureUnavailable, Interrupted
 from sparseforge_core.methods import SparseForge
-from sparseforge_core.methods.sparseforge import SparseForgeTrack
+from sparseforge_core.methods.annealing import SparseForgeTrack
 from sparseforge_core.models.heads import split
 from sparseforge_core.observe.curvature import ESTIMATORS, Curvature, FiniteDifference, Hutchinson
 from sparseforge_core.sparsity.patterns import check_weight

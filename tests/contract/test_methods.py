@@ -27,7 +27,7 @@ from sparseforge_core.methods import (
     method_named,
 )
 from sparseforge_core.methods.base import MaskedTrack, Surroundings
-from sparseforge_core.methods.sparseforge import Phases
+from sparseforge_core.methods.phases import Phases
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
 from sparseforge_core.observe.curvature import Batch, Fisher

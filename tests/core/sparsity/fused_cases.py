@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 import os
-import sys
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from sparseforge_core.sparsity.gate import AnnealPoint, GateForm, hard_target, p
 from sparseforge_core.sparsity.masking import PackedMask, SoftMask
 from sparseforge_core.sparsity.patterns import check_mask, nm
 from sparseforge_core.sparsity.report import mask_summary
+from tests.interpreted import run_cases
 from tests.tiny import tiny_model, tokens
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cpu"))
@@ -248,9 +248,5 @@ CASES = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     fused.TILE, fused.REPEAT, fused.LOOK = 256, 4, 256
-    torch.manual_seed(0)
-    for name in sys.argv[1:] or CASES:
-        CASES[name]()
-    print("all agree")
+    run_cases(CASES)

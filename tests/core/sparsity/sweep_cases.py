@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 
 import torch
 from hypothesis import given, settings
@@ -24,6 +23,7 @@ from sparseforge_core.sparsity import fused_sweep
 from sparseforge_core.sparsity.fused_sweep import sweep_together
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, Pattern, Unstructured, check_mask, nm
 from sparseforge_core.sparsity.second_order import Factor, inverse_factor, sweep
+from tests.interpreted import run_cases
 from tests.tiny import sites_of, tiny_model, tokens
 
 ON = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -168,10 +168,5 @@ CASES = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     fused_sweep.TILE = 4096
-    torch.manual_seed(0)
-    for name in sys.argv[1:] or CASES:
-        CASES[name]()
-        print(name, "agrees", flush=True)
-    print("all agree")
+    run_cases(CASES)

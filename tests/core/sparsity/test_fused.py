@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,7 @@ from sparseforge_core.sparsity import fused
 from sparseforge_core.sparsity.gate import GateForm
 from sparseforge_core.sparsity.masking import PackedMask, SoftMask
 from sparseforge_core.sparsity.patterns import BLOCK_16, Pattern, Unstructured, nm
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.interpreted import assert_agreement
 
 
 def mask(shape: tuple[int, ...] = (16, 32), *, transposed: bool = False) -> tuple[torch.Tensor, SoftMask]:
@@ -53,18 +49,7 @@ def test_weights_of_another_kind_are_refused() -> None:
 @pytest.mark.skipif(not fused.available(), reason="Triton is not installed: there is nothing to compare")
 @pytest.mark.slow
 def test_the_kernels_agree_with_plain_torch() -> None:
-    script = Path(__file__).with_name("fused_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},  # read when Triton is imported
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "all agree"
+    assert_agreement(Path(__file__).with_name("fused_cases.py"))
 
 
 def test_a_packed_mask_reads_what_was_written() -> None:

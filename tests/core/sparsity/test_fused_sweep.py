@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,7 @@ import torch
 from sparseforge_core.sparsity import fused, fused_sweep
 from sparseforge_core.sparsity.patterns import BLOCK_16, Pattern, Unstructured, nm
 from sparseforge_core.sparsity.second_order import inverse_factor, sweep
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.interpreted import assert_agreement
 
 
 def test_what_the_kernel_does_not_cover_is_said() -> None:
@@ -42,15 +38,4 @@ def test_what_is_refused_is_swept_one_by_one_to_the_bit(pattern: Pattern) -> Non
 @pytest.mark.skipif(not fused.available(), reason="Triton is not installed: there is nothing to compare")
 @pytest.mark.slow
 def test_the_kernel_agrees_with_plain_torch() -> None:
-    script = Path(__file__).with_name("sweep_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "all agree"
+    assert_agreement(Path(__file__).with_name("sweep_cases.py"))
