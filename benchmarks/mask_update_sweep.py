@@ -31,13 +31,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from benchmarks.train import AT_ONCE, LEAN, _seconds, agreement, copy_bandwidth, hardware, touched, track_of
+from benchmarks.train import AT_ONCE, BUSY, LEAN, _seconds, agreement, copy_bandwidth, hardware, touched, track_of
 from sparseforge_core.methods.annealing import SparseForgeTrack
 from sparseforge_core.sparsity import fused
 
 SHAPES = [(4096, 4096)] * 4 + [(11_008, 4096)] * 2 + [(4096, 11_008)]
-AHEAD = 20_000_000
-"""Cycles that the device waits before kernels are timed one by one, so that the host is ahead of it."""
 
 
 @triton.jit
@@ -94,7 +92,7 @@ def by_kernel(update: Callable[[int], Tensor], device: torch.device, turns: int 
     knobs.runtime.launch_enter_hook.add(enter)
     knobs.runtime.launch_exit_hook.add(leave)
     try:
-        torch.cuda._sleep(AHEAD)
+        torch.cuda._sleep(BUSY)  # so that the host is ahead
         for turn in range(turns):
             update(5000 + turn)
         torch.cuda.synchronize(device)

@@ -64,15 +64,29 @@ def model_named(text: str) -> tuple[Any, dict[str, Any]]:
 
 
 def committed(gpu: str | None) -> tuple[dict[str, float], str]:
-    """Measurements by name, and the hardware that they are of: this GPU's where there are such, else RESULTS."""
+    """Measurements by name, and the hardware that they are of: this GPU's where there are such, else RESULTS.
+
+    Batches that a GPU's own file lacks grow as they do in RESULTS, and the second value says so.
+    """
+    from sparseforge_core.runtime import prediction
+
     if not RESULTS.is_file():
         raise ExportError(f"{RESULTS} is missing, from which speed is predicted; run benchmarks/decode.py on a GPU")
-    for path in (*sorted(RESULTS.parent.glob("decode-*.json")), RESULTS):
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        hardware = next((row["hardware"] for row in rows if row["measure"] == "copy_bandwidth"), "no GPU")
-        if path == RESULTS or (gpu is not None and hardware.startswith(f"{gpu},")):
-            return {row["measure"]: float(row["value"]) for row in rows}, hardware
-    raise AssertionError("RESULTS is the last of the paths")
+    whole, hardware = figures(RESULTS)
+    for path in sorted(RESULTS.parent.glob("decode-*.json")):
+        own, name = figures(path)
+        if gpu is not None and name.startswith(f"{gpu},"):
+            measured, added = prediction.completed(own, whole)
+            text = ", ".join(map(str, added))
+            return measured, f"{name}; batches of {text} by how steps grow on {hardware}" if added else name
+    return whole, hardware
+
+
+def figures(path: Path) -> tuple[dict[str, float], str]:
+    """What a file of results measured, by name, and on which hardware."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    hardware = next((row["hardware"] for row in rows if row["measure"] == "copy_bandwidth"), "no GPU")
+    return {row["measure"]: float(row["value"]) for row in rows}, hardware
 
 
 def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]], batch: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sparseforge_core.models.heads import Split, split
 from sparseforge_core.models.regions import compiled_blocks, has_compiled_blocks
 from sparseforge_core.objective.divergence import SparseTarget
 from sparseforge_core.objective.fused import fused_losses, refusal
-from sparseforge_core.objective.objectives import Losses, Objective
+from sparseforge_core.objective.objectives import Losses, Objective, TaskOnly
 from sparseforge_core.objective.teaching import Draws
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,19 @@ def faster(student: Any, teacher: Any | None, *, compiled: bool) -> tuple[Any, A
 
 
 def batch_losses(
-    model: Any, teacher: Any | None, objective: Objective, tokens: Tensor, draws: Draws | None = None
+    model: Any,
+    teacher: Any | None,
+    objective: Objective,
+    tokens: Tensor,
+    draws: Draws | None = None,
+    *,
+    correct: bool = False,
 ) -> Losses:
-    """Run student and teacher on `tokens` `[batch, length]` and compute the losses."""
+    """Run student and teacher on `tokens` `[batch, length]` and compute the losses.
+
+    With `correct` the teacher's own cross-entropy is among them, with its graph, from the forward pass that it teaches
+    with.
+    """
     if objective.distills and teacher is None:
         raise RecipeError("objective: distillation was asked for without a teacher")
     teacher = teacher if objective.distills else None
@@ -87,20 +97,35 @@ def batch_losses(
         raise RecipeError("objective.hidden: compiled blocks do not show their hidden states; run without --compile")
     asked = {"use_cache": False} if objective.matching is None else {"use_cache": False, "output_hidden_states": True}
     ours = _body(model)(input_ids=tokens, **asked)
-    with torch.no_grad():
+    with torch.set_grad_enabled(correct):
         theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
-    if isinstance(model, Split) and refusal(model, teacher, objective) is None:
-        taught = None if theirs is None else _predicting(theirs.last_hidden_state)
-        states = _predicting(ours.last_hidden_state)
-        losses = fused_losses(model, teacher, objective, states, taught, tokens[:, 1:].flatten())
-    elif isinstance(model, Split):
-        hidden = None if theirs is None else theirs.last_hidden_state
-        losses = _in_chunks(model, teacher, objective, ours.last_hidden_state, hidden, tokens, uniform)
-    else:
-        losses = objective.losses(ours.logits, None if theirs is None else theirs.logits, tokens, uniform)
-    if objective.matching is None or theirs is None:
+    losses = _losses(model, teacher, objective, ours, theirs, tokens, uniform)
+    if objective.matching is not None and theirs is not None:
+        states = [state.detach() for state in theirs.hidden_states]
+        losses = objective.with_hidden(losses, objective.matching.loss(ours.hidden_states, states))
+    if not correct or theirs is None:
         return losses
-    return objective.with_hidden(losses, objective.matching.loss(ours.hidden_states, theirs.hidden_states))
+    return dataclasses.replace(losses, teacher=_losses(teacher, None, TaskOnly(), theirs, None, tokens, None).total)
+
+
+def _losses(
+    model: Any,
+    teacher: Any | None,
+    objective: Objective,
+    ours: Any,
+    theirs: Any | None,
+    tokens: Tensor,
+    uniform: Tensor | None,
+) -> Losses:
+    """The losses of what two bodies, or two whole models, put out for `tokens`; no gradient reaches the teacher."""
+    if not isinstance(model, Split):
+        logits = None if theirs is None else theirs.logits.detach()
+        return objective.losses(ours.logits, logits, tokens, uniform)
+    taught = None if theirs is None else theirs.last_hidden_state.detach()
+    if refusal(model, teacher, objective) is not None:
+        return _in_chunks(model, teacher, objective, ours.last_hidden_state, taught, tokens, uniform)
+    states, labels = _predicting(ours.last_hidden_state), tokens[:, 1:].flatten()
+    return fused_losses(model, teacher, objective, states, None if taught is None else _predicting(taught), labels)
 
 
 def predictions(model: Any, tokens: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Losses:
     task: Tensor
     kl: Tensor | None
     hidden: Tensor | None = None
+    teacher: Tensor | None = None
+    """The teacher's own cross-entropy, where it takes steps; no part of `total`."""
 
 
 class Objective(ABC):

@@ -166,6 +166,25 @@ def _value(results: Mapping[str, float], name: str) -> float:
     return results[name]
 
 
+def completed(results: Mapping[str, float], reference: Mapping[str, float]) -> tuple[dict[str, float], list[int]]:
+    """Results with the steps of those BATCHES that only `reference` measured, and which batches those are.
+
+    What a step of the results takes over one of the reference is interpolated between the batches that both measured,
+    and is kept beyond the last. A step of more rows is not one of fewer in proportion: dense products of two rows take
+    another way than of one, and few rows cost as little as one.
+    """
+    found, added = dict(results), set()
+    for side in ("dense", "sparse"):
+        names = {rows: f"step_ms.{side}.batch_{rows}" for rows in BATCHES}
+        over = {rows: results[n] / reference[n] for rows, n in names.items() if n in results and n in reference}
+        if 1 not in over:
+            continue
+        for rows in (rows for rows, n in names.items() if n in reference and n not in results):
+            found[names[rows]] = reference[names[rows]] * interpolated(over, min(rows, max(over)))
+            added.add(rows)
+    return found, sorted(added)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What to expect of a model."""

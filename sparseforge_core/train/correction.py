@@ -1,8 +1,7 @@
-"""The teacher's own steps (`objective/correction.py`): its loss on a batch, its optimizer, and its state."""
+"""The teacher's own steps (`objective/correction.py`): its optimizer, and its state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,26 +25,13 @@ class Correction:
             self.weights.values(), lr=0.0, betas=plan.betas, eps=plan.eps, weight_decay=0.0, fused=True
         )
 
-    def step(self, progress: float, pieces: list[Tensor], loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """One step at a share of the plan; returns the mean cross-entropy before it, float64.
-
-        Args:
-            progress: share of the plan that ends with this step.
-            pieces: token ids of the batch in micro-batches, each `[sequences, length]`.
-            loss_of: mean loss of a piece in the teacher as it is, with its graph.
-        """
-        count = sum(len(piece) for piece in pieces)
-        total = torch.zeros((), dtype=torch.float64, device=next(iter(self.weights.values())).device)
-        for piece in pieces:
-            share = loss_of(piece) * (len(piece) / count)
-            share.backward()  # type: ignore[no-untyped-call]
-            total += share.detach().double()
+    def step(self, progress: float) -> None:
+        """One step down the gradients that the batch left, at the rate of a share of the plan."""
         clip(list(self.weights.values()), self.plan.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.scale * self.plan.lr.at(progress)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
 
     def state(self) -> dict[str, Tensor]:
         """Weights and moments, by name."""

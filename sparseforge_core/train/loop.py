@@ -17,7 +17,7 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.tokens import TokenStream
 from sparseforge_core.errors import Diverged, Interrupted, SparseForgeError
 from sparseforge_core.methods.base import MaskTrack
-from sparseforge_core.objective import Draws, Objective, TaskOnly, batch_losses, predictions
+from sparseforge_core.objective import Draws, Objective, batch_losses, predictions
 from sparseforge_core.observe.curvature import Batch
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
@@ -107,13 +107,14 @@ def train(
             run.ranks.begin(step)
             tokens = ahead.batch(step)
             losses = _backward(run, tokens, step, watch)
-            losses |= _correct(run, tokens, step)
             with _diverged_first(watch):
                 run.track.observe(_as_observed(run, tokens, step))
                 run.track.before_update(step)
                 norm = run.ranks.clip(trained, plan.clip)
                 watch.before_update(step, losses["loss/total"], norm)
                 run.optimizer.step()
+                if run.correction is not None and _objective(run, step).correcting is not None:
+                    run.correction.step(step / plan.steps)
                 run.optimizer.zero_grad(set_to_none=True)
                 run.track.after_update(step, run.optimizer)
             # -----------------------------------------------------------------
@@ -176,15 +177,18 @@ def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Te
         share = piece.shape[0] / tokens.shape[0]
         run.ranks.expect(last=row + size >= tokens.shape[0])
         with _autocast(run):
-            losses = batch_losses(run.forward, run.teacher, objective, piece.to(run.device), draws)
+            correct = run.correction is not None and objective.correcting is not None
+            losses = batch_losses(run.forward, run.teacher, objective, piece.to(run.device), draws, correct=correct)
         if run.ranks.world == 1:
             watch.refuse_loss(losses.total, step)
-        (losses.total * share).backward()  # type: ignore[no-untyped-call]
+        total = losses.total if losses.teacher is None else losses.total + losses.teacher
+        (total * share).backward()  # type: ignore[no-untyped-call]
         parts = {
             "loss/total": losses.total,
             "loss/task": losses.task,
             "loss/kl": losses.kl,
             "loss/hidden": losses.hidden,
+            "loss/teacher": losses.teacher,
         }
         for name, value in parts.items():
             if value is not None:
@@ -195,19 +199,6 @@ def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Te
     if run.ranks.world > 1:  # on all ranks alike: one that left alone would leave them waiting
         watch.refuse_loss(means["loss/total"], step)
     return means
-
-
-def _correct(run: Run, tokens: Tensor, step: int) -> dict[str, Tensor]:
-    """The teacher's step on a batch that it has taught; its loss, where it takes one."""
-    if run.correction is None or _objective(run, step).correcting is None:
-        return {}
-
-    def loss_of(piece: Tensor) -> Tensor:
-        with _autocast(run):
-            return batch_losses(run.teacher, None, TaskOnly(), piece.to(run.device)).total
-
-    pieces = list(tokens.split(run.micro_batch or tokens.shape[0]))
-    return {"loss/teacher": run.correction.step(step / run.recipe.train.steps, pieces, loss_of)}
 
 
 def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows import outlook
+from sparseforge_core.runtime import prediction
 from tests.core.runtime.test_prediction import measured
 from tests.flows.test_cli import run
 from tests.tiny import tiny_model
@@ -49,6 +50,35 @@ def test_figures_of_the_same_gpu_are_preferred(results: Path) -> None:
     assert outlook.committed("Some GPU X2") == ({"copy_bandwidth": 4.2}, "Some GPU X2, torch 2")
     assert outlook.committed("Some GPU X")[1] == "a GPU"
     assert outlook.committed(None)[1] == "a GPU"
+
+
+def test_batches_that_a_gpu_did_not_measure_grow_as_in_the_full_results(results: Path) -> None:
+    """A file of batches 1 and 16 does not make a step of 64 rows four times one of 16."""
+    mine = [
+        {"measure": name, "value": 2.0 * value, "hardware": "Some GPU X2, torch 2"}
+        for name, value in measured(3e-6, 0.9, 4e-6, 0.1).items()
+        if not name.startswith("step_ms") or name.endswith(("batch_1", "batch_16"))
+    ]
+    (results.parent / "decode-x2.json").write_text(json.dumps(mine))
+    found, source = outlook.committed("Some GPU X2")
+    whole, _ = outlook.committed(None)
+    assert source == "Some GPU X2, torch 2; batches of 2, 4, 8, 32, 64 by how steps grow on a GPU"
+    assert found == pytest.approx({name: 2.0 * value for name, value in whole.items()})
+
+
+def test_an_h200_is_predicted_from_its_own_measurements() -> None:
+    """The committed files: what was measured on an H200 is repeated within the tenth that the bar allows."""
+    found, source = outlook.committed("NVIDIA H200")
+    assert source.startswith("NVIDIA H200, ")
+    bandwidth = 1e12 * found["copy_bandwidth"]
+    sizes = prediction.KNOWN[prediction.MEASURED]
+    expected = prediction.forecast(sizes, found, measured_at=prediction.CONTEXT, bandwidth=bandwidth)
+    name = "decode_tokens_per_second.128_128"
+    assert expected.sparse_tokens_per_second == pytest.approx(found[name], rel=0.1)
+    assert expected.dense_tokens_per_second == pytest.approx(found[f"dense_{name}"], rel=0.1)
+    crowd = prediction.forecast(sizes, found, measured_at=prediction.CONTEXT, bandwidth=bandwidth, batch=64)
+    assert 0.95 < crowd.gain < expected.gain
+    assert outlook.committed("NVIDIA H100 80GB HBM3")[1].startswith("NVIDIA H100 80GB HBM3, ")
 
 
 def test_a_model_that_gains_nothing_is_told_so(

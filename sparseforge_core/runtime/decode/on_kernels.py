@@ -27,7 +27,7 @@ class Sparse(Product):
     def __init__(self, kernel: KernelWeight, bias: Tensor | None, name: str, steps: ModuleType) -> None:
         super().__init__(name, kernel.out_features, kernel.in_features, steps)
         self.kernel, self.bias = kernel, bias
-        self.unpacks = kernel.backend == "mma" and kernel.mode == "decode"
+        self.unpacks = kernel.unpacks
         self.nbytes = self.held_bytes - sum(t.nbytes for t in (kernel.dense_copy, kernel.compressed) if t is not None)
         self._bare = kernel
         self._branch = kernel.branch if kernel.projection is None else None

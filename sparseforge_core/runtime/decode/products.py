@@ -66,6 +66,7 @@ class Modules(Product):
     def __init__(self, modules: Sequence[Any], name: str, steps: ModuleType = plain) -> None:
         super().__init__(name, sum(m.out_features for m in modules), modules[0].in_features, steps)
         self._modules = list(modules)
+        self.unpacks = any(isinstance(module, KernelLinear) and module.kernel.unpacks for module in modules)
         self.nbytes = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
 
     def apply(self, x: Tensor) -> Tensor:

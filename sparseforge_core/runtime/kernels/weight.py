@@ -119,6 +119,11 @@ class KernelWeight(nn.Module):
         return dense_of(self.values, self.places, (self.out_features, self.in_features))
 
     @property
+    def unpacks(self) -> bool:
+        """Whether batches too large for the kernels unpack it each time."""
+        return self.backend == "mma" and self.mode == "decode"
+
+    @property
     def forms(self) -> Forms:
         """What it holds beside the packed weight."""
         return FORMS[self.dense_copy is not None, self.compressed is not None]

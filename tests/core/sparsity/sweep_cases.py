@@ -69,14 +69,14 @@ def compare(weights: list[Tensor], factor: Factor, pattern: Pattern, width: int)
 def patterns() -> None:
     """Every kind of pattern, blocks that divide the columns and blocks that do not, inputs that are always zero."""
     for pattern in PATTERNS:
-        for width in (4, 20, 128):
+        for width in (4, 20, 128) if ON == "cpu" else (20,):  # each width is compiled anew
             compare(weights_of((32, 16, 48), 48, seed=1), factor_of(48, 2, dead=(3, 17, 18)), pattern, width)
 
 
 def properties() -> None:
     """Any sizes: rows that do not fill a program, columns that do not fill a block."""
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(
         st.integers(0, 10_000), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 9),
         st.integers(1, 40), st.sampled_from([nm(1, 2), nm(2, 4), nm(3, 4), nm(3, 8), Unstructured(density=0.5)]),
@@ -92,7 +92,7 @@ def properties() -> None:
 def ties() -> None:
     """Equal scores go by place in both ways: inputs that do not depend on each other leave the weights as they are."""
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, 10_000), st.sampled_from([nm(2, 4), nm(1, 4), nm(3, 8), BLOCK_16]), st.sampled_from([16, 24]))
     def hold(seed: int, pattern: Pattern, width: int) -> None:
         made = torch.Generator().manual_seed(seed)

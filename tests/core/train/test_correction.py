@@ -13,7 +13,8 @@ from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import Interrupted, RecipeError
 from sparseforge_core.execution import Execution
 from sparseforge_core.methods import FrozenMask, SparseForge
-from sparseforge_core.objective import Distill, TaskOnly, Then
+from sparseforge_core.models.heads import split
+from sparseforge_core.objective import Distill, TaskOnly, Then, batch_losses
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
 from sparseforge_core.run import train_cell
@@ -22,7 +23,7 @@ from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import read_journal
 from sparseforge_core.train.correction import Correction
 from sparseforge_core.train.parallel import refuse
-from tests.tiny import tiny_source
+from tests.tiny import tiny_model, tiny_source, tokens
 
 STEPS = 12
 CORRECTED = Distill(correction=TeacherCorrection(rate_scale=0.5))
@@ -51,15 +52,32 @@ def test_a_step_is_adamws_at_a_share_of_the_rate() -> None:
     alone.load_state_dict(teacher.state_dict())
     plan = TrainPlan(steps=10, lr=Constant(value=0.02), clip=1e9)
     x = torch.randn(6, 4)
-    found = Correction(teacher, TeacherCorrection(rate_scale=0.25), plan).step(
-        0.5, list(x.split(2)), lambda piece: teacher(piece).square().mean()
-    )
+    teacher(x).square().mean().backward()
+    Correction(teacher, TeacherCorrection(rate_scale=0.25), plan).step(0.5)
+    assert teacher.weight.grad is None
     rule = torch.optim.AdamW(alone.parameters(), lr=0.005, betas=plan.betas, eps=plan.eps, weight_decay=0.0)
-    loss = alone(x).square().mean()
-    loss.backward()
+    alone(x).square().mean().backward()
     rule.step()
-    assert float(found) == pytest.approx(float(loss.detach()), rel=1e-6)
     torch.testing.assert_close(teacher.weight, alone.weight)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_student_gets_the_gradient_that_a_fixed_teacher_gives(whole: bool) -> None:
+    model, teacher = tiny_model("llama"), tiny_model("llama", seed=1)
+    forward, taught = (model, teacher) if whole else (split(model), split(teacher))
+    ids = tokens(3, 12)
+    losses = batch_losses(forward, taught, CORRECTED, ids, correct=True)
+    assert losses.teacher is not None
+    (losses.total + losses.teacher).backward()  # type: ignore[no-untyped-call]
+    ours, theirs = ([p.grad.clone() for p in m.parameters()] for m in (model, teacher))
+    model.zero_grad()
+    teacher.zero_grad()
+    batch_losses(forward, taught, Distill(), ids).total.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in teacher.parameters())
+    batch_losses(taught, None, TaskOnly(), ids).total.backward()  # type: ignore[no-untyped-call]
+    for grads, m in ((ours, model), (theirs, teacher)):
+        for grad, parameter in zip(grads, m.parameters(), strict=True):
+            torch.testing.assert_close(grad, parameter.grad)
 
 
 def test_it_teaches_a_batch_before_it_learns_from_it(tmp_path: Path) -> None:
