@@ -19,10 +19,10 @@ grep -hv '^#' requirements.lock requirements-dev.lock | sed 's/ ;.*//' >"$scratc
 code=0
 "$scratch/venv/bin/pip-audit" --requirement "$scratch/locked" --no-deps --disable-pip --strict --progress-spinner off \
   2>"$scratch/said" || code=$?
-cat "$scratch/said" >&2
-# "Could not connect to PyPI's vulnerability feed" is no finding.
+# "Could not connect to PyPI's vulnerability feed" is no finding, and its last line says what its traceback does.
 if ((code)) && ! grep -qE '^Found [0-9]+ known vulnerabilit' "$scratch/said"; then
-  echo "audit: advisories were NOT checked, they are out of reach from here" >&2
+  echo "audit: advisories were NOT checked, they are out of reach from here: $(tail -n 1 "$scratch/said")" >&2
   exit 3
 fi
+cat "$scratch/said" >&2
 exit "$code"

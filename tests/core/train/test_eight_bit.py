@@ -88,7 +88,7 @@ def _trained(rule: torch.optim.Optimizer, weight: nn.Parameter, target: torch.Te
         rule.zero_grad()
         loss.backward()
         rule.step()
-    return float((weight - target).square().mean())
+    return float((weight - target).detach().square().mean())
 
 
 def test_small_tensors_follow_adamw_to_the_letter() -> None:
