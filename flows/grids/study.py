@@ -142,7 +142,7 @@ FORGE = SparseForge(
     freeze_at=0.1,
 )
 """Where development stands (docs/lab-log.md): SparseGPT's solution, near ties settled in the first tenth."""
-FOLLOWING = Distill(kl_weight=0.75, correction=TeacherCorrection(rate_scale=0.02))
+FOLLOWING = Distill(kl_weight=0.75, correction=TeacherCorrection())
 """The teacher follows the text, a fiftieth as fast as the student."""
 UNMASKED_RATE = 0.25
 """Of our rows: what carries no mask was not damaged, and forgets other text when it moves fast."""

@@ -15,8 +15,9 @@ class TeacherCorrection:
     sees a token that the student does not see, and none twice. It costs a forward and a backward pass of the teacher.
     """
 
-    rate_scale: float = 0.0625
-    """Factor on the plan's learning rate for all of the teacher's weights. They are whole: small steps do."""
+    rate_scale: float = 0.02
+    """Factor on the plan's learning rate for all of the teacher's weights. They are whole: small steps do, and large
+    ones forget other text (docs/lab-log.md)."""
 
     def __post_init__(self) -> None:
         if not self.rate_scale > 0:
