@@ -187,11 +187,15 @@ def contenders(peak: float) -> dict[str, Contender]:
     }
 
 
+TRIAL = 3
+"""Budget of a trial, in millions of tokens: a quarter of the tables'."""
+
+
 def trials(names: Iterable[str] = ()) -> Grid:
-    """The trials of all methods, or of those named: 6 M tokens, seed 0, judged on held-out text of the shards."""
+    """The trials of all methods, or of those named: `TRIAL` tokens, seed 0, judged on held-out text of the shards."""
     wanted = set(names)
     entries = tuple(
-        Planned(recipe=contender.recipe(6 * MILLION), variant=f"{contender.label} {peak:g}", suites=(TRIED_ON,))
+        Planned(recipe=contender.recipe(TRIAL * MILLION), variant=f"{contender.label} {peak:g}", suites=(TRIED_ON,))
         for peak in PEAKS
         for name, contender in contenders(peak).items()
         if not wanted or name in wanted

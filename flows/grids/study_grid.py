@@ -23,7 +23,7 @@ from flows.grids.study import (
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import OFFLINE_9, Suite, limited
-from sparseforge_core.methods import Dense, MagnitudePruning, SparseForge
+from sparseforge_core.methods import Dense, FrozenMask, MagnitudePruning, SparseForge
 from sparseforge_core.objective import Distill, TaskOnly
 from sparseforge_core.recipe import Recipe, Trained
 from sparseforge_core.schedules import Constant
@@ -133,6 +133,7 @@ def ablations() -> dict[str, tuple[str, Recipe]]:
         structure_mix=Constant(value=1.0),
         mask_rate=Constant(value=1.0),
     )
+    fixed = replace(objective, correction=None)
     teacher = Trained(recipe=tuned("dense-control").recipe(MAIN * MILLION))
     changed = {
         "magnitude": ("w/ magnitude score", replace(full, method=replace(method, criterion=Magnitude()))),
@@ -141,7 +142,10 @@ def ablations() -> dict[str, tuple[str, Recipe]]:
         "no-annealing": ("w/o annealing", replace(full, method=hard)),
         "slorb": ("w/ SLoRB", replace(full, slorb=SLoRB(k=16))),
         "no-distillation": ("w/o distillation", replace(full, objective=TaskOnly())),
-        "retrained-teacher": ("w/ retrained teacher", replace(full, objective=replace(objective, teacher=teacher))),
+        "frozen": ("w/o moving masks", replace(full, method=FrozenMask(prior=SPARSEGPT))),
+        "equal-rates": ("w/ one rate for all weights", replace(full, train=replace(full.train, unmasked_rate=1.0))),
+        "fixed-teacher": ("w/ fixed teacher", replace(full, objective=fixed)),
+        "retrained-teacher": ("w/ retrained, fixed teacher", replace(full, objective=replace(fixed, teacher=teacher))),
         "other-text": ("w/ other text", replace(full, corpus=OTHER_TEXT)),
     }
     return {row: (label, recipe) for row, (label, recipe) in changed.items() if recipe != full}
@@ -192,8 +196,9 @@ CAPTIONS = {
     ),
     "table-3": (
         f"Ablations of SparseForge (improved), {_TOKENS} tokens unless said. Without annealing: hard masks from the "
-        "first update on, chosen again at every later one by the same score. The retrained teacher is the dense "
-        "control of seed 0, which has seen as many tokens once more. Other text: two other shards of books. No larger "
+        "first update on, chosen again at every later one by the same score. Without moving masks: SparseGPT's, as it "
+        "is. A fixed teacher takes no steps on the text; the retrained one is the dense control of seed 0, which has "
+        "seen as many tokens once more. Other text: two other shards of books. No larger "
         "model with this tokenizer is at hand, so that there is no row with a larger teacher."
     ),
     "accuracy-vs-tokens": (

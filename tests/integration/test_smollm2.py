@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from sparseforge_core.data.corpora import PythonDocs
+from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.methods import MagnitudePruning
 from sparseforge_core.models import hub
 from sparseforge_core.models.families import family_of
+from sparseforge_core.models.packaged import gguf_location
 from sparseforge_core.models.sites import find_sites
 from sparseforge_core.models.sources import Packaged
 from sparseforge_core.opening import cell_folder, open_finished
@@ -55,3 +58,36 @@ def test_the_dequantised_model_predicts_english(home: Path) -> None:
     with torch.no_grad():
         following = int(model(ids).logits[0, -1].argmax())
     assert tokenizer.decode([following]).strip() == "Paris"
+
+
+def test_the_unpacked_folder_is_the_package_and_is_refused_once_altered(home: Path) -> None:
+    source = Packaged(name="smollm2-135m")
+    location = gguf_location(source)
+    direct = hub.from_pretrained(dtype=torch.float32, what="the GGUF file", **location)
+    for _ in range(2):  # as it is unpacked, and from the folder
+        model, tokenizer = hub.load_model(source, home), hub.load_tokenizer(source, home)
+        wanted, found = direct.state_dict(), model.state_dict()
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+        buffers = dict(model.named_buffers())
+        assert all(torch.equal(buffers.pop(name), value) for name, value in direct.named_buffers())
+        assert not buffers
+    from_file = transformers.AutoTokenizer.from_pretrained(**location)
+    assert tokenizer.backend_tokenizer.to_str() == from_file.backend_tokenizer.to_str()
+    assert tokenizer.special_tokens_map == from_file.special_tokens_map
+    skeleton = hub.load_skeleton(source, home)
+    assert skeleton is not None
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+
+    [weights] = (home / "models").glob("*/model.safetensors")
+    with weights.open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointMismatch, match=r"model.safetensors .*altered; delete .* to unpack the model anew"):
+        hub.load_model(source, home)
+    hub.load_tokenizer(source, home)
+    weights.with_name("tokenizer.json").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"tokenizer.json"):
+        hub.load_tokenizer(source, home)
