@@ -29,6 +29,7 @@ from sparseforge_core.objective import Distill, faster, forwards
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import NullTracker
+from sparseforge_core.train.correction import Correction
 from sparseforge_core.train.loop import Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
 
@@ -114,16 +115,27 @@ class Bench:
     run: Run
     sites: list[Site]
     track: MaskTrack
+    teacher: Any
 
 
-def bench(shape: Shape, method: Method | None, device: torch.device, *, compiled: bool, folder: Path) -> Bench:
-    """A run of `shape`: dense distillation without a method, annealing to 2:4 with one."""
+def bench(
+    shape: Shape,
+    method: Method | None,
+    device: torch.device,
+    *,
+    compiled: bool,
+    folder: Path,
+    objective: Distill | None = None,
+) -> Bench:
+    """A run of `shape`: dense distillation without a method, to 2:4 with one; by `Distill()` unless told otherwise."""
+    objective = objective or Distill()
     torch.manual_seed(0)
     with torch.device(device):
         model = from_config(config_of(shape)).eval()
-    teacher = copy.deepcopy(model).requires_grad_(False)
+    follows = objective.correcting is not None
+    teacher = copy.deepcopy(model).requires_grad_(follows)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and not follows:
         teacher = teacher.to(torch.bfloat16)
     plan = TrainPlan(steps=STEPS, sequences=shape.sequences, length=shape.length, compute_dtype=dtype)
     corpus = Synthetic(documents_count=10)
@@ -132,7 +144,7 @@ def bench(shape: Shape, method: Method | None, device: torch.device, *, compiled
         method=method or DenseControl(),
         corpus=corpus,
         pattern=nm(2, 4) if method else None,
-        objective=Distill(),
+        objective=objective,
         train=plan,
     )
     sites = assign_patterns(find_sites(model, family_of("llama")), nm(2, 4)) if method else []
@@ -147,6 +159,7 @@ def bench(shape: Shape, method: Method | None, device: torch.device, *, compiled
         teacher=taught,
         plain=plain,
         track=track,
+        correction=Correction(teacher, objective.correcting, plan) if objective.correcting else None,
         optimizer=build_optimizer(model, sites, plan, track),
         stream=RandomTokens(shape),  # type: ignore[arg-type]
         checkpoints=Checkpoints(folder, "bench"),
@@ -155,7 +168,7 @@ def bench(shape: Shape, method: Method | None, device: torch.device, *, compiled
         save_every=STEPS + 1,
         histogram_every=STEPS + 1,
     )
-    return Bench(run, sites, track)
+    return Bench(run, sites, track, teacher)
 
 
 class _EnoughError(Exception):

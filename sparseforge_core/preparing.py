@@ -14,7 +14,8 @@ from sparseforge_core import specs
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
-from sparseforge_core.errors import DataError
+from sparseforge_core.distributed import world
+from sparseforge_core.errors import DataError, RecipeError
 from sparseforge_core.execution import Execution
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
@@ -39,6 +40,7 @@ from sparseforge_core.train.parallel import (
     recompute_activations,
     shard,
 )
+from sparseforge_core.train.recording import Recording
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,7 @@ class Prepared:
             ranks=ranks,
             track=track,
             correction=self._correction(),
+            recording=self._recording(execution),
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
             checkpoints=checkpoints,
@@ -163,6 +166,20 @@ class Prepared:
         if self.cell.recipe.train.compute_dtype == "bfloat16":
             teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
         return teacher.requires_grad_(False)
+
+    def _recording(self, execution: Execution) -> Recording | None:
+        if not execution.recorded:
+            return None
+        sequences = self.cell.recipe.train.sequences
+        for why, holds in (
+            ("steps are recorded on a GPU, and this is none", self.device.type != "cuda"),
+            ("the steps of several ranks are not recorded", world() > 1),
+            ("recomputed activations are not recorded; leave out --recompute", execution.recompute),
+            ("a step is recorded whole; leave out --micro-batch", (execution.micro_batch or sequences) < sequences),
+        ):
+            if holds:
+                raise RecipeError(f"--record: {why}")
+        return Recording(self.model, self.teacher)
 
     def _correction(self) -> Correction | None:
         spec = self.cell.recipe.objective.correcting

@@ -261,6 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument(
             "--recompute", action="store_true", help="compute activations again instead of keeping them"
         )
+        command.add_argument(
+            "--record", action="store_true", help="start a step's kernels by one call (a CUDA graph); one process a GPU"
+        )
         command.add_argument("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
         command.add_argument(
             "--sharding",
@@ -316,7 +319,7 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
     execution = Execution(options.micro_batch, options.compile, options.sharding, options.recompute)
     if options.command == "train":
         execution = replace(execution, heartbeat=options.heartbeat)
-    execution = replace(execution, deterministic=options.deterministic)
+    execution = replace(execution, recorded=options.record, deterministic=options.deterministic)
     if options.command == "bundle":
         home = options.home or options.folder / bundles.HOME
         return run_bundle(

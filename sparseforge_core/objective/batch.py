@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sparseforge_core.errors import RecipeError, UnsupportedModel
 from sparseforge_core.models.heads import Split, split
 from sparseforge_core.models.regions import compiled_blocks, has_compiled_blocks
+from sparseforge_core.models.rows import one_sequence_a_row
 from sparseforge_core.objective.divergence import SparseTarget
 from sparseforge_core.objective.fused import fused_losses, refusal
 from sparseforge_core.objective.objectives import Losses, Objective, TaskOnly
@@ -96,9 +97,10 @@ def batch_losses(
     if objective.matching is not None and has_compiled_blocks(_body(model)):
         raise RecipeError("objective.hidden: compiled blocks do not show their hidden states; run without --compile")
     asked = {"use_cache": False} if objective.matching is None else {"use_cache": False, "output_hidden_states": True}
-    ours = _body(model)(input_ids=tokens, **asked)
-    with torch.set_grad_enabled(correct):
-        theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
+    with one_sequence_a_row():
+        ours = _body(model)(input_ids=tokens, **asked)
+        with torch.set_grad_enabled(correct):
+            theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
     losses = _losses(model, teacher, objective, ours, theirs, tokens, uniform)
     if objective.matching is not None and theirs is not None:
         states = [state.detach() for state in theirs.hidden_states]

@@ -26,6 +26,7 @@ from sparseforge_core.train.ahead import Ahead
 from sparseforge_core.train.correction import Beside, Correction
 from sparseforge_core.train.optimizer import set_rate
 from sparseforge_core.train.parallel import Ranks
+from sparseforge_core.train.recording import Recording
 from sparseforge_core.train.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Run:
     """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
     correction: Correction | None = None
     """The teacher's own steps, where the objective asks for them."""
+    recording: Recording | None = None
+    """What starts forward and backward of a whole batch by one call; None: each kernel is started by the host."""
     seed: int = 0
     """The cell's, for what the objective draws."""
     micro_batch: int | None = None
@@ -172,33 +175,52 @@ def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Te
     first = run.ranks.first(tokens.shape[0])
     objective = _objective(run, step)
     means: dict[str, Tensor] = {}
+    alone = run.ranks.world == 1
     for row, piece in zip(range(0, tokens.shape[0], size), tokens.split(size), strict=True):
         draws = Draws(seed=run.seed, step=step, row=first + row)
         share = piece.shape[0] / tokens.shape[0]
         run.ranks.expect(last=row + size >= tokens.shape[0])
-        with _autocast(run):
-            correct = run.correction is not None and objective.correcting is not None
-            losses = batch_losses(run.forward, run.teacher, objective, piece.to(run.device), draws, correct=correct)
-        if run.ranks.world == 1:
-            watch.refuse_loss(losses.total, step)
-        total = losses.total if losses.teacher is None else losses.total + losses.teacher
-        (total * share).backward()  # type: ignore[no-untyped-call]
-        parts = {
-            "loss/total": losses.total,
-            "loss/task": losses.task,
-            "loss/kl": losses.kl,
-            "loss/hidden": losses.hidden,
-            "loss/teacher": losses.teacher,
-        }
-        for name, value in parts.items():
-            if value is not None:
-                part = share * value.detach().double()
-                means[name] = means[name] + part if name in means else part
+        on_device = piece.to(run.device)
+        passes = functools.partial(_passes, run, objective, draws=draws, share=share)
+        if run.recording is not None and size >= tokens.shape[0]:
+            found = run.recording(objective, on_device, passes)
+        else:
+            # Ranks look at their losses together, below: one that left alone would leave them waiting.
+            found = passes(on_device, look=functools.partial(watch.refuse_loss, step=step) if alone else None)
+        for name, part in found.items():
+            means[name] = means[name] + part if name in means else part
     run.ranks.complete(step)
     means = run.ranks.means(means)
-    if run.ranks.world > 1:  # on all ranks alike: one that left alone would leave them waiting
+    if run.recording is not None or not alone:
         watch.refuse_loss(means["loss/total"], step)
     return means
+
+
+def _passes(
+    run: Run,
+    objective: Objective,
+    tokens: Tensor,
+    *,
+    draws: Draws,
+    share: float,
+    look: Callable[[Tensor], None] | None = None,
+) -> dict[str, Tensor]:
+    """Forward, a look at the loss, and backward of a micro-batch on the device; its share of the batch's losses."""
+    with _autocast(run):
+        correct = run.correction is not None and objective.correcting is not None
+        losses = batch_losses(run.forward, run.teacher, objective, tokens, draws, correct=correct)
+    if look is not None:
+        look(losses.total)
+    total = losses.total if losses.teacher is None else losses.total + losses.teacher
+    (total * share).backward()  # type: ignore[no-untyped-call]
+    parts = {
+        "loss/total": losses.total,
+        "loss/task": losses.task,
+        "loss/kl": losses.kl,
+        "loss/hidden": losses.hidden,
+        "loss/teacher": losses.teacher,
+    }
+    return {name: share * value.detach().double() for name, value in parts.items() if value is not None}
 
 
 def _as_observed(run: Run, tokens: Tensor, step: int) -> Batch:

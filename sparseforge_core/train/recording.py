@@ -1,0 +1,120 @@
+"""Forward and backward pass of a step as one CUDA graph: recorded once, then started by a single call.
+
+A small model's step is thousands of small kernels, and the host takes longer to start them than the device to run
+them. The graph holds the very kernels of the plain step, so it computes the same. It holds addresses too: what a step
+reads must stay where it is, and is recorded anew where it has moved or where another kind of step begins.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_core.objective import Objective
+from sparseforge_core.sparsity.masking import SoftMask
+
+log = logging.getLogger(__name__)
+
+WARM = 3
+"""Plain steps of a kind before it is recorded: what is compiled, loaded or tuned at first use must not be recorded."""
+
+Losses = dict[str, Tensor]
+Passes = Callable[[Tensor], Losses]
+"""Forward and backward of a batch of tokens: leaves gradients in the parameters, returns the losses."""
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Turns work into what does it again with the tensors of the first time."""
+
+
+def unrecordable(objective: Objective, masks: Iterable[SoftMask]) -> str | None:
+    """Why a step's passes are not the same kernels each time, or None.
+
+    What is not on the device's side alone is refused: draws of the step, a method's own law with numbers of its own.
+    """
+    if objective.taught.samples:
+        return "the teacher's logits are drawn by the host"
+    if objective.matching is not None:
+        return "hidden states are matched"
+    if any(soft.law is not None for soft in masks):
+        return "the method has a way of its own from weight to effective weight"
+    return None
+
+
+class Recording:
+    """The passes of a step of `model` and its teacher, recorded once for each kind of step."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, *, capture: Capture | None = None) -> None:
+        modules = [module for module in (model, teacher) if module is not None]
+        # Found once: a step has no time to look for a thousand. Their optimizer holds on to them just so.
+        self.parameters = [parameter for module in modules for parameter in module.parameters()]
+        self.tensors = [*self.parameters, *(buffer for module in modules for buffer in module.buffers())]
+        self.masks = [part for part in model.modules() if isinstance(part, SoftMask)]
+        self._capture = capture or on_gpu
+        self._kind: Hashable = None
+        self._plain = 0
+        self._replay: Callable[[], None] | None = None
+        self._tokens: Tensor | None = None
+        self._losses: Losses = {}
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+
+    def __call__(self, objective: Objective, tokens: Tensor, passes: Passes) -> Losses:
+        """The losses of `tokens`, which are on the device; gradients are left where `passes` leaves them.
+
+        Losses and gradients of a recorded step are overwritten by the next one.
+        """
+        why = unrecordable(objective, self.masks)
+        if why is not None:
+            if self._kind != why:
+                log.info("steps are not recorded for now: %s", why)
+            self.forget()
+            self._kind = why
+            return passes(tokens)
+        kind = (objective, tokens.shape, *self._state())
+        if kind != self._kind:
+            self.forget()
+            self._kind = kind
+        if self._replay is None and self._plain < WARM:
+            self._plain += 1
+            return passes(tokens)
+        if self._replay is None:
+            self._record(tokens, passes)
+        assert self._replay is not None
+        assert self._tokens is not None
+        self._tokens.copy_(tokens)
+        self._replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return self._losses
+
+    def forget(self) -> None:
+        """Give the recording and its memory back."""
+        self._replay, self._tokens, self._losses, self._gradients = None, None, {}, []
+        self._kind, self._plain = None, 0
+
+    def _state(self) -> tuple[Hashable, ...]:
+        """All that the passes depend on besides the values in tensors: where these lie, and what masks are."""
+        switches = tuple((soft.frozen, soft.branch_on) for soft in self.masks)
+        return switches, tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in self.tensors)
+
+    def _record(self, tokens: Tensor, passes: Passes) -> None:
+        assert all(p.grad is None for p in self.parameters), "gradients would be added to those of another step"
+        gc.collect()  # graphs of plain steps would keep their streams in the recording
+        static = tokens.clone()
+        losses: Losses = {}
+        self._replay = self._capture(lambda: losses.update(passes(static)))
+        self._tokens, self._losses = static, losses
+        self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+
+
+def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph of the current device. Its tensors stay in memory as long as what is returned."""
+    graph = torch.cuda.CUDAGraph()
+    # Threads that load batches call the driver meanwhile; that is none of the recording's business.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    replay: Any = graph.replay
+    return replay  # type: ignore[no-any-return]

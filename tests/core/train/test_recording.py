@@ -1,0 +1,172 @@
+"""A recorded step leaves what the plain one leaves, and is recorded anew when it is another kind of step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.steps import Shape, bench
+from sparseforge_core.methods import FrozenMask, MagnitudePruning, Method, SparseForge
+from sparseforge_core.objective import Distill
+from sparseforge_core.objective.correction import TeacherCorrection
+from sparseforge_core.objective.hidden import HiddenMatch
+from sparseforge_core.objective.teaching import Sampled
+from sparseforge_core.sparsity.masking import SoftMask
+from sparseforge_core.train.loop import Progress, train
+from sparseforge_core.train.recording import WARM, Recording, on_gpu, unrecordable
+
+SHAPE = Shape(2, 32, 64, 2, 1, 128, True, 4, 8)
+STEPS = 9
+
+FROZEN = FrozenMask(prior=MagnitudePruning())
+FOLLOWING = Distill(correction=TeacherCorrection())
+
+
+class DoneAgain:
+    """A recorder without a GPU: a replay does the work again and puts its gradients where the first ones were.
+
+    A graph's addresses are those of its recording, so tensors that are not the first ones are of no use to anybody.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.recordings = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recordings += 1
+        work()
+        first = [(p, p.grad) for p in self.parameters if p.grad is not None]
+
+        def replay() -> None:
+            for parameter, _ in first:
+                parameter.grad = None
+            work()
+            for parameter, gradient in first:
+                assert gradient is not None
+                assert parameter.grad is not None
+                gradient.copy_(parameter.grad)
+
+        return replay
+
+
+class _EnoughError(Exception):
+    """All steps were seen."""
+
+
+def trained(
+    folder: Path, method: Method, objective: Distill, *, recorded: bool, device: str = "cpu", steps: int = STEPS
+) -> tuple[list[Tensor], DoneAgain]:
+    """Weights of student and teacher after some steps, and what recorded them."""
+    made = bench(SHAPE, method, torch.device(device), compiled=device != "cpu", folder=folder, objective=objective)
+    recorder = DoneAgain([made.run.model, made.teacher])
+    run = made.run
+    if recorded:
+        capture = recorder if device == "cpu" else on_gpu
+        run = dataclasses.replace(run, recording=Recording(run.model, made.teacher, capture=capture))
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == steps:
+            raise _EnoughError
+
+    with pytest.raises(_EnoughError):
+        train(run, on_step=on_step)
+    weights = [p.detach().clone() for module in (run.model, made.teacher) for p in module.parameters()]
+    return weights, recorder
+
+
+@pytest.mark.parametrize("objective", [Distill(), FOLLOWING])
+@pytest.mark.parametrize("method", [FROZEN, SparseForge(update_every=2), SparseForge(mask_storage="int16")])
+def test_recorded_steps_train_as_plain_ones_do(tmp_path: Path, method: Method, objective: Distill) -> None:
+    plain, _ = trained(tmp_path / "plain", method, objective, recorded=False)
+    recorded, recorder = trained(tmp_path / "recorded", method, objective, recorded=True)
+    assert recorder.recordings == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+
+
+def test_another_kind_of_step_is_recorded_anew(tmp_path: Path) -> None:
+    made = bench(SHAPE, FROZEN, torch.device("cpu"), compiled=False, folder=tmp_path)
+    recorder = DoneAgain([made.run.model])
+    recording = Recording(made.run.model, made.teacher, capture=recorder)
+    weight = next(made.run.model.parameters())
+
+    def passes(tokens: Tensor) -> dict[str, Tensor]:
+        (weight.sum() * tokens.sum()).backward()
+        return {"loss": tokens.sum().double()}
+
+    def steps(count: int, objective: Distill | None = None) -> None:
+        for _ in range(count):
+            weight.grad = None
+            tokens = torch.full((2, 3), recorder.recordings + 2)
+            loss = recording(objective or Distill(), tokens, passes)["loss"]
+            assert loss == tokens.sum()
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, torch.full_like(weight, float(loss)))
+
+    steps(WARM)
+    assert recorder.recordings == 0
+    steps(3)
+    assert recorder.recordings == 1
+    for count, change in enumerate(
+        (
+            lambda: setattr(made.sites[0].mask, "frozen", False),
+            lambda: setattr(made.sites[0].mask.view, "data", made.sites[0].mask.view.data.clone()),
+        )
+    ):
+        change()
+        steps(WARM)
+        assert recorder.recordings == 1 + count
+        steps(2)
+        assert recorder.recordings == 2 + count
+    steps(WARM + 1, Distill(kl_weight=0.25))
+    assert recorder.recordings == 4
+
+
+def test_a_step_that_would_add_to_other_gradients_is_not_recorded(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    recording = Recording(model, None, capture=DoneAgain([model]))
+
+    def passes(tokens: Tensor) -> dict[str, Tensor]:
+        model(tokens.float()).sum().backward()
+        return {}
+
+    for _ in range(WARM):
+        recording(Distill(), torch.ones(1, 2), passes)
+    with pytest.raises(AssertionError, match="gradients would be added"):
+        recording(Distill(), torch.ones(1, 2), passes)
+
+
+def test_what_the_host_takes_part_in_stays_plain() -> None:
+    soft = SoftMask(torch.ones(4, 4), transposed=False, slorb=None)
+    assert unrecordable(Distill(), [soft]) is None
+    assert "drawn by the host" in str(unrecordable(Distill(teacher_logits=Sampled()), [soft]))
+    assert "hidden states" in str(unrecordable(Distill(hidden=HiddenMatch()), [soft]))
+    soft.law = nn.Identity()
+    assert "a way of its own" in str(unrecordable(Distill(), [soft]))
+
+
+def test_a_method_of_its_own_is_trained_plain(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.soft = SoftMask(torch.ones(4, 4), transposed=False, slorb=None)
+    model.soft.law = nn.Identity()
+    recorder = DoneAgain([model])
+    recording = Recording(model, None, capture=recorder)
+    for _ in range(WARM + 2):
+        assert recording(Distill(), torch.ones(1, 2), lambda tokens: {"loss": tokens.sum()})["loss"] == 2.0
+    assert recorder.recordings == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("objective", [Distill(), FOLLOWING])
+def test_recorded_steps_train_as_plain_ones_do_on_a_gpu(tmp_path: Path, objective: Distill) -> None:
+    """Products of bfloat16 are added in the same order by the same kernels; the embedding's gradient may not be."""
+    found = [
+        trained(tmp_path / str(recorded), FROZEN, objective, recorded=recorded, device="cuda")[0]
+        for recorded in (False, True)
+    ]
+    for plain, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded.float(), plain.float(), rtol=1e-3, atol=1e-5)
