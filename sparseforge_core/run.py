@@ -29,6 +29,7 @@ from sparseforge_core.distributed import rank, world
 from sparseforge_core.errors import BundleError, Diverged, Interrupted, RecipeError, SparseForgeError
 from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
+from sparseforge_core.evaluate.precision import products_in_tf32
 from sparseforge_core.evaluate.result import measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
@@ -230,7 +231,8 @@ def evaluate_cell(
         batch_size=batch_size,
         sparse=[(site.weight.numel(), site.pattern.density) for site in sites],
     )
-    result = evaluate_model(subject, suite, ngram=ngram)
+    with products_in_tf32(device):
+        result = evaluate_model(subject, suite, ngram=ngram)
     for folder in (directory, subject.items_dir):
         files.remove_temporaries(folder)
     lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in result.items)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparseforge_core.evaluate.harness import VERSION, run_task
 from sparseforge_core.evaluate.packed_lm import PackedLM
-from sparseforge_core.evaluate.perplexity import dtype_of
+from sparseforge_core.evaluate.precision import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, measurement
 from sparseforge_core.evaluate.stock_tasks import stock_task
 from sparseforge_core.evaluate.subject import Subject

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
-from sparseforge_core.evaluate.perplexity import by_window, check_window, cut_windows, dtype_of
+from sparseforge_core.evaluate.perplexity import by_window, check_window, cut_windows
+from sparseforge_core.evaluate.precision import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import DivergenceSuite

@@ -19,7 +19,7 @@ from sparseforge_core import files
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.answers import Answers, file_name
 from sparseforge_core.evaluate.packed_lm import PackedLM
-from sparseforge_core.evaluate.perplexity import dtype_of
+from sparseforge_core.evaluate.precision import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.stock_tasks import StockTask, stock_task, templates_compiled_once
 from sparseforge_core.evaluate.subject import Subject

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.answers import digest, remembered
-from sparseforge_core.evaluate.perplexity import dtype_of
+from sparseforge_core.evaluate.precision import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, mean_and_error, measurement
 from sparseforge_core.evaluate.scoring import Request, Scorer
 from sparseforge_core.evaluate.subject import Subject

@@ -19,6 +19,7 @@ from sparseforge_core.data.textfiles import read_documents
 from sparseforge_core.data.tokens import tokenize_once
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.answers import remembered
+from sparseforge_core.evaluate.precision import dtype_of
 from sparseforge_core.evaluate.result import SuiteResult, measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import WIKITEXT_ENV, PerplexitySuite
@@ -71,11 +72,6 @@ def by_window(
     about = {"task": name, "window": table.shape[1], "model": subject.identity, "dtype": dtype_of(subject.model)}
     asked = [hashlib.sha256(window.numpy().tobytes()).hexdigest()[:12] for window in table]
     return remembered(subject.items_dir, name, about, asked, run)
-
-
-def dtype_of(model: Any) -> str:
-    """Number format of the weights that are run, such as float32."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def check_window(model: Any, name: str, window: int) -> None:

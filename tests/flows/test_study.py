@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ from sparseforge_core import specs
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
 from sparseforge_core.identity import key_of
+from sparseforge_core.observe.curvature import Hutchinson
 from sparseforge_core.presets import PAPER
 from sparseforge_core.schedules import WarmupCosine
 
@@ -109,9 +111,11 @@ def test_a_part_that_the_grid_does_not_have_is_refused(only: Only, sentence: str
         choose([NAME], only=only)
 
 
-def test_the_papers_row_is_the_papers_preset_but_for_the_peak() -> None:
+def test_the_papers_row_is_the_papers_preset_but_for_the_peak_and_the_pace_of_its_curvature() -> None:
     recipe = contenders(PEAKS[-1])["paper"].recipe(12_000_000)
-    assert (recipe.method, recipe.objective, recipe.slorb) == (PAPER.method, PAPER.objective, PAPER.slorb)
+    assert isinstance(PAPER.method.curvature, Hutchinson)
+    method = replace(PAPER.method, curvature=replace(PAPER.method.curvature, every=10))
+    assert (recipe.method, recipe.objective, recipe.slorb) == (method, PAPER.objective, PAPER.slorb)
     assert (recipe.train.weight_decay, recipe.train.decayed) == (0.1, "all")
     lr = recipe.train.lr
     assert isinstance(lr, WarmupCosine)

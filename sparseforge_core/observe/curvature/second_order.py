@@ -38,6 +38,10 @@ Signs = Literal["before", "after", "mean"]
 average (App. B). H itself may be indefinite; scores need it non-negative.
 """
 
+DOUBLE_BACKWARD_TOKENS = 4096
+"""Tokens that are differentiated twice at once. The graph of a backward keeps eager attention's matrices several times
+over: 16 sequences of 1,024 took 129 GiB of a model of 135 M parameters."""
+
 Add = Callable[[int, Site, Tensor], None]
 
 
@@ -107,6 +111,10 @@ class _Probed(CurvatureAverage):
         self.probes = spec.probes
         self.signs = spec.signs
 
+    def at_once(self, batch: Batch) -> int | None:
+        """Sequences of a batch that are differentiated together; None: as many as fit into memory."""
+        return None
+
     @abstractmethod
     def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> set[str]:
         """Call `add(probe, site, (H v) * v)` for the loss of `piece`; returns the names of the sites it depends on."""
@@ -115,7 +123,7 @@ class _Probed(CurvatureAverage):
         apart = self.probes if self.signs == "before" else 1
         sums: list[dict[str, Tensor]] = [{} for _ in range(apart)]
         reached: set[str] = set()
-        for piece, place, share in batch.pieces():
+        for piece, place, share in batch.pieces(self.at_once(batch)):
 
             def add(probe: int, site: Site, product: Tensor, share: float = share) -> None:
                 into = sums[probe % apart]
@@ -150,6 +158,10 @@ class _DoubleBackward(_Probed):
     def __init__(self, sites: list[Site], seed: int, spec: Hutchinson) -> None:
         super().__init__(sites, seed, spec)
         self.joint = spec.joint
+
+    def at_once(self, batch: Batch) -> int:
+        bound = max(1, DOUBLE_BACKWARD_TOKENS // batch.tokens.shape[1])
+        return bound if batch.micro_batch is None else min(bound, batch.micro_batch)
 
     def products(self, batch: Batch, piece: Tensor, place: int, add: Add) -> set[str]:
         sharded = [site.name for site in self.sites if is_sharded(site.weight)]

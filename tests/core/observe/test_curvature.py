@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseforge_core.errors import CurvatureUnavailable, RecipeError
 from sparseforge_core.observe.curvature import (
@@ -20,6 +20,7 @@ from sparseforge_core.observe.curvature import (
     Hutchinson,
     KFACDiagonal,
     MicroBatchFisher,
+    second_order,
 )
 from tests.core.observe.known import Quadratic, TwoMatrices, estimated, masked_site, relative_error
 from tests.tiny import sites_of, tiny_model, tokens
@@ -179,6 +180,23 @@ def test_how_a_batch_is_cut_into_memory_portions_changes_nothing(spec: Curvature
     parts = estimated(spec, model, batch=lambda step: model.batch(step, micro_batch=3))
     for site in model.sites:
         assert torch.allclose(whole.of(site), parts.of(site), rtol=1e-9, atol=1e-14)
+
+
+def test_double_backward_takes_no_more_at_once_than_its_graph_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Hutchinson(probes=2, signs="before", every=1)
+    model = TwoMatrices()
+    whole = estimated(spec, model)
+    asked: list[int] = []
+
+    def loss(piece: Tensor, place: int) -> Tensor:
+        asked.append(piece.shape[0])
+        return model.loss(piece)
+
+    monkeypatch.setattr(second_order, "DOUBLE_BACKWARD_TOKENS", 17)  # three sequences of five tokens
+    cut = estimated(spec, model, batch=lambda step: model.batch(step, loss=loss))
+    assert set(asked) == {3, 2}
+    for site in model.sites:
+        torch.testing.assert_close(cut.of(site), whole.of(site))
 
 
 @pytest.mark.parametrize("spec", [MicroBatchFisher(sequences=3), Hutchinson(probes=1), FiniteDifference(probes=1)])
