@@ -137,8 +137,8 @@ LOWER = (3e-4, 6e-4, 1.2e-3)
 LOWER_PEAKS = ("ast", "ast-slorb", "cast")
 """Who tries `LOWER` instead: at 2.4e-3 their held-out perplexity is above 300."""
 PRESSURE = 4e-4
-"""CAST's lambda. The paper's 4e-7 is for billions of tokens: of so few it leaves a fifth of the weights, by magnitude, to
-be cut off at the end, and a perplexity above 100 at every peak. Ten times the gradients' root mean square moves an
+"""CAST's lambda. The paper's 4e-7 is for billions of tokens: of so few it leaves a fifth of the weights, by magnitude,
+to be cut off at the end, and a perplexity above 100 at every peak. Ten times the gradients' root mean square moves an
 entry by the whole learning rate a step, which takes what is pruned to zero within 3 M tokens."""
 CURVATURE_EVERY = 10
 """Steps between the paper's curvature estimates. The paper has one at every step, at several times a step's cost."""
