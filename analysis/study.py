@@ -1,6 +1,6 @@
 """The study's report, results/README.md, from the results store alone; rows that are not in yet are said to be absent.
 
-python analysis/study.py [--db URL] [--grid smollm2-study] [--figure FILE] [--out results/README.md]
+python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--figure FILE] [--out FILE]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--db", default=f"sqlite:///{STORE}", metavar="URL", help=f"default sqlite:///{STORE}")
     parser.add_argument("--grid", default="smollm2-study")
+    parser.add_argument("--trials", default="smollm2-trials", metavar="GRID", help="the grid of the trials")
     parser.add_argument(
         "--figure",
         type=Path,
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             figure = os.path.relpath(options.figure, options.out.parent) if options.figure.is_file() else ""
             store = options.db.removeprefix("sqlite:///")
-            text = report(results, results.grid(options.grid)["name"], store=store, figure=figure)
+            text = report(
+                results, results.grid(options.grid)["name"], store=store, figure=figure, trials_grid=options.trials
+            )
         finally:
             results.close()
         options.out.parent.mkdir(parents=True, exist_ok=True)

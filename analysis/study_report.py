@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from analysis import study_trials
 from analysis.accuracy_tables import MEAN, table_2, table_3
 from analysis.frames import ExhibitData, ExhibitRow
 from analysis.make_tables import collect
@@ -38,6 +39,11 @@ Paired tests of each row on the same windows and questions, over seeds where the
 in each column, at 5 %. Differences of perplexity are of its logarithm (0.01 is about 1 %); *better* and *worse* are the
 row's.
 """,
+    "trials": """## The trials
+
+Each method's settings were chosen by the perplexity of held-out documents of the training shards, which no table shows;
+the lowest is bold and was frozen. Numbers before the colon are the peak learning rate and what else differs.
+""",
     "budgets": """## Perplexity against retraining tokens
 
 Mean over seeds, ± half the 95 % t interval where there are several. The lowest of a column is bold.
@@ -63,10 +69,11 @@ significant, else it is *undecided*.
 }
 
 
-def report(results: Results, grid: str, *, store: str, figure: str = "") -> str:
+def report(results: Results, grid: str, *, store: str, figure: str = "", trials_grid: str = "") -> str:
     """The whole page as Markdown.
 
     `store` is how the page names the store's file, `figure` the figure's file, relative to the page; empty: none.
+    `trials_grid` is the grid of the trials; empty: none.
     """
     material = collect(results, grid)
     study = Study(material.exhibits)
@@ -82,6 +89,7 @@ def report(results: Results, grid: str, *, store: str, figure: str = "") -> str:
     parts += ["\n## Table 3\n", to_markdown(table_3(study.table_3))]
     parts += _significance(study.table_3, FULL, study.texts)
     parts += [SECTIONS["divergence"], _divergences(results, study)]
+    parts += _trials(results, trials_grid)
     parts += [SECTIONS["cost"], _costs(results, grid, study)]
     parts += [SECTIONS["claims"], _claims(study)]
     parts += [_diverged(study), _missing(study), _provenance(results, grid)]
@@ -102,6 +110,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 1
     lines.append("| " + " | ".join(":---" if column < right else "---:" for column in range(len(head))) + " |")
     lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join(lines) + "\n"
+
+
+def _trials(results: Results, grid: str) -> list[str]:
+    found = study_trials.table(results, grid)
+    return [SECTIONS["trials"], found] if found else []
 
 
 def _bars(study: Study) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis import study_trials
 from analysis.make_tables import collect
 from analysis.study import main
 from analysis.study_bars import bars
@@ -17,7 +18,9 @@ from analysis.study_claims import claims
 from analysis.study_data import Study
 from analysis.study_report import _alone, report
 from sparseforge_core.store.results import Results
+from sparseforge_core.store.store import ResultStore
 from tests.analysis.filled import CAPTION, TASKS, Filled, suite
+from tests.stores import plan, planned_cell, record, value
 
 BOOKS = suite("perplexity", "books-2048", text="named", window=2048, limit=None)
 WIKI = suite("perplexity", "wikitext2-2048", text="wikitext2", window=2048, limit=None)
@@ -197,3 +200,41 @@ def test_the_command_writes_the_same_bytes_twice_and_refuses_by_name(tmp_path: P
     assert main(["--db", url, "--grid", "smollm2-stdy", "--out", str(tmp_path / "no.md")]) == 2
     assert main(["--db", f"sqlite:///{tmp_path / 'none.db'}", "--out", str(tmp_path / "no.md")]) == 2
     assert not (tmp_path / "no.md").exists()
+
+
+def test_trials_are_listed_by_method_with_what_differs_and_the_best_is_bold(tmp_path: Path) -> None:
+    def spec(peak: float, **method: Any) -> dict[str, Any]:
+        train = {"steps": 184, "sequences": 16, "length": 1024, "lr": {"peak": peak, "last": peak / 10}}
+        return {"method": method, "train": train}
+
+    tried = {
+        "Ours 0.0006": (spec(6e-4, kind="ours"), 40.0),
+        "Ours 0.0012": (spec(1.2e-3, kind="ours"), 36.5),
+        "Rival 0.0006": (spec(6e-4, kind="rival", pressure=4e-7), 272.0),
+        "Rival 0.0003": (spec(3e-4, kind="rival", pressure=4e-4), None),
+        "Other 0.0006": (spec(6e-4, kind="other"), math.nan),
+    }
+    cells = {name: planned_cell(name, spec=body, variant=name) for name, (body, _) in tried.items()}
+    store = ResultStore(f"sqlite:///{tmp_path / 'store.db'}")
+    plan(store, list(cells.values()), grid="tries")
+    for name, (_, number) in tried.items():
+        if number is not None:
+            shown = None if math.isnan(number) else number
+            record(store, cells[name], "train", value("final_loss", 1.0))
+            record(
+                store,
+                cells[name],
+                "heldout-aaaaaa",
+                value("perplexity", shown, **({} if shown else {"status": "diverged"})),
+            )
+    store.close()
+    results = Results(f"sqlite:///{tmp_path / 'store.db'}")
+    lines = study_trials.table(results, "tries").splitlines()
+    assert lines[0] == "Tokens: 3 M. Text: heldout."
+    assert lines[-3:] == [
+        "| Ours | 0.0006: 40.00 | 0.0012: **36.50** |",
+        "| Rival | 0.0003, pressure 0.0004: absent | 0.0006, pressure 4e-07: **272.00** |",
+        "| Other | 0.0006: diverged |  |",
+    ]
+    assert study_trials.table(results, "no such grid") == ""
+    results.close()
