@@ -32,10 +32,21 @@ from sparseforge_core.sparsity.slorb import SLoRB
 
 NAME = "smollm2-study"
 
-PEAK = 1.2e-3
-TUNED: dict[str, float] = dict.fromkeys(contenders(PEAK), PEAK) | {"frozen-sparsegpt": 2.4e-3, "improved": 2.4e-3}
-"""The peak learning rate that each method's trials chose (`smollm2-trials`), the same number of trials each. So far the
-two named had some (docs/lab-log.md); the others' are to come before the grid."""
+TUNED: dict[str, float] = {
+    "dense-control": 1.2e-3,
+    "naive": 2.4e-3,
+    "frozen-wanda": 2.4e-3,
+    "frozen-sparsegpt": 2.4e-3,
+    "sr-ste": 1.2e-3,
+    "ast": 6e-4,
+    "ast-slorb": 6e-4,
+    "cast": 6e-4,
+    "maskllm": 1.2e-3,
+    "paper": 1.2e-3,
+    "improved": 2.4e-3,
+}
+"""The peak learning rate that each method's trials chose (`smollm2-trials`; results/README.md lists them), the same
+number of trials each."""
 
 MAIN, HALF = 12, 6
 """Budget of the tables, and of half the steps, in millions of tokens."""
