@@ -56,7 +56,7 @@ WARM, WINDOW, PROFILED = 8, 10, 3
 
 ROLES = (
     ("head's losses", r"losses_and_gradient"),
-    ("attention, backward", r"flash_bwd|fmha.*(bwd|backward)|dgrad.*sdpa|sdpa.*(bwd|bprop|backward)"),
+    ("attention, backward", r"flash_bwd|fmha.*(bwd|backward)|sdpa.*(bwd|bprop|backward)|dot_do_o|convert_dq"),
     ("attention, forward", r"flash_fwd|fmha|sdpa"),
     ("optimizer", r"multi_tensor|FusedAdam|fused_adam|adam"),
     ("mask update", r"mask_update|update_masks|gate|threshold|rank"),
@@ -206,11 +206,19 @@ def case(name: str, shape: Shape, device: torch.device) -> Iterator[dict[str, An
             "warm_up_s": steps.warm_up,
             "peak_gib": steps.peak_bytes / 2**30,
             "losses": steps.losses,
-            "kernels": [[f"{1e3 * s:.3f}", n, kernel[:110]] for kernel, (s, n) in list(steps.kernels.items())[:25]],
+            "kernels": longest(steps.kernels),
         }
     if len(found) == 2:
         plain, recorded = found["plain"].losses, found["recorded"].losses
         yield {"case": name, "losses_apart": max(abs(plain[step] - recorded[step]) for step in plain)}
+
+
+def longest(kernels: dict[str, tuple[float, int]], each: int = 9) -> dict[str, list[str]]:
+    """The longest kernels of each role: milliseconds and starts of a step, and the name."""
+    found: dict[str, list[str]] = {}
+    for kernel, (seconds, count) in kernels.items():
+        found.setdefault(role(kernel), []).append(f"{1e3 * seconds:.3f} {count:4} {kernel[:90]}")
+    return {name: lines[:each] for name, lines in found.items()}
 
 
 def attention(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -270,8 +270,8 @@ def refusal(shape: Shape, spread: Spread, gpu_bytes: float) -> str | None:
     shown = start_lines(shape, spread) if most.startswith("its start") else lines(shape, spread)
     parts = "; ".join(f"{line.what} {line.count / GIB:.1f} ({line.how})" for line in shown)
     return (
-        f"{shape.name} on {spread.gpus} GPU(s) of {gpu_bytes / GIB:.0f} GiB needs {wanted / GIB:.1f} GiB each in {most}, "
-        f"usable are {usable / GIB:.1f}: {parts}. {_advice(shape, spread, usable)}"
+        f"{shape.name} on {spread.gpus} GPU(s) of {gpu_bytes / GIB:.0f} GiB needs {wanted / GIB:.1f} GiB each in "
+        f"{most}, usable are {usable / GIB:.1f}: {parts}. {_advice(shape, spread, usable)}"
     )
 
 

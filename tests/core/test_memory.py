@@ -141,7 +141,7 @@ def test_a_start_from_a_one_shot_solution_can_be_what_does_not_fit(tmp_path: Pat
     )
     room = 1.5e9
     check_memory(replace(recipe, method=replace(recipe.method, start_from=None)), tmp_path, Execution(), room)
-    with pytest.raises(RecipeError, match="hidden states 2.0 .* start from dense weights"):
+    with pytest.raises(RecipeError, match=r"hidden states 2\.0 .* start from dense weights"):
         check_memory(recipe, tmp_path, Execution(), room)
 
 
