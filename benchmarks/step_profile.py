@@ -3,9 +3,10 @@
 python benchmarks/step_profile.py [--cases frozen following annealing] [--parts attention products] [--out DIR]
 
 Steps are those of the product's own loop on random weights and tokens: SmolLM2-135M's shape, 16 x 1024 tokens, full-
-vocabulary divergence from a dense teacher. Each case is timed as the host starts its kernels and as a recorded CUDA
-graph (`train/recording.py`), which must give the same losses; one window of each is profiled. The parts time single
-operations of the step as they are and as they might be. Rows go to step_profile.json in --out or $OUT.
+vocabulary divergence from a dense teacher. Each case is timed as the host starts its kernels, as a recorded CUDA graph
+(`train/recording.py`) and with joined products (`models/joining.py`), which must give the same losses; one window of
+each is profiled. The parts time single operations of the step as they are and as they might be. Rows go to
+step_profile.json in --out or $OUT.
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ CASES: dict[str, tuple[Method, Distill]] = {
 }
 """Name -> method and objective, as the study has them but for the prior."""
 
+HOWS = ("plain", "recorded", "joined+recorded")
+"""Kernels started by the host one by one, as a recorded graph, and that with products of one input joined."""
+
 WARM, WINDOW, PROFILED = 8, 10, 3
 """Steps before the first that is timed, timed, and profiled."""
 
 ROLES = (
     ("head's losses", r"losses_and_gradient"),
-    ("attention, backward", r"flash_bwd|fmha.*(bwd|backward)|dgrad.*sdpa|sdpa.*(bwd|bprop|backward)"),
+    ("attention, backward", r"flash_bwd|fmha.*(bwd|backward)|sdpa.*(bwd|bprop|backward)|dot_do_o|convert_dq"),
     ("attention, forward", r"flash_fwd|fmha|sdpa"),
     ("optimizer", r"multi_tensor|FusedAdam|fused_adam|adam"),
     ("mask update", r"mask_update|update_masks|gate|threshold|rank"),
@@ -99,7 +103,9 @@ class Steps:
     peak_bytes: int
 
 
-def steps_of(shape: Shape, method: Method, objective: Distill, device: torch.device, *, recorded: bool) -> Steps:
+def steps_of(
+    shape: Shape, method: Method, objective: Distill, device: torch.device, *, recorded: bool, joined: bool
+) -> Steps:
     """Time and profile steps of the product's loop."""
     began = time.perf_counter()
     on_gpu = device.type == "cuda"
@@ -127,7 +133,7 @@ def steps_of(shape: Shape, method: Method, objective: Distill, device: torch.dev
         torch.cuda.reset_peak_memory_stats(device)
     losses = _Losses()
     with tempfile.TemporaryDirectory() as folder:
-        made = bench(shape, method, device, compiled=on_gpu, folder=Path(folder), objective=objective)
+        made = bench(shape, method, device, compiled=on_gpu, folder=Path(folder), objective=objective, joined=joined)
         run = dataclasses.replace(made.run, tracker=losses, log_every=10)
         if recorded:
             run = dataclasses.replace(run, recording=Recording(made.run.model, made.teacher))
@@ -183,12 +189,13 @@ def role(kernel: str) -> str:
     return next((name for name, pattern in ROLES if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
-def case(name: str, shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The rows of a case: plain, recorded, and what both say of the losses."""
+def case(name: str, shape: Shape, device: torch.device, hows: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a case in each way, and by how much the ways' losses differ."""
     method, objective = CASES[name]
     found: dict[str, Steps] = {}
-    for how in ("plain", "recorded") if device.type == "cuda" else ("plain",):
-        steps = found[how] = steps_of(shape, method, objective, device, recorded=how == "recorded")
+    for how in hows if device.type == "cuda" else ("plain",):
+        asked = {"recorded": "recorded" in how, "joined": "joined" in how}
+        steps = found[how] = steps_of(shape, method, objective, device, **asked)
         roles: collections.Counter[str] = collections.Counter()
         for kernel, (seconds, _) in steps.kernels.items():
             roles[role(kernel)] += seconds  # type: ignore[assignment]
@@ -206,11 +213,20 @@ def case(name: str, shape: Shape, device: torch.device) -> Iterator[dict[str, An
             "warm_up_s": steps.warm_up,
             "peak_gib": steps.peak_bytes / 2**30,
             "losses": steps.losses,
-            "kernels": [[f"{1e3 * s:.3f}", n, kernel[:110]] for kernel, (s, n) in list(steps.kernels.items())[:25]],
+            "kernels": longest(steps.kernels),
         }
-    if len(found) == 2:
-        plain, recorded = found["plain"].losses, found["recorded"].losses
-        yield {"case": name, "losses_apart": max(abs(plain[step] - recorded[step]) for step in plain)}
+    first, *others = found
+    for how in others:
+        apart = max(abs(loss - found[how].losses[step]) for step, loss in found[first].losses.items())
+        yield {"case": name, "between": [first, how], "losses_apart": apart}
+
+
+def longest(kernels: dict[str, tuple[float, int]], each: int = 9) -> dict[str, list[str]]:
+    """The longest kernels of each role: milliseconds and starts of a step, and the name."""
+    found: dict[str, list[str]] = {}
+    for kernel, (seconds, count) in kernels.items():
+        found.setdefault(role(kernel), []).append(f"{1e3 * seconds:.3f} {count:4} {kernel[:90]}")
+    return {name: lines[:each] for name, lines in found.items()}
 
 
 def attention(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -300,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["frozen", "following"])
+    parser.add_argument("--hows", nargs="+", choices=HOWS, default=list(HOWS))
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--sequences", type=int, default=16, help="of 1024 tokens, in a step")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
@@ -314,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     for source in (
         *(PARTS[name](shape, device) for name in options.parts),
-        *(case(name, shape, device) for name in options.cases),
+        *(case(name, shape, device, options.hows) for name in options.cases),
     ):
         for row in source:
             rows.append({**row, "at_s": round(time.perf_counter() - began, 1)})

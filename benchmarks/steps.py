@@ -126,6 +126,7 @@ def bench(
     compiled: bool,
     folder: Path,
     objective: Distill | None = None,
+    joined: bool = False,
 ) -> Bench:
     """A run of `shape`: dense distillation without a method, to 2:4 with one; by `Distill()` unless told otherwise."""
     objective = objective or Distill()
@@ -151,7 +152,7 @@ def bench(
     around = Surroundings(model=model, sites=sites, slorb=None, steps=STEPS, calibration=lambda n, length: [])
     track = recipe.method.start(around)
     plain = forwards(model, teacher)
-    forward, taught = faster(*plain, compiled=compiled)
+    forward, taught = faster(*plain, compiled=compiled, joined=joined)
     run = Run(
         recipe=recipe,
         model=model,

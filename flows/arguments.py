@@ -126,6 +126,9 @@ def _add_running(commands: Any) -> None:
     plan.add_argument(
         "--eight-bit-moments", action="store_true", help="with --memory: TrainPlan.moments='8-bit', so never sharded"
     )
+    plan.add_argument(
+        "--from-one-shot", action="store_true", help="with --memory: starts from a one-shot solution, so never sharded"
+    )
     plan.add_argument("--no-teacher", action="store_true", help="with --memory: without distillation")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(

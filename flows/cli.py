@@ -169,18 +169,20 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
 
 
 def _plan_memory(options: argparse.Namespace) -> int:
-    from flows.memory import plan, table
-    from sparseforge_core.memory import ADAM_BYTES, EIGHT_BIT_BYTES, Spread
+    from flows.memory import CALIBRATION, plan, table
+    from sparseforge_core.memory import ADAM_BYTES, EIGHT_BIT_BYTES, TEACHER_BYTES, Spread
 
     spreads = [
         Spread(
             gpus=gpus,
-            sharded=gpus > 1 and not options.eight_bit_moments,
+            sharded=gpus > 1 and not options.eight_bit_moments and not options.from_one_shot,
             micro_batch=options.micro_batch,
             length=options.length,
             recompute=recompute,
-            teacher=not options.no_teacher,
+            teacher=0 if options.no_teacher else TEACHER_BYTES,
             moment_bytes=EIGHT_BIT_BYTES if options.eight_bit_moments else ADAM_BYTES,
+            starts=options.from_one_shot,
+            calibration=CALIBRATION if options.from_one_shot else 0,
         )
         for gpus in options.gpus
         for recompute in (False, True)

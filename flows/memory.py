@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from sparseforge_core.errors import RecipeError, unknown
-from sparseforge_core.memory import GIB, RESERVE, Shape, Spread, decoder, lines, need, refusal, update_bytes
+from sparseforge_core.memory import (
+    GIB,
+    RESERVE,
+    Shape,
+    Spread,
+    decoder,
+    lines,
+    need,
+    peaks,
+    refusal,
+    start_lines,
+    update_bytes,
+)
 
 MEASURED = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "placement.json"
 
@@ -32,6 +44,9 @@ SHAPES = {
     )
 }
 """Decoders by name, in lower case. Position embeddings, and heads wider than the model, are left out: below 1 %."""
+
+CALIBRATION = 128 * 2048
+"""Tokens that one-shot methods carry through a model unless their recipe says otherwise."""
 
 ASSUMED = {
     "train_flops_per_second": 400e12,
@@ -113,6 +128,10 @@ def plan(name: str, *, spreads: list[Spread], gpu_gib: float) -> list[dict[str, 
                 "length": spread.length,
                 "recompute": spread.recompute,
                 "lines": [{"what": x.what, "gib": x.count / GIB, "how": x.how} for x in lines(shape, spread)],
+                "start_lines": [
+                    {"what": x.what, "gib": x.count / GIB, "how": x.how} for x in start_lines(shape, spread)
+                ],
+                "peaks_gib": {part: count / GIB for part, count in peaks(shape, spread).items()},
                 "need_gib": need(shape, spread) / GIB,
                 "update_gib": update_bytes(shape, spread) / GIB,
                 "usable_gib": gpu_gib * (1.0 - RESERVE),
@@ -130,6 +149,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = next((row for row in rows if row["refusal"] is None), rows[-1])
     out = [f"{shown['model']} on {shown['gpus']} GPU(s), GiB on each:"]
     out += [f"  {line['what']:<24}{line['gib']:>8.2f}   {line['how']}" for line in shown["lines"]]
+    if shown["start_lines"]:
+        out.append(f"  {'all of it':<24}{shown['peaks_gib']['a step']:>8.2f}")
+        out.append("Before the first step, while a one-shot method finds where it begins:")
+        out += [f"  {line['what']:<28}{line['gib']:>8.2f}   {line['how']}" for line in shown["start_lines"]]
     out.append(f"  {'at most':<24}{shown['need_gib']:>8.2f}   usable {shown['usable_gib']:.1f}")
     out.append("")
     out.append("GPUs batch recompute     GiB  fits  s/step  tokens/s")

@@ -39,6 +39,10 @@ class NotFinite(CurvatureUnavailable, Diverged):
     """A statistic, curvature or score is NaN or infinite: what it was computed from has diverged."""
 
 
+class NotCompilable(SparseForgeError):
+    """The compiler takes every few steps for something new; uncompiled the cell will run."""
+
+
 class OutOfMemory(SparseForgeError):
     """The host or the device had no memory left; less at once may still fit."""
 

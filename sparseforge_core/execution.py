@@ -34,6 +34,8 @@ class Execution:
     """How ranks share the work: everything on each of them, or a part of each weight; by itself what fits."""
     recompute: bool = False
     """Whether activations of a block are computed again in backward instead of kept."""
+    joined: bool = False
+    """Whether compiled blocks multiply an input by all its matrices at once (`models/joining.py`)."""
     recorded: bool = False
     """Whether forward and backward of a step are recorded as a CUDA graph and started at once: one process on a GPU."""
     deterministic: bool = False
@@ -69,6 +71,7 @@ def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: fl
         type(model).__name__, model.config, shapes, sum(parameter.numel() for parameter in model.parameters())
     )
     share = recipe.train.sequences // world()
+    begun = recipe.method.begins_from()
     memory.check(
         shape,
         memory.Spread(
@@ -82,9 +85,18 @@ def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: fl
             mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
             curvature_bytes=_curvature_bytes(recipe.method),
             moment_bytes=memory.ADAM_BYTES if recipe.train.moments == "float32" else memory.EIGHT_BIT_BYTES,
+            starts=begun is not None,
+            calibration=_calibration_tokens(begun),
         ),
         gpu_bytes,
     )
+
+
+def _calibration_tokens(method: Method | None) -> int:
+    """Tokens that a one-shot method carries through the model block by block, at most."""
+    if method is None or not method.calibrates():
+        return 0
+    return int(getattr(method, "samples", 0) * getattr(method, "length", 0))
 
 
 def _curvature_bytes(method: Method) -> int:

@@ -26,6 +26,9 @@ MOVING_BYTES = 28
 """Of each entry of the one tensor whose 8-bit moments move: both in float32, their shares, codes and signs."""
 UPDATE_BYTES = 64
 """Of each entry of the one site whose mask is being updated: it is whole then, and its scores in several forms."""
+START_BYTES = 4 + MASK_BYTES + 5
+"""Of a masked weight while a one-shot method finds where a training begins (`methods/one_shot.py`): a dense copy, that
+method's masks, and what it found."""
 RESERVE = 0.08
 """Share of the memory that is never planned."""
 GIB = 2**30
@@ -127,6 +130,10 @@ class Spread:
     """Of a masked weight; 0 where no average of its own is kept."""
     moment_bytes: float = ADAM_BYTES
     """Of a weight inside of blocks: EIGHT_BIT_BYTES where `TrainPlan.moments` is "8-bit"."""
+    starts: bool = False
+    """Whether training begins at what a one-shot method makes of the model, which comes to be on the same GPU."""
+    calibration: int = 0
+    """Tokens that this method carries from block to block."""
 
     @property
     def parts(self) -> int:
@@ -219,9 +226,39 @@ def update_bytes(shape: Shape, spread: Spread) -> float:
     return state + UPDATE_BYTES * shape.largest_site
 
 
+def start_lines(shape: Shape, spread: Spread) -> list[Line]:
+    """What one GPU holds while a one-shot method finds where training begins: no gradients, moments or activations.
+
+    Nothing where it is done before the weights come to the GPU: what is to be sharded is cut in the CPU's memory.
+    """
+    if not spread.starts or spread.parts > 1:
+        return []
+    p, m, site = shape.parameters, shape.masked, shape.largest_site
+    tokens = f"{4 * shape.hidden:,} B x {spread.calibration:,} tokens of calibration text"
+    found = [
+        Line("weights", 4 * p, f"4 B x {p / 1e6:,.0f}M"),
+        Line("dense copy, masks, solution", START_BYTES * m, f"{START_BYTES} B x {m / 1e6:,.0f}M masked"),
+        Line("hidden states", 4 * shape.hidden * spread.calibration, tokens),
+        Line("one site solved", UPDATE_BYTES * site, f"{UPDATE_BYTES} B x {site / 1e6:,.0f}M"),
+    ]
+    if spread.teacher:
+        each = min(spread.teacher, 4)  # what it trains with, if it does, comes with its first step
+        found.append(Line("teacher", each * p, f"{each} B x {p / 1e6:,.0f}M"))
+    return found
+
+
+def peaks(shape: Shape, spread: Spread) -> dict[str, float]:
+    """The most bytes that one GPU holds in each part of a run."""
+    return {
+        "a step": sum(line.count for line in lines(shape, spread)),
+        "a mask update": update_bytes(shape, spread) if spread.masks else 0.0,
+        "its start from a one-shot solution": sum(line.count for line in start_lines(shape, spread)),
+    }
+
+
 def need(shape: Shape, spread: Spread) -> float:
     """The most bytes that one GPU holds at once."""
-    return max(sum(line.count for line in lines(shape, spread)), update_bytes(shape, spread) if spread.masks else 0.0)
+    return max(peaks(shape, spread).values())
 
 
 def refusal(shape: Shape, spread: Spread, gpu_bytes: float) -> str | None:
@@ -229,15 +266,17 @@ def refusal(shape: Shape, spread: Spread, gpu_bytes: float) -> str | None:
     wanted, usable = need(shape, spread), (1.0 - RESERVE) * gpu_bytes
     if wanted <= usable:
         return None
-    parts = "; ".join(f"{line.what} {line.count / GIB:.1f} ({line.how})" for line in lines(shape, spread))
+    most = max(peaks(shape, spread).items(), key=lambda item: item[1])[0]
+    shown = start_lines(shape, spread) if most.startswith("its start") else lines(shape, spread)
+    parts = "; ".join(f"{line.what} {line.count / GIB:.1f} ({line.how})" for line in shown)
     return (
-        f"{shape.name} on {spread.gpus} GPU(s) of {gpu_bytes / GIB:.0f} GiB needs {wanted / GIB:.1f} GiB each, "
-        f"usable are {usable / GIB:.1f}: {parts}. {_advice(shape, spread, usable)}"
+        f"{shape.name} on {spread.gpus} GPU(s) of {gpu_bytes / GIB:.0f} GiB needs {wanted / GIB:.1f} GiB each in "
+        f"{most}, usable are {usable / GIB:.1f}: {parts}. {_advice(shape, spread, usable)}"
     )
 
 
 def _advice(shape: Shape, spread: Spread, usable: float) -> str:
-    for gpus in (spread.gpus, 2, 4, 8, 16, 32, 64):
+    for gpus in (spread.gpus,) if spread.starts else (spread.gpus, 2, 4, 8, 16, 32, 64):
         for recompute in (spread.recompute, True):
             better = replace(spread, gpus=gpus, sharded=gpus > 1, micro_batch=1, recompute=recompute)
             if better.sharded:  # 8-bit moments are those of whole tensors
@@ -245,6 +284,8 @@ def _advice(shape: Shape, spread: Spread, usable: float) -> str:
             if gpus >= spread.gpus and need(shape, better) <= usable:
                 how = " with recomputed activations" if recompute else ""
                 return f"Use {gpus} GPU(s), sharded, micro-batch 1{how}: {need(shape, better) / GIB:.1f} GiB each"
+    if spread.starts:  # it prunes whole blocks before anything is sharded
+        return "What starts from a one-shot solution is not sharded: use a larger GPU, or start from dense weights"
     return "No number of such GPUs up to 64 holds it at this length; shorten train.length"
 
 

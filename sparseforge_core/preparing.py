@@ -114,7 +114,7 @@ class Prepared:
         if self.sharding == "shard":
             forward, teacher = plain  # FSDP2's hooks run between blocks, and the head's matrix is in shards
         else:
-            forward, teacher = faster(*plain, compiled=compiled)
+            forward, teacher = faster(*plain, compiled=compiled, joined=execution.joined)
         whole: Any = self.model
         if execution.recompute:
             recompute_activations(self.model)

@@ -35,6 +35,7 @@ from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
 from sparseforge_core.execution import Execution, check_memory, default_device
 from sparseforge_core.identity import cell_key, dumps, loads
+from sparseforge_core.models.regions import compiled_within_limits
 from sparseforge_core.models.sites import Site, assign_patterns, find_sites
 from sparseforge_core.opening import (
     cell_folder,
@@ -154,7 +155,8 @@ def _train_to_the_end(
             journal.event("solution", used)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
-            outcome = train(run, on_step=seen, should_stop=should_stop)
+            with compiled_within_limits():
+                outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
         except Diverged as error:
             seen.close(journal, error, cell.recipe.train.steps)
@@ -264,6 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
             "--recompute", action="store_true", help="compute activations again instead of keeping them"
         )
         command.add_argument(
+            "--join", action="store_true", help="compiled blocks multiply an input by all its matrices at once"
+        )
+        command.add_argument(
             "--record", action="store_true", help="start a step's kernels by one call (a CUDA graph); one process a GPU"
         )
         command.add_argument("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
@@ -321,7 +326,7 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
     execution = Execution(options.micro_batch, options.compile, options.sharding, options.recompute)
     if options.command == "train":
         execution = replace(execution, heartbeat=options.heartbeat)
-    execution = replace(execution, recorded=options.record, deterministic=options.deterministic)
+    execution = replace(execution, joined=options.join, recorded=options.record, deterministic=options.deterministic)
     if options.command == "bundle":
         home = options.home or options.folder / bundles.HOME
         return run_bundle(

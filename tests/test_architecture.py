@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "rank_checkpoint": core("checkpoint distributed files methods.base"),
     CORE + "observe": core("distributed sparsity models.sites models.layouts"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration distributed"),
-    CORE + "objective": core("models.sources models.heads models.regions"),
+    CORE + "objective": core("models.sources models.heads models.regions models.rows"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
     CORE + "presets": core("recipe methods sparsity objective observe schedules models.sources data.corpora"),
     CORE + "identity": core("recipe"),

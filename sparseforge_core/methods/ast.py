@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method, MethodCard, Surroundings
 from sparseforge_core.methods.directed import DirectedAdam
-from sparseforge_core.methods.magnitude import MagnitudeTrack
+from sparseforge_core.methods.magnitude import MagnitudeTrack, pruned
 from sparseforge_core.schedules import Linear, Schedule
 from sparseforge_core.specs import spec
 
@@ -66,12 +66,17 @@ class ASTTrack(MagnitudeTrack):
     ) -> torch.optim.Optimizer:
         return DirectedAdam(groups, betas=betas, eps=eps, direct=self.direct)
 
-    def direct(self, parameter: nn.Parameter, mean: Tensor) -> Tensor | None:
-        """u of a masked weight; kept entries never decay."""
-        site = self.site_of.get(id(parameter))
-        if site is None:
-            return None
-        return torch.where(site.mask.hard, mean, mean + self.decay * parameter)
+    def direct(self, parameters: list[nn.Parameter], means: list[Tensor]) -> list[Tensor | None]:
+        """u of masked weights; kept entries never decay."""
+        found: list[Tensor | None] = [None] * len(parameters)
+        masked = [i for i, parameter in enumerate(parameters) if id(parameter) in self.site_of]
+        if masked:
+            held = pruned([self.site_of[id(parameters[i])] for i in masked])
+            torch._foreach_mul_(held, self.decay)
+            torch._foreach_add_(held, [means[i] for i in masked])
+            for i, direction in zip(masked, held, strict=True):
+                found[i] = direction
+        return found
 
     def before_update(self, step: int) -> None:
         self.decay = self.method.decay.at(step / self.steps)

@@ -16,6 +16,7 @@ from sparseforge_core.errors import PatternViolation
 from sparseforge_core.methods.shards import whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
+from sparseforge_core.sparsity.arriving import Arriving
 from sparseforge_core.sparsity.masking import Branch, Storage
 from sparseforge_core.sparsity.patterns import Pattern, check_weight
 from sparseforge_core.sparsity.report import mask_histogram, mask_summary
@@ -121,7 +122,8 @@ class MaskedTrack(MaskTrack):
         """`by_block` says that whoever decides the masks does so inside `masked`, a block at a time."""
         super().__init__(around)
         self.frozen = False
-        self.flip_rate = 0.0
+        self._flip_rate = 0.0
+        self._flips: tuple[Arriving, list[int]] | None = None
         self.passing = by_block and around.passing
         if not self.passing:
             for site in self.sites:
@@ -142,6 +144,22 @@ class MaskedTrack(MaskTrack):
         for site in sites:
             self.freeze_site(site)
             self._squash(site)
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the hard masks' entries that flipped when they last moved, a mean over sites."""
+        if self._flips is not None:
+            counts, sizes = self._flips
+            self.flip_rate = sum(n / of for n, of in zip(counts.read(), sizes, strict=True)) / len(sizes)
+        return self._flip_rate
+
+    @flip_rate.setter
+    def flip_rate(self, share: float) -> None:
+        self._flip_rate, self._flips = share, None
+
+    def count_flips(self, counts: Tensor) -> None:
+        """Say how many entries of each site's hard mask flipped; the host reads it when it is asked, and not before."""
+        self._flips = Arriving(counts.double()), [site.weight.numel() for site in self.sites]
 
     @property
     def sharded(self) -> bool:
@@ -210,14 +228,14 @@ class MaskedTrack(MaskTrack):
             name: [int(count) for count in sums_over_ranks([*map(float, counts)])] for name, counts in found.items()
         }
 
-    def harden(self, site: Site, scores: Tensor) -> float:
-        """Re-select the site's hard mask by `scores` (stored layout); returns the share of entries that flipped."""
+    def harden(self, site: Site, scores: Tensor) -> Tensor:
+        """Re-select the site's hard mask by `scores` (stored layout); how many entries flipped, on the device."""
         before = site.mask.hard.clone()
         try:
             site.mask.harden(scores, site.pattern)
         except PatternViolation as error:
             raise PatternViolation(f"site {site.name}: {error}") from error
-        return float((before != site.mask.hard).float().mean())
+        return (before != site.mask.hard).sum()
 
     def state(self) -> dict[str, Tensor]:
         on = all(site.mask.branch_on for site in self.sites)

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparseforge_core.distributed import sums_over_ranks
+from sparseforge_core.distributed import part, sums_over_ranks
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method, MethodCard, Surroundings
 from sparseforge_core.methods.directed import DirectedAdam, regroup
-from sparseforge_core.methods.magnitude import MagnitudeTrack
-from sparseforge_core.methods.shards import each_part
+from sparseforge_core.methods.magnitude import MagnitudeTrack, pruned
+from sparseforge_core.methods.shards import batched
 from sparseforge_core.models.sites import Site
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.sparsity.slorb import expand
@@ -98,13 +98,19 @@ class CASTTrack(MagnitudeTrack):
             groups = regroup(groups, self.scales, weight_decay=0.0)
         return DirectedAdam(groups, betas=betas, eps=eps, direct=self.direct)
 
-    def direct(self, parameter: nn.Parameter, mean: Tensor) -> Tensor | None:
-        """The redirected first moment of a masked weight."""
-        site = self.site_of.get(id(parameter))
-        if site is None:
-            return None
-        pressed = (1.0 - self.share) * mean + self.share * self.method.pressure * parameter.sign()
-        return torch.where(site.mask.hard, mean, pressed)
+    def direct(self, parameters: list[nn.Parameter], means: list[Tensor]) -> list[Tensor | None]:
+        """The redirected first moments of masked weights."""
+        found: list[Tensor | None] = [None] * len(parameters)
+        masked = [i for i, parameter in enumerate(parameters) if id(parameter) in self.site_of]
+        if masked:
+            free = [means[i] for i in masked]
+            pressed = torch._foreach_sign([part(parameters[i].detach()) for i in masked])
+            torch._foreach_mul_(pressed, self.share * self.method.pressure)
+            torch._foreach_add_(pressed, torch._foreach_mul(free, 1.0 - self.share))
+            kept = [part(self.site_of[id(parameters[i])].mask.mask) for i in masked]  # of zeros and ones: no mixture
+            for i, direction in zip(masked, torch._foreach_lerp(pressed, free, kept), strict=True):
+                found[i] = direction
+        return found
 
     def before_update(self, step: int) -> None:
         self.share = step / self.steps
@@ -124,11 +130,12 @@ class CASTTrack(MagnitudeTrack):
 
     def summary(self) -> dict[str, float]:
         """With the share of the weights' magnitude that pruning would still cut off."""
-        cut = total = 0.0
-        for site in each_part(self.sites):
-            sizes = site.weight.detach().abs()
-            cut += float((sizes * ~site.mask.hard).sum())
-            total += float(sizes.sum())
+        cuts, totals = [], []
+        for sites in batched(self.sites, lambda site: site.weight.numel()):
+            cuts += [x.abs().sum() for x in pruned(sites)]
+            totals += [part(site.weight.detach()).abs().sum() for site in sites]
+        found: list[float] = torch.stack([*cuts, *totals]).tolist()  # the device is asked once
+        cut, total = sum(found[: len(cuts)]), sum(found[len(cuts) :])
         if self.sharded:
             cut, total = sums_over_ranks([cut, total])
         return {**super().summary(), "mask/residual": cut / max(total, 1e-30)}

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Direct = Callable[[nn.Parameter, Tensor], Tensor | None]
-"""(parameter, first moment) -> the direction of its update, or None where the parameter follows plain Adam."""
+from sparseforge_core.distributed import part
+from sparseforge_core.methods.shards import batched
+
+Direct = Callable[[list[nn.Parameter], list[Tensor]], list[Tensor | None]]
+"""(parameters, first moments) -> the direction of each one's update, or None where it follows plain Adam.
+
+Of sharded parameters the moments, and so the directions, are what this rank holds of them.
+"""
 
 
 class DirectedAdam(torch.optim.Optimizer):
@@ -28,28 +34,41 @@ class DirectedAdam(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameters in batched(moving, lambda parameter: part(parameter).numel()):
+                self._update(parameters, group)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Many parameters at once: a model has hundreds of small ones, and each line here is a few kernels for all."""
+        states = [self._state(parameter) for parameter in parameters]
+        first, second = group["betas"]
+        rate = group["lr"]
+        weights = [part(parameter.detach()) for parameter in parameters]
+        gradients = [part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        means, squares = ([part(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        counts = [float(state["step"]) for state in states]
+        torch._foreach_mul_(means, first)
+        torch._foreach_add_(means, gradients, alpha=1.0 - first)
+        directions = self.direct(parameters, means)
+        seen = [g if u is None else u for g, u in zip(gradients, directions, strict=True)]
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, seen, seen, value=1.0 - second)
+        scales = torch._foreach_div(squares, [1.0 - second**count for count in counts])
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_mul_(weights, 1.0 - rate * group["weight_decay"])
+        moved = [mean if u is None else u for mean, u in zip(means, directions, strict=True)]
+        torch._foreach_addcdiv_(weights, moved, scales, [-rate / (1.0 - first**count) for count in counts])
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What is kept of a parameter, one step on. The count is the host's, which would wait for the device's."""
+        state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        count, (first, second), rate = float(state["step"]), group["betas"], group["lr"]
-        mean = state["exp_avg"].mul_(first).add_(gradient, alpha=1.0 - first)
-        direction = self.direct(parameter, mean)
-        seen = gradient if direction is None else direction
-        square = state["exp_avg_sq"].mul_(second).addcmul_(seen, seen, value=1.0 - second)
-        scale = (square / (1.0 - second**count)).sqrt_().add_(group["eps"])
-        parameter.mul_(1.0 - rate * group["weight_decay"])
-        moved = mean if direction is None else direction
-        parameter.addcdiv_(moved, scale, value=-rate / (1.0 - first**count))
+        state["step"] = state["step"].cpu() + 1  # a checkpoint puts it where the parameter is
+        return state
 
 
 def regroup(groups: list[dict[str, Any]], chosen: list[nn.Parameter], **changes: Any) -> list[dict[str, Any]]:

@@ -69,15 +69,17 @@ class MaskLLM(Method):
 class PatternLogits(nn.Module):
     """The effective weight W * mask, the mask sampled from the logits of one site, `[..., tiles, patterns]`.
 
-    The noise is a function of (seed, step): a forward that is repeated (recomputed activations, another micro-batch, a
-    run that goes on) sees the same mask.
+    The noise is a function of (seed, step), drawn when a step begins and kept: a forward that is repeated (recomputed
+    activations, another micro-batch, a run that goes on) sees the same mask. What changes from step to step is in
+    tensors, so that a compiled forward is compiled once, for all sites of a shape.
     """
 
     def __init__(self, site: Site, seed: int, spread: float) -> None:
         super().__init__()
-        self.site, self.seed = site, seed
-        self.step, self.temperature, self.confidence = 0, 1.0, 1.0
-        grouped = site.pattern.groups(site.matrix(site.weight.detach()))
+        self.seed, self.pattern, self.transposed = seed, site.pattern, site.transposed
+        matrix = site.matrix(site.weight.detach())
+        self.shape = matrix.shape
+        grouped = site.pattern.groups(matrix)
         size = grouped.shape[-1]
         keep = site.pattern.keep_of(size)
         if math.comb(size, keep) > MOST_PATTERNS:
@@ -87,16 +89,26 @@ class PatternLogits(nn.Module):
             )
         self.patterns = patterns_of(size, keep).to(grouped.device)
         start = torch.empty((*grouped.shape[:-1], len(self.patterns)), device=grouped.device)
-        self.logits = nn.Parameter(start.normal_(std=spread, generator=self._generator(start.device)))
+        self.logits = nn.Parameter(start.normal_(std=spread, generator=self._generator(0, start.device)))
+        self.temperature, self.confidence = start.new_ones(()), start.new_ones(())
+        self.noise = torch.zeros_like(start)
+        """Gumbel noise of the step."""
+        self.begin(0, temperature=1.0, confidence=1.0)
+
+    @torch.no_grad()
+    def begin(self, step: int, *, temperature: float, confidence: float) -> None:
+        """Draw the noise of a step, and set its constants tau and kappa."""
+        self.temperature.fill_(temperature)
+        self.confidence.fill_(confidence)
+        drawn = self.noise.exponential_(generator=self._generator(step, self.noise.device))
+        drawn.clamp_min_(torch.finfo(drawn.dtype).tiny).log_().neg_()
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.sample()
 
     def sample(self) -> Tensor:
         """The soft mask of this step, in the weight's layout."""
-        noise = torch.empty_like(self.logits).exponential_(generator=self._generator(self.logits.device))
-        gumbel = -noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
-        return self._mask(torch.softmax((self.confidence * self.logits + gumbel) / self.temperature, dim=-1))
+        return self._mask(torch.softmax((self.confidence * self.logits + self.noise) / self.temperature, dim=-1))
 
     def expected(self) -> Tensor:
         """The mask without noise."""
@@ -109,7 +121,7 @@ class PatternLogits(nn.Module):
     @torch.no_grad()
     def favour(self, hard: Tensor, strength: float) -> None:
         """p += (|S_i & M0| - its mean over the patterns) std(p) strength, M0 = `hard` in the weight's layout."""
-        grouped = self.site.pattern.groups(self.site.matrix(hard)).to(self.logits.dtype)
+        grouped = self.pattern.groups(self._matrix(hard)).to(self.logits.dtype)
         overlap = grouped @ self.patterns.T
         usual = float(self.patterns[0].sum()) ** 2 / self.patterns.shape[1]
         self.logits.add_((overlap - usual) * self.logits.std() * strength)
@@ -118,10 +130,14 @@ class PatternLogits(nn.Module):
         """y S in the weight's layout."""
         with torch.autocast(chosen.device.type, enabled=False):
             grouped = chosen @ self.patterns
-        return self.site.matrix(self.site.pattern.ungroup(grouped, self.site.matrix(self.site.weight).shape))
+        return self._matrix(self.pattern.ungroup(grouped, self.shape))
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        return torch.Generator(device).manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+    def _matrix(self, x: Tensor) -> Tensor:
+        """A tensor of the weight's layout as `[..., out, in]`, and back."""
+        return x.transpose(-1, -2) if self.transposed else x
+
+    def _generator(self, step: int, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
 
 def patterns_of(size: int, keep: int) -> Tensor:
@@ -170,21 +186,20 @@ class MaskLLMTrack(MaskedTrack):
     @torch.no_grad()
     def _prepare(self, step: int) -> None:
         """Masks as they are after `step`, and the constants of the step that follows."""
-        flips = 0.0
+        counts = []
         for site, law in zip(self.sites, self.laws, strict=True):
-            self._set(law, step)
+            self._begin_after(law, step)
             before = site.mask.hard.clone()
             site.mask.hard.copy_(law.likeliest())
             site.mask.mask.copy_(law.expected())
-            flips += float((before != site.mask.hard).float().mean())
+            counts.append((before != site.mask.hard).sum())
         self.step = step
-        self.flip_rate = flips / len(self.sites)
+        self.count_flips(torch.stack(counts))
 
-    def _set(self, law: PatternLogits, step: int) -> None:
+    def _begin_after(self, law: PatternLogits, step: int) -> None:
         progress = step / self.steps
-        law.step = step + 1
-        law.temperature = self.method.temperature.at(progress)
-        law.confidence = self.method.confidence.at(progress)
+        at = {"temperature": self.method.temperature.at(progress), "confidence": self.method.confidence.at(progress)}
+        law.begin(step + 1, **at)
 
     def finish(self) -> dict[str, Branch]:
         for site in self.sites:
@@ -200,4 +215,4 @@ class MaskLLMTrack(MaskedTrack):
         super().restore(state)
         self.step = int(state["step"])
         for law in self.laws:
-            self._set(law, self.step)
+            self._begin_after(law, self.step)

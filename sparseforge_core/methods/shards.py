@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,26 @@ from sparseforge_core.models.sites import Site
 
 Holder = tuple[nn.Module, str]
 """A module and the name of a parameter of its own."""
+
+
+MOST = 2**27
+"""Entries that are worked on together: what that takes beside them, a few times their size, is to stay small."""
+
+Item = TypeVar("Item")
+
+
+def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in order, as many at a time as hold MOST entries together, and at least one."""
+    batch: list[Item] = []
+    held = 0
+    for item in items:
+        if batch and held + size(item) > MOST:
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += size(item)
+    if batch:
+        yield batch
 
 
 def each_whole(sites: Iterable[Site]) -> Iterator[Site]:

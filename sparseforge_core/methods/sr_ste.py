@@ -10,10 +10,11 @@ from typing import ClassVar
 
 import torch
 
+from sparseforge_core.distributed import part
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method, MethodCard, Surroundings
-from sparseforge_core.methods.magnitude import MagnitudeTrack
-from sparseforge_core.methods.shards import each_part
+from sparseforge_core.methods.magnitude import MagnitudeTrack, pruned
+from sparseforge_core.methods.shards import batched
 from sparseforge_core.specs import spec
 
 
@@ -54,10 +55,12 @@ class SRSTETrack(MagnitudeTrack):
 
     @torch.no_grad()
     def before_update(self, step: int) -> None:
-        for site in each_part(self.sites):
-            gradient = site.weight.grad
-            assert gradient is not None
-            gradient.addcmul_(site.weight, (~site.mask.hard).to(gradient.dtype), value=self.method.decay)
+        for sites in batched(self.sites, lambda site: site.weight.numel()):
+            gradients = []
+            for site in sites:
+                assert site.weight.grad is not None
+                gradients.append(part(site.weight.grad))
+            torch._foreach_add_(gradients, pruned(sites), alpha=self.method.decay)
 
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         if step % self.method.update_every == 0:

@@ -6,11 +6,14 @@ the next model of the same shapes in this process takes none. Parameters are sha
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparseforge_core.errors import NotCompilable
 from sparseforge_core.models.heads import replaced
 
 KEPT = 64
@@ -20,20 +23,56 @@ All blocks of a library may pass through one function of it, so torch's default 
 trains cell after cell. Beyond it a block is not run uncompiled in silence: it is an error.
 """
 
+_made_before = 0
+"""Graphs that this process had compiled when it last forgot them."""
 
-def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = False) -> Any:
-    """`model` with its blocks compiled, the model as a whole where it has no list of equal blocks."""
+
+def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = False, joined: bool = False) -> Any:
+    """`model` with its blocks compiled, the model as a whole where it has no list of equal blocks.
+
+    With `joined` the products of one input become one (`joining.py`), by the backend "inductor" alone.
+    """
+    _make_room()
     configuration = torch._dynamo.config
     configuration.recompile_limit = max(configuration.recompile_limit, KEPT)
     configuration.accumulated_recompile_limit = max(configuration.accumulated_recompile_limit, 4 * KEPT)
     configuration.fail_on_recompile_limit_hit = True
+    options: dict[str, Any] | None = None
+    if joined:
+        from sparseforge_core.models.joining import Join  # loads the compiler, which others do without
+
+        options = {"joint_custom_pre_pass": Join()}
     path = blocks_path(model)
+    how: dict[str, Any] = {"backend": backend, "fullgraph": fullgraph, "dynamic": False, "options": options}
     if path is None:
-        return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)
-    made: list[Any] = [
-        torch.compile(block, backend=backend, fullgraph=fullgraph, dynamic=False) for block in model.get_submodule(path)
-    ]
+        return torch.compile(model, **how)
+    made: list[Any] = [torch.compile(block, **how) for block in model.get_submodule(path)]
     return replaced(model, path, nn.ModuleList(made))
+
+
+def _make_room() -> None:
+    """Forget what was compiled for cells of before, if there is so much of it that this one might reach the limit."""
+    global _made_before
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if made - _made_before >= KEPT // 2:
+        torch._dynamo.reset()
+        _made_before = made
+
+
+@contextlib.contextmanager
+def compiled_within_limits() -> Iterator[None]:
+    """Inside, the error of too many compiled forms of a function is NotCompilable; the next cell starts anew."""
+    try:
+        yield
+    except Exception as error:
+        # By its name: to import its class is to load the compiler, which runs that compile nothing do without.
+        if type(error).__name__ != "FailOnRecompileLimitHit":
+            raise
+        torch._dynamo.reset()
+        raise NotCompilable(
+            f"compile: {KEPT} forms of one function were compiled and another one was asked for; it must depend on a "
+            f"number of the host's that changes from step to step. Run the cell with --no-compile ({error})"
+        ) from error
 
 
 def has_compiled_blocks(model: Any) -> bool:

@@ -1,40 +1,45 @@
-"""Rows of a training batch are one sequence each: what spares a forward the question, and the host the wait for it.
+"""Rows of a training batch are one sequence each, without padding: what spares a forward questions to the device.
 
 transformers looks into the position ids of every forward without a mask, to see whether a row packs several sequences
 (`masking_utils.find_packed_sequence_indices`). The answer is on the device, so a GPU runs dry at the start of each
 forward while the host waits for it; and it cannot be asked while a CUDA graph is recorded. Bodies that number the
 positions of their rows themselves, as ours do, have none.
+
+While a CUDA graph is recorded it also takes itself to be traced for all kinds of inputs (`is_tracing`), and makes masks
+that attention's own causal form would do without. What is recorded is the plain step, to be run as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import masking_utils
-
-_known = False
-"""Whether forwards are of such rows now. A plain global, which compiled models can read; one thread trains."""
+import torch
 
 
 @contextlib.contextmanager
 def one_sequence_a_row() -> Iterator[None]:
     """Inside, forwards number the positions of their rows from 0 on: nothing is packed, and nobody asks."""
-    global _known
-    before, _known = _known, True
+    from transformers import masking_utils
+
+    packed, traced = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    masking_utils.find_packed_sequence_indices = _nothing_packed
+    masking_utils.is_tracing = _unless_recorded(traced)
     try:
         yield
     finally:
-        _known = before
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = packed, traced
 
 
-_asked = masking_utils.find_packed_sequence_indices
+def _unless_recorded(traced: Callable[..., bool]) -> Callable[..., bool]:
+    """`is_tracing` that takes no recording of a CUDA graph for a trace."""
+
+    def answer(tensor: Any = None) -> bool:
+        return not torch.cuda.is_current_stream_capturing() and traced(tensor)
+
+    return answer
 
 
-def _unless_known(position_ids: Any) -> Any:
-    """`find_packed_sequence_indices`, answered at once where the answer is known."""
-    return None if _known else _asked(position_ids)
-
-
-masking_utils.find_packed_sequence_indices = _unless_known
+def _nothing_packed(position_ids: Any) -> None:
+    """What `find_packed_sequence_indices` answers for rows of one sequence."""

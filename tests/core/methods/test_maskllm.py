@@ -32,7 +32,7 @@ def test_the_patterns_are_all_ways_to_keep_n_of_m() -> None:
 def test_the_expected_mask_is_the_softmax_of_the_logits_times_the_patterns() -> None:
     layer = OneLayer(MaskLLM(prior=None, temperature=Constant(value=2.0)), [[4.0, 3.0, 2.0, 1.0]], steps=4)
     law = law_of(layer)
-    law.confidence = 4.0
+    law.confidence.fill_(4.0)
     with torch.no_grad():
         law.logits.copy_(torch.tensor([[math.log(2) / 2, 0.0, 0.0, 0.0, 0.0, 0.0]]))
     # kappa p / tau = ln 2 for the first pattern: y = (2, 1, 1, 1, 1, 1) / 7; entries 0 and 1 are in it and two others.
@@ -59,9 +59,11 @@ def test_samples_are_functions_of_the_step_and_only_logits_train() -> None:
     law = law_of(layer)
     first = law.sample()
     assert torch.equal(first, law.sample())
-    law.step += 1
+    at = {"temperature": float(law.temperature), "confidence": float(law.confidence)}
+    law.begin(2, **at)
     assert not torch.equal(first, law.sample())
-    law.step -= 1
+    law.begin(1, **at)
+    assert torch.equal(first, law.sample())
     trained = [name for name, parameter in layer.model.named_parameters() if parameter.requires_grad]
     assert trained == ["parametrizations.weight.0.law.logits"]
     assert [group["rate_scale"] for group in layer.optimizer.param_groups] == [10.0]
@@ -74,10 +76,10 @@ def test_the_regularisation_is_the_gradient_of_the_kept_weights_energy() -> None
     method = MaskLLM(prior=None, keep_alive=Constant(value=0.5), temperature=Constant(value=1.0))
     layer = OneLayer(method, [[4.0, 3.0, 2.0, 1.0]], steps=4)
     law = law_of(layer)
-    law.confidence = 1.0
+    law.confidence.fill_(1.0)
     layer.track.before_update(1)
     logits = law.logits.detach().clone().requires_grad_()
-    noise = torch.empty_like(logits).exponential_(generator=law._generator(torch.device("cpu")))
+    noise = torch.empty_like(logits).exponential_(generator=law._generator(1, torch.device("cpu")))
     mask = torch.softmax(logits - noise.log(), -1) @ patterns_of(4, 2)
     (-0.5 * (torch.tensor([[4.0, 3.0, 2.0, 1.0]]) * mask).square().sum()).backward()
     assert torch.allclose(law.logits.grad, logits.grad)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +11,16 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from sparseforge_core.errors import RecipeError
+from benchmarks.steps import Shape, bench
+from sparseforge_core.errors import NotCompilable, RecipeError
+from sparseforge_core.methods import AST, CAST, SRSTE, SSTE, MaskLLM, Method, ProxSparse, SparseForge
+from sparseforge_core.models import regions
 from sparseforge_core.models.regions import blocks_path, compiled_blocks
 from sparseforge_core.models.sites import Site
 from sparseforge_core.objective import Distill, HiddenMatch, batch_losses
 from sparseforge_core.sparsity.masking import Storage
 from sparseforge_core.sparsity.patterns import nm
+from sparseforge_core.train.loop import Progress, train
 from tests.tiny import sites_of, tiny_model, tokens
 
 
@@ -69,6 +75,77 @@ def test_masked_blocks_compile_whole_and_are_compiled_once(architecture: str, st
             site.mask.freeze(site.weight, nm(2, 4), site.name)
     gradients(model, sites, compiled)
     assert graphs() - before <= once + 1, "freezing may compile once"
+
+
+TRAINED = [
+    AST(refresh_every=2),
+    CAST(refresh_every=2),
+    MaskLLM(prior=None),
+    ProxSparse(),
+    SparseForge(update_every=2),
+    SRSTE(),
+    SSTE(),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.kind)
+def test_no_method_is_compiled_anew_for_each_step_or_site(method: Method, tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == 6:
+            raise EnoughError
+
+    torch._dynamo.reset()
+    made = bench(Shape(4, 32, 64, 2, 1, 128, True, 2, 8), method, torch.device("cpu"), compiled=False, folder=tmp_path)
+    forward = compiled_blocks(made.run.model, backend="eager", fullgraph=True)
+    before = graphs()
+    with pytest.raises(EnoughError):
+        train(replace(made.run, forward=forward, teacher=made.teacher), on_step=on_step)
+    assert 1 <= graphs() - before <= 2, "a forward depends on a number of the host's, or on which site it is"
+
+
+def test_what_is_compiled_ever_anew_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(torch.nn.Module):
+        """Depends on a number that the host changes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = -1.5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.calls if self.calls < 0 else x + self.calls
+
+    def steps(counting: Counting, compiled: Any) -> None:
+        for step in range(8):
+            counting.calls = step + 0.25
+            compiled(torch.ones(2))
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(regions, "KEPT", 4)
+    with torch._dynamo.config.patch(recompile_limit=4, accumulated_recompile_limit=16, automatic_dynamic_shapes=False):
+        for _ in range(2):  # the second cell is not refused for what the first one compiled
+            counting = Counting()
+            compiled = compiled_blocks(counting, backend="eager")
+            assert torch.equal(compiled(torch.ones(2)), torch.full((2,), -1.5))
+            with pytest.raises(NotCompilable, match=r"compile: 4 forms .* --no-compile"):
+                regions.compiled_within_limits()(steps)(counting, compiled)
+    torch._dynamo.reset()
+
+
+def test_what_earlier_cells_compiled_is_forgotten_before_it_fills_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[int] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(graphs()))
+    monkeypatch.setattr(regions, "_made_before", graphs())
+    model = tiny_model("llama")
+    compiled_blocks(model, backend="eager")
+    assert forgotten == []
+    monkeypatch.setitem(counters["stats"], "unique_graphs", graphs() + regions.KEPT // 2)
+    compiled_blocks(model, backend="eager")
+    compiled_blocks(model, backend="eager")
+    assert forgotten == [graphs()]
 
 
 def test_blocks_share_their_classes_and_take_their_masks_off() -> None:

@@ -14,8 +14,8 @@ from sparseforge_core.objective import Distill, batch_losses
 
 def test_nobody_asks_for_packed_rows_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    question = rows._asked
-    monkeypatch.setattr(rows, "_asked", lambda ids: asked.append(ids) or question(ids))
+    question = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(ids) or question(ids))
     model, teacher = (from_config(config_of(Shape(2, 32, 64, 2, 1, 128, True, 2, 8))).eval() for _ in range(2))
     tokens = torch.randint(0, 128, (2, 8))
     expected = model(input_ids=tokens, use_cache=False).logits
@@ -36,3 +36,15 @@ def test_packed_rows_are_found_outside_and_after_an_error() -> None:
     found = masking_utils.find_packed_sequence_indices(packed)
     assert found is not None
     assert found.tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_a_recorded_forward_makes_no_mask_that_the_plain_one_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = from_config(config_of(Shape(2, 32, 64, 2, 1, 128, True, 2, 8))).eval()
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with rows.one_sequence_a_row():
+        model(input_ids=torch.zeros(2, 8, dtype=torch.long), use_cache=False)
+    assert seen == [None]
