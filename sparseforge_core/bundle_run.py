@@ -1,7 +1,8 @@
 """Going through the cells of a bundle: processes may share it, a cell that fails stops no other, time is kept.
 
 A cell is worked on by the process that holds its lock, which goes with the process. What is finished is passed over,
-what failed is said in `failures/STAGE.json` of the cell's folder, and each process tries a cell once.
+what failed is said in `failures/STAGE.json` of the cell's folder, and each process tries a cell once. Memory that ran
+out beside others is no failure of the cell: it is tried again, from its last checkpoint, when fewer are at work.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ from sparseforge_core.recipe import Cell
 log = logging.getLogger(__name__)
 
 TRAIN, FINAL = "train", "final"
-FAILURES, CLAIMS = "failures", "claims"
-"""Folder of a cell with what failed in it; folder of the bundle's home with the locks of its cells."""
+FAILURES, CLAIMS, CROWDED = "failures", "claims", "crowded"
+"""Folder of a cell with what failed in it; folders of the bundle's home with the locks of its cells, and with how many
+others were at work when a cell found no memory."""
 POLL = 0.5
 """Seconds between two looks at cells that other processes hold."""
 FAILS = (SparseForgeError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, ImportError)
 """What ends a stage and not the bundle: refusals, full memory, what is not installed, numbers that make no sense."""
+
+
+class _NoRoom(Exception):
+    """A stage found no memory beside other cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +104,15 @@ class Walk:
                 raise Interrupted("stopped between two cells; run the same command again to go on from here")
             if self._settled(key, entry):
                 return True
-            if self._is_late(key, entry) or self._waits(key, entry):
+            if self._is_late(key, entry) or self._waits(key, entry) or self._is_crowded(key):
                 continue
             try:
                 with files.held(self.cells.parent / CLAIMS / key, seconds=0):
                     if not self._settled(key, entry):  # somebody may have finished it in the meantime
-                        self._run(key, entry)
+                        try:
+                            self._run(key, entry)
+                        except _NoRoom:
+                            continue
                         if not self._settled(key, entry):
                             raise BundleError(f"cell {key} ended and left no results in {self.cells / key}")
             except FolderHeld:
@@ -123,6 +132,16 @@ class Walk:
             self.late.pop(key, None)
             return True
         return key not in self.left
+
+    def _is_crowded(self, key: str) -> bool:
+        """Whether as many others are at work as when the cell found no memory beside them."""
+        path = self.cells.parent / CROWDED / f"{key}.json"
+        try:
+            if path.stat().st_mtime < self.began:
+                return False  # of another time, perhaps of another device
+            return self._companions(key) >= int(files.read_json(path)["others"])
+        except FileNotFoundError:
+            return False
 
     def _failed_elsewhere(self, key: str) -> bool:
         """Whether another process has tried a cell in vain since this one began."""
@@ -159,6 +178,7 @@ class Walk:
         return True
 
     def _run(self, key: str, entry: Entry) -> None:
+        """Train and measure a cell. Raises _NoRoom where it found no memory beside other cells."""
         began = time.monotonic()
         if self._stage(key, TRAIN, lambda: self._train(entry)):
             for suite in entry.suites:
@@ -192,6 +212,11 @@ class Walk:
         except Interrupted:
             raise
         except FAILS as error:
+            others = self._companions(key) if isinstance(error, torch.OutOfMemoryError) else 0
+            if others:
+                log.warning("cell %s, stage %s: no memory beside %d others; to be tried with fewer", key, stage, others)
+                files.write_json(self.cells.parent / CROWDED / f"{key}.json", {"cell": key, "others": others})
+                raise _NoRoom from None
             log.exception("cell %s, stage %s failed", key, stage)
             why = described(error)
             files.write_json(path, {"cell": key, "stage": stage, "error": why, "process": os.getpid()})

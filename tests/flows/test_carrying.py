@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import json
@@ -11,9 +12,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from analysis.make_tables import make_tables
 from analysis.study_report import report
@@ -27,13 +31,14 @@ from flows.ingesting import ingest
 from flows.remaking import restore_models
 from flows.unpacking import unpacked
 from sparseforge_core import bundles, files, measured
-from sparseforge_core.bundle_run import TRAIN, Walk, Work
+from sparseforge_core.bundle_run import CLAIMS, CROWDED, POLL, TRAIN, Walk, Work
 from sparseforge_core.errors import BundleError, CellsFailed, CheckpointMismatch
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.execution import Execution
 from sparseforge_core.identity import cell_key, loads
 from sparseforge_core.opening import open_finished
 from sparseforge_core.packing import pack
+from sparseforge_core.recipe import Cell
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
@@ -267,6 +272,35 @@ def test_no_cell_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
     walk.last = (99.0, first.recipe.train.tokens // 2)  # twice the tokens: 198 s
     walk.go()
     assert set(walk.left) == set(walk.late) == {cell_key(entry.cell) for entry in bundle.entries}
+
+
+def test_memory_that_ran_out_beside_others_is_tried_again_with_fewer_and_fails_alone(tmp_path: Path) -> None:
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
+    bundle = bundles.read_bundle(tmp_path / "carried")
+    home = tmp_path / "carried" / "home"
+    first, second = (cell_key(entry.cell) for entry in bundle.entries[:2])
+    beside: dict[str, list[int]] = collections.defaultdict(list)
+
+    def train(cell: Cell, companions: int) -> None:
+        beside[cell_key(cell)].append(companions)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    work = Work(train=train, measure=never, should_stop=lambda: False)
+    entries = [entry for entry in bundle.entries if cell_key(entry.cell) in (first, second)]
+    walk = Walk(bundle.entries, entries, home / "cells", work)
+    with ThreadPoolExecutor() as pool:
+        with files.held(home / CLAIMS / second, seconds=0):  # as another process would
+            going = pool.submit(walk.go)
+            crowded = home / CROWDED / f"{first}.json"
+            while not crowded.exists() and not going.done():
+                time.sleep(0.05)
+            time.sleep(3 * POLL)
+            assert beside == {first: [1]}
+            assert files.read_json(crowded)["others"] == 1
+            assert not (home / "cells" / first / "failures").exists()
+        with pytest.raises(CellsFailed, match="2 of 2 cells failed"):
+            going.result()
+    assert beside == {first: [1, 0], second: [0]}
 
 
 @pytest.mark.usefixtures("planned")
