@@ -153,7 +153,7 @@ def _add_carrying(commands: Any) -> None:
     bundle.add_argument(
         "--millions", type=int, nargs="+", metavar="N", help="of a grid only these budgets, whole millions of tokens"
     )
-    bundle.add_argument("--missing", action="store_true", help="of a grid only cells that the store has no training of")
+    bundle.add_argument("--missing", action="store_true", help="of a grid only cells that have something left to do")
     bundle.add_argument(
         "--there", action="store_true", help="models, texts and tasks that a bundle cannot carry are on that machine"
     )

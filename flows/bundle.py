@@ -25,7 +25,7 @@ from sparseforge_core import bundles, files, specs
 from sparseforge_core.data.corpora import Corpus, HubText, TextFiles
 from sparseforge_core.errors import BundleError, RecipeError, unknown
 from sparseforge_core.evaluate.suites import WIKITEXT_ENV, Suite
-from sparseforge_core.identity import loads
+from sparseforge_core.identity import loads, required_cells
 from sparseforge_core.models.sources import Hub, Local, Packaged, TokenizerDir
 from sparseforge_core.recipe import Cell
 from sparseforge_core.store.rows import PlannedCell
@@ -112,16 +112,30 @@ class Only:
 ALL = Only()
 
 
-def trained(home: Home) -> frozenset[str]:
-    """The cells whose training the store has recorded. Raises StoreError if there is no store."""
+def settled(home: Home) -> frozenset[str]:
+    """The cells with nothing left to do elsewhere. Raises StoreError if there is no store.
+
+    All of their stages are recorded, or their training is and made a model: another training would make another model,
+    and what is measured of that one says nothing of the recorded one.
+    """
     from sparseforge_core.store.results import Results
 
     results = Results(home.store_url)
     try:
         statuses = results.stage_statuses()
+        trained = {cell for (cell, stage), status in statuses.items() if (stage, status) == (TRAIN, "done")}
+        open_ = {cell for (cell, _), status in statuses.items() if status != "done"}
+        bodies = results.cell_bodies(sorted(trained & open_))
     finally:
         results.close()
-    return frozenset(cell for (cell, stage), status in statuses.items() if (stage, status) == (TRAIN, "done"))
+    untouched = {key for key, body in bodies.items() if _is_untouched(specs.decode(body, Cell, "cell"))}
+    return frozenset(trained - (open_ & untouched))
+
+
+def _is_untouched(cell: Cell) -> bool:
+    """Whether the model of a cell is a source's as it is, and so the same wherever it is opened."""
+    method = cell.recipe.method
+    return not (method.sparsifies or method.trains or required_cells(cell))
 
 
 def choose(names: Sequence[str], *, grid: str | None = None, only: Only = ALL) -> Chosen:

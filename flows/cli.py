@@ -227,14 +227,14 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
 
 
 def _bundle(options: argparse.Namespace, home: Home) -> int:
-    from flows.bundle import Only, choose, trained, write_bundle
+    from flows.bundle import Only, choose, settled, write_bundle
 
     only = Only(
         pool=options.pool,
         variants=tuple(options.variant or ()),
         seeds=tuple(options.seed or ()),
         millions=tuple(options.millions or ()),
-        without=trained(home) if options.missing else frozenset(),
+        without=settled(home) if options.missing else frozenset(),
     )
     chosen = choose(options.what, grid=options.grid, only=only)
     count = write_bundle(chosen, options.out, there=options.there, slurm=options.slurm)

@@ -281,5 +281,8 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
     packing = commands.add_parser("pack", help="what a bundle has made so far, without weights, in one archive")
     packing.add_argument("folder", type=Path, help="the bundle's folder, with its home/ in it")
     packing.add_argument("out", type=Path, help="NAME.tar.xz; in parts NAME.tar.xz.00 and so on where it is large")
+    packing.add_argument(
+        "--partial", action="store_true", help="also of cells that are trained and not measured to their end"
+    )
     packing.add_argument("--part-mib", type=float, default=15.0, help="largest size of a part (default 15)")
     return bundle

@@ -1,11 +1,15 @@
 """Packing what a bundle made for a narrow way home: finished stages in one archive, the weights replaced by manifests.
 
 NAME.tar.xz, or NAME.tar.xz.00 and so on where it is larger than a part may be; `sparseforge ingest` takes the first.
+
+A cell that is trained and not measured to its end stays behind: its weights do, and another training of it, recorded
+beside, would be of another model, of which the rest could never be measured.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
@@ -13,10 +17,15 @@ from pathlib import Path
 from typing import Final
 
 from sparseforge_core import bundles, files, measured
-from sparseforge_core.bundle_run import FAILURES, FINAL, TRAIN
+from sparseforge_core.bundle_run import FAILURES, FINAL, TRAIN, is_trained
+from sparseforge_core.bundles import Entry
 from sparseforge_core.checkpoint import MANIFEST
 from sparseforge_core.errors import BundleError
+from sparseforge_core.evaluate.suites import suite_key
 from sparseforge_core.identity import cell_key
+from sparseforge_core.opening import divergence
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".tar.xz"
 MIB = 2**20
@@ -24,11 +33,12 @@ PRESET: Final = 1
 """Of xz: items and journals shrink to a quarter, five times as fast as to a tenth; time there is dearer than bytes."""
 
 
-def pack(folder: Path, out: Path, *, part_bytes: int = 15 * MIB) -> list[Path]:
+def pack(folder: Path, out: Path, *, part_bytes: int = 15 * MIB, partial: bool = False) -> list[Path]:
     """Write the finished stages of a bundle to `out` (NAME.tar.xz); returns the file, or its parts in order.
 
-    Stages that are being written are left out. Raises BundleError for a name that is none of an archive, for a bundle
-    without a finished stage, and for a folder that is no bundle; CheckpointMismatch for a stage that was altered.
+    Stages that are being written are left out, and all of a cell that is not measured to its end unless `partial`.
+    Raises BundleError for a name that is none of an archive, for a bundle without a finished stage, and for a folder
+    that is no bundle; CheckpointMismatch for a stage that was altered.
     """
     if not out.name.endswith(SUFFIX):
         raise BundleError(f"{out}: an archive of results is called NAME{SUFFIX}")
@@ -36,7 +46,13 @@ def pack(folder: Path, out: Path, *, part_bytes: int = 15 * MIB) -> list[Path]:
         raise BundleError(f"part_bytes={part_bytes}: must be at least 1")
     bundle = bundles.read_bundle(folder)
     cells = folder / bundles.HOME / "cells"
-    found = [path for entry in bundle.entries for path in _files(cells / cell_key(entry.cell))]
+    found = []
+    for entry in bundle.entries:
+        own = cells / cell_key(entry.cell)
+        waiting = [] if partial else _not_measured(entry, own)
+        if waiting:
+            log.warning("cell %s stays behind: its model is not sent and not measured yet by %s", own.name, waiting)
+        found += list(_failures(own)) if waiting else [*_stages(own), *_failures(own)]
     if not any(path.name == measured.FILE for path, _ in found):
         raise BundleError(f"{cells} holds no finished stage yet; run the bundle first")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +67,18 @@ def pack(folder: Path, out: Path, *, part_bytes: int = 15 * MIB) -> list[Path]:
         whole.unlink(missing_ok=True)
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, its name in the archive below cells/) of a cell's finished stages and of what failed in it."""
+def _not_measured(entry: Entry, folder: Path) -> list[str]:
+    """The suites that a trained cell is not measured by; none of one that has no weights of its own."""
+    if not is_trained(folder / TRAIN) or divergence(folder / TRAIN) is not None:
+        return []
+    manifest = folder / TRAIN / FINAL / MANIFEST
+    if manifest.is_file() and not files.read_json(manifest)["files"]:
+        return []
+    return [suite.name for suite in entry.suites if not (folder / suite_key(suite) / measured.FILE).is_file()]
+
+
+def _stages(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, its name in the archive below cells/) of a cell's finished stages."""
     for path in sorted(folder.glob(f"*/{measured.FILE}")):
         stage = path.parent
         measured.read(path)
@@ -61,6 +87,10 @@ def _files(folder: Path) -> Iterator[tuple[Path, str]]:
                 yield stage / name, f"{folder.name}/{stage.name}/{name}"
         if stage.name == TRAIN:
             yield from _manifest(stage, folder.name)
+
+
+def _failures(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, its name in the archive below cells/) of what failed in a cell."""
     for path in sorted((folder / FAILURES).glob("*.json")):
         yield path, f"{folder.name}/{FAILURES}/{path.name}"
 

@@ -322,7 +322,7 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
         cell = loads(options.cell.read_text())
         return evaluate_cell(cell, suite, options.directory, runs, ngram=options.ngram or None)
     if options.command == "pack":
-        return pack(options.folder, options.out, part_bytes=int(options.part_mib * MIB))[0]
+        return pack(options.folder, options.out, part_bytes=int(options.part_mib * MIB), partial=options.partial)[0]
     execution = Execution(options.micro_batch, options.compile, options.sharding, options.recompute)
     if options.command == "train":
         execution = replace(execution, heartbeat=options.heartbeat)

@@ -171,6 +171,28 @@ def test_an_archive_brings_home_all_but_weights(troubled: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("planned")
+def test_a_cell_that_is_not_measured_to_its_end_stays_behind(
+    troubled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(troubled, tmp_path / "there")
+    cell = folder_of(tmp_path / "there", "SparseForge")
+    shutil.rmtree(next(cell.glob("heldout-*")))
+
+    def carried(archive: Path) -> set[str]:
+        with tarfile.open(archive) as opened:
+            return {name.split("/")[2] for name in opened.getnames() if name.startswith("home/cells/")}
+
+    (whole,) = pack(tmp_path / "there", tmp_path / "whole.tar.xz")
+    assert f"cell {cell.name} stays behind: its model is not sent and not measured yet by ['heldout']" in caplog.text
+    dense = folder_of(troubled, "Dense").name  # has no weights of its own: what is measured of it may come alone
+    assert cell.name not in carried(whole)
+    assert dense in carried(whole)
+    assert len(carried(whole)) == 4
+    (partial,) = pack(tmp_path / "there", tmp_path / "partial.tar.xz", partial=True)
+    assert carried(partial) == carried(whole) | {cell.name}
+
+
+@pytest.mark.usefixtures("planned")
 def test_a_run_that_diverged_comes_home_as_diverged(troubled: Path, tmp_path: Path) -> None:
     burnt = folder_of(troubled, "Burnt")
     assert "diverged" in measured.read(burnt / TRAIN / measured.FILE)
