@@ -37,18 +37,22 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.steps import SHAPES, Shape, bench, release, synchronize
 from benchmarks.train import commit, hardware, small_shapes
-from sparseforge_core.methods import FrozenMask, MagnitudePruning, Method, SparseForge
-from sparseforge_core.objective import Distill
+from sparseforge_core.methods import AST, CAST, SRSTE, FrozenMask, MagnitudePruning, MaskLLM, Method, SparseForge
+from sparseforge_core.objective import Distill, Objective, TaskOnly
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.tracking.tracker import NullTracker
 from sparseforge_core.train.loop import Progress, train
 from sparseforge_core.train.recording import Recording
 
 FOLLOWING = Distill(kl_weight=0.75, correction=TeacherCorrection())
-CASES: dict[str, tuple[Method, Distill]] = {
+CASES: dict[str, tuple[Method, Objective]] = {
     "frozen": (FrozenMask(prior=MagnitudePruning()), Distill()),
     "following": (FrozenMask(prior=MagnitudePruning()), FOLLOWING),
     "annealing": (SparseForge(update_every=10), Distill()),
+    "ast": (AST(), Distill(kl_weight=0.67)),
+    "cast": (CAST(), Distill(kl_weight=1 / 3)),
+    "sr-ste": (SRSTE(), Distill()),
+    "maskllm": (MaskLLM(prior=None), TaskOnly()),
 }
 """Name -> method and objective, as the study has them but for the prior."""
 
@@ -104,7 +108,7 @@ class Steps:
 
 
 def steps_of(
-    shape: Shape, method: Method, objective: Distill, device: torch.device, *, recorded: bool, joined: bool
+    shape: Shape, method: Method, objective: Objective, device: torch.device, *, recorded: bool, joined: bool
 ) -> Steps:
     """Time and profile steps of the product's loop."""
     began = time.perf_counter()

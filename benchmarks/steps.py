@@ -25,7 +25,7 @@ from sparseforge_core.models.families import family_of
 from sparseforge_core.models.hub import from_config
 from sparseforge_core.models.sites import Site, assign_patterns, find_sites
 from sparseforge_core.models.sources import Tiny, TrainedBPE
-from sparseforge_core.objective import Distill, faster, forwards
+from sparseforge_core.objective import Distill, Objective, faster, forwards
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import NullTracker
@@ -125,7 +125,7 @@ def bench(
     *,
     compiled: bool,
     folder: Path,
-    objective: Distill | None = None,
+    objective: Objective | None = None,
     joined: bool = False,
 ) -> Bench:
     """A run of `shape`: dense distillation without a method, to 2:4 with one; by `Distill()` unless told otherwise."""

@@ -11,6 +11,7 @@ import torch
 
 from sparseforge_core import memory
 from sparseforge_core.distributed import world
+from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import Method
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.models.sites import Site, assign_patterns, find_sites
@@ -56,6 +57,21 @@ def device_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_recording(recipe: Recipe, execution: Execution, device: torch.device) -> None:
+    """Raise RecipeError if steps are to be recorded that cannot be."""
+    if not execution.recorded or not recipe.method.trains:
+        return
+    sequences = recipe.train.sequences
+    for why, holds in (
+        ("steps are recorded on a GPU, and this is none", device.type != "cuda"),
+        ("the steps of several ranks are not recorded", world() > 1),
+        ("recomputed activations are not recorded; leave out --recompute", execution.recompute),
+        ("a step is recorded whole; leave out --micro-batch", (execution.micro_batch or sequences) < sequences),
+    ):
+        if holds:
+            raise RecipeError(f"--record: {why}")
 
 
 def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: float) -> None:

@@ -14,8 +14,7 @@ from sparseforge_core import specs
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
-from sparseforge_core.distributed import world
-from sparseforge_core.errors import DataError, RecipeError
+from sparseforge_core.errors import DataError
 from sparseforge_core.execution import Execution
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
@@ -110,6 +109,8 @@ class Prepared:
         if compiled is None:
             matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
             compiled = self.device.type == "cuda" and plan.steps >= COMPILED_FROM and not matched
+        if execution.joined and not (compiled and self.sharding != "shard"):
+            log.warning("--join: this cell's blocks are not compiled, so nothing in them is joined")
         plain = forwards(self.model, self.teacher)
         if self.sharding == "shard":
             forward, teacher = plain  # FSDP2's hooks run between blocks, and the head's matrix is in shards
@@ -139,7 +140,7 @@ class Prepared:
             ranks=ranks,
             track=track,
             correction=self._correction(),
-            recording=self._recording(execution),
+            recording=Recording(self.model, self.teacher) if execution.recorded else None,
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
             checkpoints=checkpoints,
@@ -166,20 +167,6 @@ class Prepared:
         if self.cell.recipe.train.compute_dtype == "bfloat16":
             teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
         return teacher.requires_grad_(False)
-
-    def _recording(self, execution: Execution) -> Recording | None:
-        if not execution.recorded:
-            return None
-        sequences = self.cell.recipe.train.sequences
-        for why, holds in (
-            ("steps are recorded on a GPU, and this is none", self.device.type != "cuda"),
-            ("the steps of several ranks are not recorded", world() > 1),
-            ("recomputed activations are not recorded; leave out --recompute", execution.recompute),
-            ("a step is recorded whole; leave out --micro-batch", (execution.micro_batch or sequences) < sequences),
-        ):
-            if holds:
-                raise RecipeError(f"--record: {why}")
-        return Recording(self.model, self.teacher)
 
     def _correction(self) -> Correction | None:
         spec = self.cell.recipe.objective.correcting

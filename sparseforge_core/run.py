@@ -33,7 +33,7 @@ from sparseforge_core.evaluate.precision import products_in_tf32
 from sparseforge_core.evaluate.result import measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
-from sparseforge_core.execution import Execution, check_memory, default_device
+from sparseforge_core.execution import Execution, check_memory, check_recording, default_device
 from sparseforge_core.identity import cell_key, dumps, loads
 from sparseforge_core.models.regions import compiled_within_limits
 from sparseforge_core.models.sites import Site, assign_patterns, find_sites
@@ -80,6 +80,7 @@ def train_cell(
     """
     execution = execution or Execution()
     refuse(cell.recipe, execution.sharding, world(), compiled=bool(execution.compiled), recompute=execution.recompute)
+    check_recording(cell.recipe, execution, default_device())
     agree("cell", f"{cell_key(cell)}, {execution}")
     done = finished_training(cell, directory)
     agree("state of the folder, which all must see", "finished" if done else "not finished")

@@ -103,6 +103,7 @@ FUSED = (
     *(f"sparsity/{file}" for file in ("fused", "fused_kernels", "fused_sweep_kernels")),
     *(f"sparsity/{file}" for file in ("group_kernels", "statistics_kernels")),
     "objective/fused_kernels",
+    "train/eight_bit_kernels",
 )
 """Files of GPU kernels, which are imported where `fused.refusal` has found that they apply."""
 

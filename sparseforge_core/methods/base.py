@@ -205,6 +205,8 @@ class MaskedTrack(MaskTrack):
         return {"density": kept / total, "density_least": min(densities), "density_most": max(densities)}
 
     def summary(self) -> dict[str, float]:
+        if self.frozen:  # m is the hard mask then: nothing to look at, in every site at every logged step
+            return {**mask_summary([]), "mask/flip_rate": self.flip_rate}
         pairs = ((part(site.mask.mask), part(site.mask.hard)) for site in self.sites)
         return {**self.over_parts(mask_summary(pairs)), "mask/flip_rate": self.flip_rate}
 

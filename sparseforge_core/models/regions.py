@@ -41,7 +41,8 @@ def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = 
     if joined:
         from sparseforge_core.models.joining import Join  # loads the compiler, which others do without
 
-        options = {"joint_custom_pre_pass": Join()}
+        # Its way to lay slopes side by side computes each of them for the whole width: half as slow again on an H200.
+        options = {"joint_custom_pre_pass": Join(), "max_pointwise_cat_inputs": 1}
     path = blocks_path(model)
     how: dict[str, Any] = {"backend": backend, "fullgraph": fullgraph, "dynamic": False, "options": options}
     if path is None:

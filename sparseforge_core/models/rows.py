@@ -36,7 +36,9 @@ def _unless_recorded(traced: Callable[..., bool]) -> Callable[..., bool]:
     """`is_tracing` that takes no recording of a CUDA graph for a trace."""
 
     def answer(tensor: Any = None) -> bool:
-        return not torch.cuda.is_current_stream_capturing() and traced(tensor)
+        # Not asked where no GPU was used: a build for GPUs raises there if the machine has none.
+        recorded = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        return not recorded and traced(tensor)
 
     return answer
 

@@ -9,10 +9,13 @@ and keeps them rounded. Small tensors and embeddings keep float32, as the paper 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sparseforge_core.sparsity.fused import available
 
 BLOCK = 256
 """Entries that share a scale."""
@@ -76,6 +79,19 @@ def restored(codes: Tensor, scales: Tensor) -> Tensor:
     return found.flatten()[: codes.numel()].view(codes.shape)
 
 
+ROWS = 8
+"""Blocks that a program of the kernel works on at once."""
+
+
+def refusal(weight: Tensor, gradient: Tensor, *, on: str = "cuda") -> str | None:
+    """Why this weight's step is not one for the kernel, or None. `on` is the kind of device that it runs on."""
+    if weight.device.type != on:
+        return f"it is on {weight.device.type}"
+    if any(type(x.data) is not Tensor or x.dtype != torch.float32 or not x.is_contiguous() for x in (weight, gradient)):
+        return "weight or gradient is sharded, strided or not float32"
+    return None if available() else "Triton is not installed"
+
+
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
 """Adam's moments by torch's names, and whether they have a sign."""
 
@@ -104,15 +120,32 @@ class EightBitAdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self._begin(parameter, self.state[parameter])
+                self.state[parameter]["step"] += 1
+                fits = self.in_eight_bits(parameter) and refusal(parameter, parameter.grad) is None
+                (self._move_fused if fits else self._move)(parameter, parameter.grad, group)
+
+    def _move_fused(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """`_move` in one kernel."""
+        from sparseforge_core.train import eight_bit_kernels as kernels
+
+        (first_decay, second_decay), rate = group["betas"], group["lr"]
+        state, size, device = self.state[parameter], parameter.numel(), parameter.device
+        tiny = torch.finfo(torch.float32).tiny
+        kernels.move[(-(-size // (BLOCK * ROWS)),)](
+            parameter, gradient, *(state[f"{name}_{what}"] for name, _ in MOMENTS for what in ("codes", "scales")),
+            state["step"], magnitudes(7, device), _between(7, device), magnitudes(8, device), _between(8, device), size,
+            rate, 1.0 - rate * group["weight_decay"], first_decay, 1.0 - first_decay, second_decay, 1.0 - second_decay,
+            *(math.log(max(decay, tiny)) for decay in group["betas"]), group["eps"], tiny,
+            ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
 
     def _move(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         first_decay, second_decay = group["betas"]
         state = self.state[parameter]
-        if not state:
-            self._begin(parameter, state)
-        state["step"] += 1
         first, second = (self._read(state, name) for name, _ in MOMENTS)
         first.lerp_(gradient, 1.0 - first_decay)
         second.mul_(second_decay).addcmul_(gradient, gradient, value=1.0 - second_decay)

@@ -44,7 +44,20 @@ def test_a_recorded_forward_makes_no_mask_that_the_plain_one_does_without(monkey
     model.model.layers[0].register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for question in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, question, lambda: True)
     with rows.one_sequence_a_row():
         model(input_ids=torch.zeros(2, 8, dtype=torch.long), use_cache=False)
     assert seen == [None]
+
+
+def test_a_machine_without_a_gpu_is_not_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise RuntimeError("no driver")
+
+    model = from_config(config_of(Shape(2, 32, 64, 2, 1, 128, True, 2, 8))).eval()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", refuse)
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)
+    with rows.one_sequence_a_row():
+        assert masking_utils.is_tracing(None) is False
+        model(input_ids=torch.zeros(2, 8, dtype=torch.long), use_cache=False)

@@ -23,6 +23,7 @@ from sparseforge_core.observe.curvature import AdamSecondMoment
 from sparseforge_core.recipe import TrainPlan
 from sparseforge_core.run import train_cell
 from sparseforge_core.schedules import WarmupLinear
+from sparseforge_core.sparsity.fused import available
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import read_journal
 from sparseforge_core.train import eight_bit
@@ -30,6 +31,7 @@ from sparseforge_core.train.eight_bit import BLOCK, SMALL, EightBitAdamW, magnit
 from sparseforge_core.train.optimizer import build_optimizer, set_rate
 from sparseforge_core.train.parallel import refuse
 from tests.core.train.team import cell
+from tests.interpreted import assert_agreement
 from tests.tiny import sites_of, tiny_model, tokens
 
 PLAN = TrainPlan(steps=20, sequences=2, length=8, moments="8-bit")
@@ -112,6 +114,12 @@ def test_a_large_matrix_is_fitted_as_well_as_by_adamw() -> None:
         errors.append(_trained(kind([{"params": [weight]}], betas=(0.9, 0.95), eps=1e-8), weight, target, 400))
     assert errors[0] < 1.1 * errors[1] + 1e-6
     assert errors[1] < 0.05 * float(target.square().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not available(), reason="Triton is not installed")
+def test_the_kernel_does_what_plain_torch_does() -> None:
+    assert_agreement(Path(__file__).with_name("eight_bit_cases.py"))
 
 
 def _around() -> tuple[nn.Module, list[Site], Surroundings]:

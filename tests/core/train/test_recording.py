@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.steps import Shape, bench
+from sparseforge_core.errors import RecipeError
+from sparseforge_core.execution import Execution, check_recording
 from sparseforge_core.methods import FrozenMask, MagnitudePruning, Method, SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.objective.teaching import Sampled
+from sparseforge_core.run import train_cell
 from sparseforge_core.sparsity.masking import SoftMask
 from sparseforge_core.train.loop import Progress, train
 from sparseforge_core.train.recording import WARM, Recording, on_gpu, unrecordable
+from tests.core.train.team import cell
 
 SHAPE = Shape(2, 32, 64, 2, 1, 128, True, 4, 8)
 STEPS = 9
@@ -147,6 +151,24 @@ def test_what_the_host_takes_part_in_stays_plain() -> None:
     assert "hidden states" in str(unrecordable(Distill(hidden=HiddenMatch()), [soft]))
     soft.law = nn.Identity()
     assert "a way of its own" in str(unrecordable(Distill(), [soft]))
+
+
+def test_what_cannot_be_recorded_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    gpu, recorded = torch.device("cuda"), Execution(recorded=True)
+    recipe = cell().recipe
+    check_recording(recipe, recorded, gpu)
+    check_recording(recipe, Execution(micro_batch=1), torch.device("cpu"))
+    check_recording(recipe, dataclasses.replace(recorded, micro_batch=recipe.train.sequences), gpu)
+    for said, execution, device in (
+        ("on a GPU, and this is none", recorded, torch.device("cpu")),
+        ("leave out --recompute", dataclasses.replace(recorded, recompute=True), gpu),
+        ("leave out --micro-batch", dataclasses.replace(recorded, micro_batch=1), gpu),
+    ):
+        with pytest.raises(RecipeError, match=f"--record: .*{said}"):
+            check_recording(recipe, execution, device)
+    with pytest.raises(RecipeError, match="--record"):
+        train_cell(cell(), tmp_path / "train", tmp_path, execution=recorded)
+    assert not (tmp_path / "train").exists()
 
 
 def test_a_method_of_its_own_is_trained_plain(tmp_path: Path) -> None:

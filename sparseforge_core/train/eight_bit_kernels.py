@@ -1,0 +1,62 @@
+"""Triton kernel of AdamW with moments in 8 bits: everything of a weight is read and written once.
+
+What is computed is said by `EightBitAdamW._move`; `eight_bit.py` decides what comes here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def move(
+    weight, gradient, first_codes, first_scales, second_codes, second_scales, step,
+    signed, signed_between, unsigned, unsigned_between, size,
+    rate, kept, first_decay, first_rest, second_decay, second_rest, log_first, log_second, eps, least,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks of entries that share their scales.
+
+    `kept` is 1 - lr wd, `*_rest` 1 - beta, `log_*` ln beta, `least` what a scale of 0 is divided by; `signed` and
+    `unsigned` are the magnitudes of the codes, `*_between` what lies midway between them.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    place = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = place < size
+    begun = rows * BLOCK < size
+    g = tl.load(gradient + place, mask=there, other=0.0)
+    code = tl.load(first_codes + place, mask=there, other=0).to(tl.int32)
+    scale = tl.load(first_scales + rows, mask=begun, other=0.0)[:, None]
+    magnitude = tl.load(signed + tl.abs(code)) * scale
+    first = tl.where(code < 0, -magnitude, magnitude)
+    code = tl.load(second_codes + place, mask=there, other=0).to(tl.int32)
+    scale = tl.load(second_scales + rows, mask=begun, other=0.0)[:, None]
+    second = tl.load(unsigned + code) * scale
+    first += first_rest * (g - first)
+    second = second * second_decay + second_rest * g * g
+    top = tl.max(tl.abs(first), 1)
+    share = tl.div_rn(tl.abs(first), tl.maximum(top, least)[:, None])
+    code = _below(share, signed_between, 7)
+    tl.store(first_codes + place, tl.where(first < 0, -code, code).to(tl.int8), mask=there)
+    tl.store(first_scales + rows, top, mask=begun)
+    top = tl.max(second, 1)
+    share = tl.div_rn(second, tl.maximum(top, least)[:, None])
+    code = _below(share, unsigned_between, 8)
+    tl.store(second_codes + place, tl.where(second > 0, tl.maximum(code, 1), code).to(tl.uint8), mask=there)
+    tl.store(second_scales + rows, top, mask=begun)
+    count = tl.load(step)
+    slope = rate / (1.0 - tl.exp(count * log_first))
+    root = tl.sqrt_rn(second) / tl.sqrt(1.0 - tl.exp(count * log_second)) + eps
+    w = tl.load(weight + place, mask=there, other=0.0)
+    tl.store(weight + place, w * kept - first / root * slope, mask=there)
+
+
+@triton.jit
+def _below(x, bounds, BITS: tl.constexpr):
+    """How many of the 2^BITS - 1 ascending bounds are below x: the code of the nearest magnitude."""
+    found = tl.zeros_like(x).to(tl.int32)
+    for bit in tl.static_range(BITS):
+        width: tl.constexpr = 1 << (BITS - 1 - bit)
+        found += tl.where(tl.load(bounds + found + (width - 1)) < x, width, 0)
+    return found
