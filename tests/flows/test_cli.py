@@ -10,6 +10,7 @@ import pytest
 from flows import cli
 from flows.arguments import COMMANDS
 from flows.local import Summary
+from flows.running import say_end
 
 
 def run(*arguments: str | Path) -> int:
@@ -146,7 +147,7 @@ def test_families_are_listed_as_their_tiny_models_are(capsys: pytest.CaptureFixt
     ],
 )
 def test_how_a_run_ended(summary: Summary, code: int, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._say(summary, "make demo") == code
+    assert say_end(summary, "make demo") == code
     said = capsys.readouterr()
     assert sentence in said.out + said.err
 
