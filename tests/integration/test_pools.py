@@ -1,4 +1,4 @@
-"""A grid on work pools while the store and the Prefect server go away for a moment: it waits, and nothing is run twice."""
+"""A grid on work pools while the store and the Prefect server go away for a moment: it waits, nothing runs twice."""
 
 from __future__ import annotations
 
