@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core import files
-from sparseforge_core.checkpoint import FORM, Checkpoints, Stateful, owner_of, state_of, take_up
+from sparseforge_core.checkpoint import FORM, MANIFEST, Checkpoints, Stateful, owner_of, state_of, take_up
 from sparseforge_core.distributed import cut, is_sharded, of_all_ranks, part, rank, said_by_all, world
 from sparseforge_core.errors import CheckpointMismatch, RanksDisagree
 
@@ -50,10 +50,13 @@ class RankCheckpoints(Checkpoints):
         return path
 
     def _verified(self, step: int) -> dict[str, Any]:
-        manifest = super()._verified(step)
+        manifest, path = super()._verified(step), self._path(step)
+        strange = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
+        if strange:  # torch's reader reads whatever lies there
+            raise CheckpointMismatch(f"{path} has {min(strange)}, which is not in its {MANIFEST}; move that file away")
         if "places" in manifest or (world() > 1 and "form" not in manifest):
             raise CheckpointMismatch(
-                f"{self._path(step)} is in a form of an earlier version, which "
+                f"{path} is in a form of an earlier version, which "
                 f"{'several ranks cannot read' if 'places' not in manifest else 'is not read any more'}; finish the "
                 "cell with that version, or delete the folder"
             )

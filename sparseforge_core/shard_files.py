@@ -112,6 +112,7 @@ class _Writer(HuggingFaceStorageWriter):
             FORMAT_KEY: FORMAT_VALUE,
         }
         save_file({name: x.detach().contiguous() for name, x in tensors.items()}, path, about)
+        files.sync(path)  # by the one who wrote it: on a shared disk nobody else can
         return path.name, files.sha256(path), tensor_hashes(path)
 
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:

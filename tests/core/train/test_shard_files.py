@@ -171,6 +171,12 @@ def test_an_altered_file_costs_one_checkpoint_and_its_tensor_is_named(
     assert taken_up(tmp_path)[0] == 1
     assert "shard-00002.safetensors is missing, truncated or altered (tensor " in caplog.text
     assert [step for step, _ in (one[0] for one in team(2, [functools.partial(taken_up, tmp_path)]))] == [1, 1]
+    stranger = tmp_path / "step-00000001" / "shard-00003.safetensors"
+    save_file({"model/weight": torch.zeros(ROWS, 8)}, stranger)
+    with pytest.raises(CheckpointMismatch, match="none of the 2 checkpoints"):
+        taken_up(tmp_path)
+    assert f"has {stranger.name}, which is not in its manifest.json; move that file away" in caplog.text
+    stranger.unlink()
     (tmp_path / "step-00000001" / "shard-00001.safetensors").unlink()
     for (said,) in team(2, [functools.partial(refused, tmp_path)]):
         assert str(said).startswith(f"none of the 2 checkpoints in {tmp_path} verifies; delete that folder")
