@@ -46,6 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
         sys.stderr.close()
         return OK
+    except OSError as error:
+        if error.filename is None:  # no file that a person named
+            raise
+        print(f"sparseforge: {error.filename} cannot be read or written: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _interrupt(*_: Any) -> None:

@@ -80,8 +80,11 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
     """
     bundle = bundles.read_bundle(folder)
     cells = folder / bundles.HOME / "cells"
-    _refuse_strangers(bundle, cells)
-    carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
+    try:
+        _refuse_strangers(bundle, cells)
+        carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read: {error}. Nothing was recorded; copy the folder again") from error
     states = _planned(store, bundle)
     wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
     for key, stage in sorted(wanted - set(states)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import functools
 import json
 import os
@@ -174,6 +175,18 @@ def test_what_came_back_otherwise_is_refused_and_nothing_is_recorded(
         here.ingest()
     assert here.recorded() == 0
     assert not (here.home.root / "cells").exists()
+
+
+def test_a_disk_that_gives_nothing_while_a_bundle_is_checked(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", unreadable)
+        with pytest.raises(BundleError, match=r"cannot be read: .*Input/output error: .*\. Nothing was recorded"):
+            here.ingest()
+    assert here.recorded() == 0
+    assert here.ingest() == Ingested(recorded=7, known=0, unfinished=0)
 
 
 # ---------------------------------------------------------------- between the check and the record

@@ -152,6 +152,14 @@ def test_how_a_run_ended(summary: Summary, code: int, sentence: str, capsys: pyt
     assert sentence in said.out + said.err
 
 
+@pytest.mark.parametrize("words", [("bundle", "tiny-smoke"), ("plan", "tiny-smoke", "--quiet")])
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    home: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words, "--out", "/proc/nowhere/at-all") == 2
+    assert "sparseforge: /proc/nowhere cannot be read or written: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_machine_without_gpus_leaves_their_cells_alone(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,23 @@ def test_an_altered_file_costs_one_checkpoint_and_its_tensor_is_named(
     (tmp_path / "step-00000001" / "shard-00001.safetensors").unlink()
     for (said,) in team(2, [functools.partial(refused, tmp_path)]):
         assert str(said).startswith(f"none of the 2 checkpoints in {tmp_path} verifies; delete that folder")
+
+
+def test_any_file_cut_altered_or_gone_costs_the_checkpoint_that_it_belongs_to(tmp_path: Path) -> None:
+    team(2, [functools.partial(saved, tmp_path, (1, 2))])
+    damage: list[Callable[[Path], object]] = [
+        *(functools.partial(altered, at=at) for at in (0, 9, -2)),
+        lambda file: os.truncate(file, 0),
+        lambda file: os.truncate(file, file.stat().st_size - 2),  # one less is the manifest without its last newline
+        lambda file: file.unlink(),
+    ]
+    for file in sorted((tmp_path / "step-00000002").iterdir()):
+        sound = file.read_bytes()
+        for act in damage:
+            act(file)
+            assert taken_up(tmp_path)[0] == 1, file.name
+            file.write_bytes(sound)
+    assert taken_up(tmp_path)[0] == 2
 
 
 @pytest.mark.parametrize("room", [0, 100])
