@@ -130,7 +130,12 @@ class _Saved:
 
     def room(self, name: str, like: Tensor) -> Tensor:
         """An empty tensor for what is kept, on the device of `like`, and sharded if that is and has its shape."""
-        shape, dtype = self.found[_of_rank(name, 0) if name in self.own else name]
+        kept = _of_rank(name, 0) if name in self.own else name
+        if kept not in self.found:
+            raise CheckpointMismatch(
+                f"{self.folder} has no {name}: other code wrote it; finish the cell with that, or delete the folder"
+            )
+        shape, dtype = self.found[kept]
         if is_sharded(like) and shape == like.shape:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)
         return torch.empty(shape, dtype=dtype, device=like.device)
@@ -145,7 +150,7 @@ class _Saved:
             self.files.read(self.folder, named)
             return
         self.files.read(self.folder, {name: target for name, target in targets.items() if name not in self.own})
-        for name in self.own & targets.keys():
+        for name in sorted(self.own & targets.keys()):  # on all ranks in one order
             part(targets[name]).copy_(part(cut(self._mean(name), targets[name])))
 
     def _mean(self, name: str) -> Tensor:

@@ -222,6 +222,21 @@ def test_a_rank_killed_while_it_writes_leaves_nothing_that_is_taken_for_a_checkp
     assert taken_up(tmp_path)[0] == 1
 
 
+def wanting_more(folder: Path) -> str:
+    """Resume a method that keeps something that the checkpoint does not know."""
+    model, optimizer, track = parts(trained=False)
+    track.kept["later"] = torch.zeros(2)
+    with pytest.raises(CheckpointMismatch) as error:
+        RankCheckpoints(folder, "cell").resume(model, optimizer, track)
+    return str(error.value)
+
+
+def test_a_checkpoint_that_lacks_what_the_method_keeps_is_refused_by_its_name(tmp_path: Path) -> None:
+    for _, said in team(2, [functools.partial(saved, tmp_path), functools.partial(wanting_more, tmp_path)]):
+        assert "has no track/later: other code wrote it; finish the cell with that, or delete" in str(said)
+    assert "has no track/later" in wanting_more(tmp_path)
+
+
 def test_replicas_that_have_drifted_apart_write_no_checkpoint(tmp_path: Path) -> None:
     for (said,) in team(2, [functools.partial(drifted, tmp_path)]):
         assert "tensors differ between ranks that should have them alike, for instance model/weight" in str(said)
