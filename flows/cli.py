@@ -15,16 +15,12 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.arguments import parser
 from flows.home import Home, be_quiet
+from flows.running import BAD_INPUT, FAILED, INTERRUPTED, OK, execute, last_line, require_workers, say_links
 from sparseforge_core.errors import RecipeError, SparseForgeError
-
-if TYPE_CHECKING:
-    from flows.local import Summary
-
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,98 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
         sys.stderr.close()
         return OK
+    except OSError as error:
+        if error.filename is None:  # no file that a person named
+            raise
+        print(f"sparseforge: {error.filename} cannot be read or written: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _execute(options: argparse.Namespace, home: Home) -> tuple[int, Summary]:
-    """Run a grid and tell how it ended: the exit code, and the summary."""
-    from flows import running
-    from flows.local import run_grid
-
-    warning = running.prepare(options, home)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
-    if options.prefect and options.pool:
-        raise SparseForgeError("--pool and --prefect: with Prefect, the work pools choose; see docs/prefect.md")
-    if options.prefect and running.pending(options.grid, home):
-        from flows.home import prefect_environment
-
-        prefect_environment(home)
-        from flows.sparseforge import run_embedded
-
-        summary = run_embedded(
-            home,
-            options.grid,
-            workers=options.workers,
-            quiet=options.quiet,
-            retry_failed=options.retry_failed,
-        )
-    else:
-        summary = run_grid(
-            home,
-            options.grid,
-            workers=options.workers,
-            quiet=options.quiet,
-            pool=options.pool,
-            retry_failed=options.retry_failed,
-        )
-    code = _say(summary, "make demo" if options.command == "demo" else f"sparseforge run {options.grid}", options)
-    return code, summary
-
-
-def _say(summary: Summary, again: str, options: argparse.Namespace | None = None) -> int:
-    """Tell how a run ended, and what to do next; the exit code. With --json all of it goes to standard error."""
-    out = sys.stderr if options is not None and options.json else sys.stdout
-    print(f"{summary.grid}: {summary.executed} cells executed now, {summary.total} planned", file=out, flush=True)
-    for key, error in summary.failed.items():
-        print(f"  failed {key}: {error}", file=sys.stderr)
-        if key in summary.reproduce:
-            print(f"    reproduce with: {summary.reproduce[key]}", file=sys.stderr)
-    for key, error in summary.diverged.items():
-        print(f"  kept as diverged {key}: {error}", file=sys.stderr)
-    if summary.interrupted:
-        print(f"stopped; nothing is lost. Go on with: {again}", file=sys.stderr)
-        return INTERRUPTED
-    if summary.failed:
-        what = f"{len(summary.failed)} cells are in quarantine; `sparseforge explain CELL` says all about one"
-        print(f"  {what}. Once the cause is gone: sparseforge run {summary.grid} --retry-failed", file=sys.stderr)
-    for pool, count in sorted(summary.unserved.items()):
-        what = f"{count} cells are placed on {pool}, which this run does not serve; left for workers of that pool"
-        print(f"  {what}, or `sparseforge run {summary.grid} --pool {pool}`", file=sys.stderr)
-    waiting = summary.blocked - sum(summary.unserved.values())
-    if waiting > 0:
-        print(f"  {waiting} cells are not done: `sparseforge status {summary.grid}` says why", file=sys.stderr)
-    return OK if summary.complete else FAILED
-
-
-def _say_links(options: argparse.Namespace, home: Home) -> None:
-    """Where MLflow shows the grid: addresses of its saved views, or how to start its pages."""
-    from flows.grids import grid_named
-    from flows.mirror import MirrorError, links
-    from flows.placements import model_name
-
-    if options.quiet or options.json:
-        return
-    if not home.mlflow_uri.startswith(("http://", "https://")):
-        artifacts = f" --default-artifact-root {home.root / 'mlartifacts'}" if "sqlite" in home.mlflow_uri else ""
-        print(f"MLflow  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {home.mlflow_uri}{artifacts}")
-        return
-    try:
-        models = [model_name(entry.recipe.model) for entry in grid_named(options.grid).entries]
-        for model, about, address in links(home, options.grid, models):
-            print(f"MLflow  {model}, {about}:\n        {address}")
-    except MirrorError as error:
-        print(f"warning: {error}", file=sys.stderr)
-
-
 def _run(options: argparse.Namespace, home: Home) -> int:
-    from flows.running import last_line
-
-    code, summary = _execute(options, home)
-    _say_links(options, home)
+    code, summary = execute(options, home)
+    say_links(options, home)
     if options.json:
         print(last_line(summary, home))
     return code
@@ -149,10 +67,9 @@ def _run(options: argparse.Namespace, home: Home) -> int:
 
 def _demo(options: argparse.Namespace, home: Home) -> int:
     from analysis.make_tables import make_tables
-    from flows.running import last_line
     from sparseforge_core.store.results import Results
 
-    code, summary = _execute(options, home)
+    code, summary = execute(options, home)
     if code == INTERRUPTED:
         if options.json:
             print(last_line(summary, home))
@@ -162,7 +79,7 @@ def _demo(options: argparse.Namespace, home: Home) -> int:
     if not (options.quiet or options.json):
         print("\n" + (folder / "tables" / "table-2.md").read_text())
         print(f"Tables  {folder / 'tables'}\nFigure  {folder / 'figures' / 'accuracy-vs-tokens.png'}")
-    _say_links(options, home)
+    say_links(options, home)
     if options.json:
         print(last_line(summary, home, files=len(files), folder=str(folder)))
     return code
@@ -204,7 +121,6 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
     from flows.grids.planned import expand
     from flows.listing import plan_lines, plan_rows, stages_done
     from flows.planning import bill, history_of
-    from flows.running import require_workers
 
     require_workers(options.workers)
     plan, done = expand(grid_named(options.grid)), stages_done(home)
@@ -309,82 +225,10 @@ def _explain(options: argparse.Namespace, home: Home) -> int:
     return OK
 
 
-def _tables(options: argparse.Namespace, home: Home) -> int:
-    from analysis.make_tables import run_make_tables
+def _results(options: argparse.Namespace, home: Home) -> int:
+    from flows.tabulating import COMMANDS
 
-    return run_make_tables(
-        home.store_url,
-        home.root,
-        grid=options.grid,
-        out=options.out,
-        only=options.only,
-        strict=options.strict,
-        quiet=options.quiet or options.command == "demo",
-        as_json=options.json,
-    )
-
-
-def _report(options: argparse.Namespace, home: Home) -> int:
-    from analysis.report import write_report
-    from sparseforge_core.store.results import Results
-
-    results = Results(home.store_url)
-    name = results.grid(options.grid)["name"]
-    path = write_report(results, name, options.out or home.grid(name) / "report.html")
-    if not options.quiet:
-        print(f"grid {name}: {path}")
-    return OK
-
-
-def _verify(options: argparse.Namespace, home: Home) -> int:
-    from analysis.make_tables import collect
-    from analysis.verify import find, trace_lines, verification_lines, verify
-    from flows.mirror import runs_of
-    from sparseforge_core.store.results import Results
-
-    results, trace = Results(home.store_url), None
-    if options.place:
-        if len(options.place) != 3:
-            raise SparseForgeError(
-                "verify: give a table, a row and a column, such as table-2 SparseForge Avg; or nothing"
-            )
-        name = results.grid(options.grid)["name"]
-        trace = find(collect(results, name).exhibits, *options.place)
-    found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
-    runs = {} if trace is None else runs_of(home, (cell for cell, _ in trace.cell.sources))
-    if options.json:
-        print(json.dumps({**found.as_json(), "mlflow_runs": runs}, indent=1))
-    else:
-        lines = [] if trace is None else trace_lines(trace, results, name, runs)
-        print("\n".join([*lines, *verification_lines(found)]))
-    return FAILED if found.problems else OK
-
-
-def _audit(options: argparse.Namespace, home: Home) -> int:
-    from analysis.audit import audit_numbers, audit_table, numbers_of, report_lines
-
-    aside: list[str] = []
-    if options.what.endswith(".csv"):
-        found = audit_numbers(numbers_of(Path(options.what)))
-    elif options.what == "published":
-        from flows.grids.published import FIGURE_2, NOT_AT_HAND, PUBLISHED, TWICE
-
-        found = audit_numbers([*PUBLISHED, FIGURE_2], TWICE)
-        aside += [f"not checked: {text}" for text in NOT_AT_HAND]
-    else:
-        from analysis.exhibits import TABLES
-        from analysis.make_tables import collect
-        from sparseforge_core.store.results import Results
-
-        results = Results(home.store_url)
-        exhibits = collect(results, results.grid(options.what)["name"]).exhibits
-        tables = [build(exhibits[name]) for name, build in TABLES.items()]
-        found = [finding for table in tables for finding in audit_table(table)]
-    if options.json:
-        print(json.dumps([finding.as_json() for finding in found], indent=1))
-    else:
-        print("\n".join([*report_lines(found), *aside]))
-    return FAILED if found else OK
+    return COMMANDS[options.command](options, home)
 
 
 def _completion(options: argparse.Namespace, _home: Home) -> int:
@@ -457,10 +301,7 @@ HANDLERS = {
     "ingest": _ingest,
     "status": _status,
     "explain": _explain,
-    "tables": _tables,
-    "report": _report,
-    "verify": _verify,
-    "audit": _audit,
+    **dict.fromkeys(("tables", "report", "verify", "audit"), _results),
     "completion": _completion,
     "doctor": _doctor,
     "bench": _bench,

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flows.home import Home
-from flows.provenance import LOCK, process_alive
+from flows.provenance import LOCK, here, process_alive
 from sparseforge_core.errors import StoreError
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def store(home: Home) -> Check:
 def _gone(results: Results, grid: str) -> Iterator[str]:
     """Running attempts of this host whose process does not exist any more."""
     for attempt in results.progress(grid)[1]:
-        ours = attempt.status == "running" and attempt.provenance.host == socket.gethostname()
+        ours = attempt.status == "running" and attempt.provenance.host == here()
         if ours and not process_alive(attempt.provenance.pid):
             yield f"stage {attempt.stage} of cell {attempt.cell_key}"
 

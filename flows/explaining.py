@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from flows.cycle import LEASE
 from flows.devices import served_here
 from flows.failures import inputs_of, reproducer
 from flows.home import Home
-from flows.provenance import process_alive
+from flows.provenance import here, process_alive
 from flows.stages import TRAIN
 from flows.worker import BEGINS
 from sparseforge_core import specs
@@ -186,7 +185,7 @@ def why(state: StageState, found: Dossier, last: AttemptRecord | None, now: date
 def _held(attempt: AttemptRecord, now: datetime.datetime) -> str:
     origin, silent = attempt.provenance, (now - attempt.heartbeat).total_seconds()
     said = f"claimed by attempt {attempt.id}, process {origin.pid} on {origin.host}, last heard of {silent:.0f} s ago"
-    if origin.host == socket.gethostname() and not process_alive(origin.pid):
+    if origin.host == here() and not process_alive(origin.pid):
         return f"{said}; that process is gone, so the next run takes it over"
     if now - attempt.heartbeat > LEASE:
         return f"{said}; that is longer than its lease, so the next run takes it over"

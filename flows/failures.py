@@ -49,12 +49,12 @@ def halvings(attempts: Sequence[AttemptRecord], stage: str) -> int:
     return count
 
 
-def patiently(what: Callable[[], T]) -> T:
-    """What a call to the store gives; one that is away is asked again, some times. Raises StoreError then."""
+def patiently(what: Callable[[], T], away: tuple[type[Exception], ...] = (StoreError,)) -> T:
+    """What a call to the store, or to what else is away by these errors, gives; asked again some times, then raised."""
     for wait in WAITS:
         try:
             return what()
-        except StoreError as error:
+        except away as error:
             log.warning("%s; asking again in %.0f s", error, wait)
         time.sleep(wait)
     return what()

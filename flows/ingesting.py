@@ -51,6 +51,8 @@ class Carried:
     torch: str
     model: str | None
     """Hash of the manifest of the model that a train stage made; None of other stages, and where it diverged."""
+    measured: str
+    """Hash of the measurements file."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,16 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
 
     Raises BundleError, with nothing recorded, for a bundle or a result that is foreign, altered, incomplete, a link,
     badly named, of another format version, or of a cell that is not planned here. Doing it again changes nothing.
+    A stage that cannot be copied as it was checked is a BundleError too: it is not recorded, those before it are, and
+    the same command goes on there.
     """
     bundle = bundles.read_bundle(folder)
     cells = folder / bundles.HOME / "cells"
-    _refuse_strangers(bundle, cells)
-    carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
+    try:
+        _refuse_strangers(bundle, cells)
+        carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read: {error}. Nothing was recorded; copy the folder again") from error
     states = _planned(store, bundle)
     wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
     for key, stage in sorted(wanted - set(states)):
@@ -180,7 +187,8 @@ def _stages(entry: bundles.Entry, folder: Path) -> Iterator[Carried]:
         if found != (key, stage, suites.get(stage)):
             raise BundleError(f"{place / measured.FILE} is of cell {found[0]}, stage {found[1]}; wanted {key}, {stage}")
         about = body["context"]
-        yield Carried(key, stage, place, tuple(names), str(about["device"]), str(about["torch"]), model)
+        digest = files.sha256(place / measured.FILE)
+        yield Carried(key, stage, place, tuple(names), str(about["device"]), str(about["torch"]), model, digest)
 
 
 def _model_names(place: Path, key: str, digest: str | None) -> list[str]:
@@ -216,13 +224,39 @@ def _bring(store: ResultStore, home: Home, stage: Carried) -> int:
         log.warning("%s", error)
         return 0
     target = home.cell(stage.cell) / stage.stage
-    with recorded(store, attempt), beating(store, attempt), files.held(target, seconds=FOLDER_SECONDS):
-        files.write_text(home.cell(stage.cell) / "cell.json", store.cell_body(stage.cell))
-        with files.new_folder(target) as temporary:
-            for name in stage.names:
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(stage.folder / name, temporary / name, follow_symlinks=False)
-        if (target / FINAL).is_dir():  # not where the training diverged, nor where weights were dropped
-            verify(target / FINAL, stage.cell)
-        patiently(lambda: record(store, attempt, target / measured.FILE))
+    try:
+        with recorded(store, attempt), beating(store, attempt), files.held(target, seconds=FOLDER_SECONDS):
+            files.write_text(home.cell(stage.cell) / "cell.json", store.cell_body(stage.cell))
+            with files.new_folder(target) as temporary:
+                _copy(stage, temporary)
+            patiently(lambda: record(store, attempt, target / measured.FILE))
+    except OSError as error:
+        raise BundleError(
+            f"stage {stage.stage} of cell {stage.cell} could not be copied to {target}: {error}. It was not recorded; "
+            "what was recorded before stays. Ingest again once that is mended"
+        ) from error
     return 1
+
+
+def _copy(stage: Carried, folder: Path) -> None:
+    """Copy a stage into an empty folder. Raises BundleError where that is not what was checked."""
+    try:
+        for name in stage.names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(stage.folder / name, folder / name, follow_symlinks=False)
+            _refuse_link(folder / name)
+        same = files.sha256(folder / measured.FILE) == stage.measured
+        measured.read(folder / measured.FILE)
+        manifests = [folder / name for name in stage.names if Path(name).name == MANIFEST]
+        same = same and all(files.sha256(manifest) == stage.model for manifest in manifests)
+        if (folder / FINAL).is_dir():  # not where the training diverged, nor where weights were dropped
+            verify(folder / FINAL, stage.cell)
+    except (BundleError, CheckpointMismatch, FileNotFoundError) as error:
+        log.warning("%s", error)
+        same = False
+    if not same:
+        raise BundleError(
+            f"{stage.folder} is not what it was when it was checked: something writes there, or it was not read whole. "
+            f"Stage {stage.stage} of cell {stage.cell} was not recorded; what was recorded before stays. Ingest again "
+            "once nobody writes there"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,7 +18,7 @@ from flows.mirror import Mirror, lacking
 from flows.notify import Notifier
 from flows.pool import WorkerPool
 from flows.progress import Progress
-from flows.provenance import process_alive, provenance
+from flows.provenance import here, process_alive, provenance
 from sparseforge_core.store.causes import POLICIES
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
@@ -73,7 +72,7 @@ class Summary:
 def open_grid(home: Home, name: str) -> tuple[ResultStore, list[StageState]]:
     """Plan a grid in its store, release what dead processes of this machine held, and say what is to do."""
     store = plan_grid(lambda: ResultStore(home.store_url), name)
-    store.release_dead(socket.gethostname(), process_alive)
+    store.release_dead(here(), process_alive)
     store.expire(LEASE)
     return store, store.work(name)
 
@@ -239,7 +238,7 @@ class _Drive:
         """Whether other processes hold stages that cells of ours may wait for; forget those that died."""
         if self.pool is not None or self.summary.interrupted:
             return False
-        patiently(lambda: self.store.release_dead(socket.gethostname(), process_alive))
+        patiently(lambda: self.store.release_dead(here(), process_alive))
         patiently(lambda: self.store.expire(LEASE))
         self._look_again()
         held = [s for s in self.states() if s.status == "running"]
@@ -277,10 +276,8 @@ class _Drive:
         """Have a stage that failed or lost its worker tried again as the policy of its class says, or give it up."""
         key, cause = (cell.key, outcome.stage), outcome.cause or "unknown"
         self._look_again()
-        if outcome.status == "lost":
-            host = socket.gethostname()
-            if not patiently(lambda: self.store.release_dead(host, process_alive, cell=cell.key, why=outcome.error)):
-                cause = "unknown"  # it died before it had anything to do with the cell
+        if outcome.status == "lost" and not self._released(cell.key, outcome.error):
+            cause = "unknown"  # it died before it had anything to do with the cell
         self.tries[key] += 1
         policy = POLICIES[cause]
         if policy.wait:
@@ -294,6 +291,10 @@ class _Drive:
                 about = {"cell": cell.key, "label": self.labels[cell.key], "stage": outcome.stage}
                 told = {"cause": cause, "error": outcome.error, "reproduce": self.summary.reproduce[cell.key]}
                 self.notifier.cell_failed(self.summary.grid, **about, **told)
+
+    def _released(self, cell: str, why: str) -> bool:
+        """Whether a worker that died held a stage of this cell, which nobody holds any more then."""
+        return patiently(lambda: self.store.release_dead(here(), process_alive, cell=cell, why=why)) > 0
 
     def _report_quarantine(self, states: list[StageState]) -> None:
         for state in states:

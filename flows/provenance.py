@@ -27,7 +27,7 @@ def provenance(device: str = "cpu", flow_run_id: str = "") -> Provenance:
         dirty=bool(diff),
         diff_sha=diff,
         lock_sha=hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.is_file() else "",
-        host=socket.gethostname(),
+        host=here(),
         device=device,
         python=platform.python_version(),
         torch=importlib.metadata.version("torch"),
@@ -35,6 +35,27 @@ def provenance(device: str = "cpu", flow_run_id: str = "") -> Provenance:
         pid=os.getpid(),
         flow_run_id=flow_run_id,
     )
+
+
+@functools.cache
+def here() -> str:
+    """This machine since it booted, as `NAME/` and a hash of its boot and of our namespace of process numbers.
+
+    A process number of another boot, or of another container, says nothing here, whatever the machines are called.
+    Where the system names neither, the name stands alone.
+    """
+    name = socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return name
+    return f"{name}/{hashlib.sha256(f'{boot} {numbers}'.encode()).hexdigest()[:8]}"
+
+
+def machine_of(host: str) -> str:
+    """The name of the machine in what `here` said there."""
+    return host.partition("/")[0]
 
 
 def process_alive(pid: int) -> bool:

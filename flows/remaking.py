@@ -7,11 +7,11 @@ cells that can never go on because what they read counts as done.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable
 
 from flows.home import Home
 from flows.placements import placement_for
+from flows.provenance import here, machine_of
 from sparseforge_core import files
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.identity import cell_key, required_cells
@@ -41,7 +41,7 @@ def _restore(store: ResultStore, home: Home, cell: Cell, should_stop: Callable[[
         # A cell that was never trained is another matter, and the stage that needs it says so; one that diverged has
         # no model by rights, and would only diverge again.
         return
-    if done[0].provenance.host != socket.gethostname():
+    if machine_of(done[0].provenance.host) != machine_of(here()):
         raise CheckpointMismatch(
             f"the model of cell {key} was made on {done[0].provenance.host} and is not in {directory / FINAL}; copy "
             "that folder from there, or share one home between the machines"

@@ -13,8 +13,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -46,12 +47,13 @@ RECORD_SECONDS = 15.0
 """How long to wait until Prefect has written the task runs, which it does behind their backs."""
 
 
+T = TypeVar("T")
 Report = dict[str, Any]
 """What a flow run returns: the grid, its cells, how many were executed now, and in which process."""
 
 
 class GridIncomplete(SparseForgeError):
-    """A grid cannot go on: nobody polls a pool that it needs, or its drains fail again and again."""
+    """A grid cannot go on: nobody polls a pool that it needs, its drains fail again and again, or Prefect is away."""
 
 
 @flow(name="sparseforge", flow_run_name="{grid}")
@@ -197,8 +199,8 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
             _settle_drains(name, pool)
         for name in wanted:
             pool = pools.setdefault(name, _Pool())
-            missing = _polling_workers(name) - len(pool.active)
-            pool.active += [_start_drain(grid, name, workers) for _ in range(missing)]
+            for _ in range(_polling_workers(name) - len(pool.active)):
+                pool.active.append(_start_drain(grid, name, workers))
         if not wanted and not any(pool.active for pool in pools.values()):
             live.show(lambda states=states: states, now=True)  # type: ignore[misc]
             return _summary(grid, states)
@@ -216,10 +218,29 @@ def _told(run: Callable[[], Summary]) -> Summary:
     return summary
 
 
+def _asked(what: Callable[[Any], T]) -> T:
+    """What Prefect's server answers, asked through a client. Raises GridIncomplete where it stays away.
+
+    A server that is started again takes a moment, and a grid waits for hours: that is no reason to give it up. A drain
+    asked for twice, since the first answer was lost, finds nothing to do.
+    """
+
+    def ask() -> T:
+        with get_client(sync_client=True) as client:
+            return what(client)
+
+    try:
+        return patiently(ask, (httpx.TransportError,))
+    except httpx.TransportError as error:
+        raise GridIncomplete(
+            f"the Prefect server at {PREFECT_API_URL.value()} does not answer ({type(error).__name__}); what runs goes "
+            "on and is recorded. Once the server is back, run the same again"
+        ) from error
+
+
 def _settle_drains(name: str, pool: _Pool) -> None:
     """Forget drains that ended. Raises GridIncomplete when they fail again and again without finishing a stage."""
-    with get_client(sync_client=True) as client:
-        runs = [client.read_flow_run(run.id) for run in pool.active]
+    runs = _asked(lambda client: [client.read_flow_run(run.id) for run in pool.active])
     pool.active = [run for run in runs if run.state is None or not run.state.is_final()]
     failed = [run for run in runs if run.state is not None and run.state.is_final() and not run.state.is_completed()]
     pool.failures += len(failed)
@@ -239,14 +260,13 @@ def _summary(grid: str, states: Sequence[StageState]) -> Summary:
 
 def _start_drain(grid: str, pool: str, workers: int | None) -> Any:
     parameters = {"grid": grid, "pool": pool, "workers": workers}
-    return run_deployment(f"sparseforge-cell/{pool}", parameters=parameters, timeout=0)
+    return _asked(lambda _: run_deployment(f"sparseforge-cell/{pool}", parameters=parameters, timeout=0))
 
 
 def _polling_workers(pool: str) -> int:
     """Workers of a pool that are online. Raises GridIncomplete, with the command to start one, if there is none."""
     try:
-        with get_client(sync_client=True) as client:
-            workers = client.read_workers_for_work_pool(pool)
+        workers = _asked(lambda client: client.read_workers_for_work_pool(pool))
     except ObjectNotFound as error:
         raise GridIncomplete(f"the server has no work pool {pool!r}; make the pools with: infra/register.sh") from error
     online = sum(worker.status is not None and worker.status.value == "ONLINE" for worker in workers)

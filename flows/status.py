@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import datetime
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from flows.devices import default_workers
 from flows.estimates import HOUR, TRAIN, Pace, clock, devices, makespan, spent
 from flows.failures import reproducer
 from flows.home import Home, shown_url
-from flows.provenance import process_alive
+from flows.provenance import here, process_alive
 from sparseforge_core.errors import StoreError
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import AttemptRecord, StageState
@@ -101,7 +100,7 @@ def _planned(results: Results, grid: str | None) -> dict[str, Any]:
 
 def _left(attempt: AttemptRecord, now: datetime.datetime) -> str:
     """Why nobody works on it any more; empty where somebody does. A process may have the number of one that is gone."""
-    if attempt.provenance.host == socket.gethostname() and not process_alive(attempt.provenance.pid):
+    if attempt.provenance.host == here() and not process_alive(attempt.provenance.pid):
         return "its process is gone"
     silent = now - attempt.heartbeat
     return f"it was not heard of for {clock(silent.total_seconds())}, longer than its lease" if silent > LEASE else ""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparseforge_core import files
+from sparseforge_core.distributed import rank, said_by_all, world
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.sparsity.masking import Branch
 
@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 
 KEPT = 2
 """Good checkpoints kept, so that one that turns out bad still leaves another."""
+
+KINDS = ("model", "optimizer", "track")
+"""What begins the name of a tensor in a checkpoint."""
+
+FORM = 2
+"""Of the names in a checkpoint. The first had no kinds in them; single processes wrote it, and read it still."""
 
 MANIFEST = "manifest.json"
 
@@ -48,7 +54,7 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one cell in one folder."""
+    """The checkpoints of one cell in one folder. Every method is collective where several ranks train the cell."""
 
     def __init__(self, folder: Path, cell: str) -> None:
         self.folder = folder
@@ -56,15 +62,14 @@ class Checkpoints:
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> Path:
         """Write everything that determines the steps after `step`."""
-        path = self.folder / f"step-{step:08d}"
+        path = self._path(step)
+        state = state_of(model, optimizer, track)
         with files.new_folder(path) as temporary:
-            save_file(_model_state(model), temporary / "model.safetensors")
-            save_file(_optimizer_state(model, optimizer), temporary / "optimizer.safetensors")
-            state = {**track.state(), "random": torch.get_rng_state()}
-            save_file({k: v.contiguous() for k, v in state.items()}, temporary / "track.safetensors")
-            _write_manifest(temporary, {"cell": self.cell, "step": step})
-        for old in self.steps()[:-KEPT]:
-            files.remove_folder(self._path(old))
+            for kind in KINDS:
+                ours = {name: x.contiguous() for name, x in state.items() if name.startswith(f"{kind}/")}
+                save_file(ours, temporary / f"{kind}.safetensors")
+            _write_manifest(temporary, {"cell": self.cell, "step": step, "form": FORM})
+        self._drop_old()
         return path
 
     def steps(self) -> list[int]:
@@ -73,20 +78,25 @@ class Checkpoints:
         return sorted(int(match.group(1)) for match in found if match)
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> int:
-        """Restore the newest checkpoint that verifies; returns its step, or 0 where there is none.
+        """Restore the newest checkpoint that verifies, on every rank; returns its step, or 0 where there is none.
 
         A truncated or altered one is reported and the one before it used. Raises CheckpointMismatch if a
         checkpoint belongs to another cell, or if none of those present verifies.
         """
-        steps = self.steps()
+        steps = [int(step) for step in said_by_all(" ".join(str(step) for step in self.steps()))[0].split()]
         for step in reversed(steps):
+            trouble = ""
             try:
-                self._restore(step, model, optimizer, track)
-            except (CheckpointMismatch, SafetensorError, OSError) as error:
-                if isinstance(error, CheckpointMismatch) and "another cell" in str(error):
-                    raise
-                log.warning("checkpoint %s is not usable: %s", self._path(step).name, error)
+                manifest = self._verified(step)
+            except (CheckpointMismatch, OSError) as error:
+                trouble = str(error)
+            bad = [why for why in said_by_all(trouble, 1024) if why]
+            if any("another cell" in why for why in bad):
+                raise CheckpointMismatch(bad[0])
+            if bad:
+                log.warning("checkpoint %s is not usable: %s", self._path(step).name, bad[0])
                 continue
+            self._restore(self._path(step), manifest, model, optimizer, track)
             return step
         if steps:
             raise CheckpointMismatch(
@@ -102,20 +112,65 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _restore(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> None:
+    def _drop_old(self) -> None:
+        for old in self.steps()[:-KEPT]:
+            files.remove_folder(self._path(old))
+
+    def _verified(self, step: int) -> dict[str, Any]:
+        """The manifest of a checkpoint of which every rank has checked its share of the files. Raises as `verify`."""
         path = self._path(step)
-        said = verify(path, self.cell).get("step")
-        if said != step:
-            raise CheckpointMismatch(f"{path} says that it is of step {said!r}; the folder was renamed or altered")
-        weights = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        state = load_file(path / "track.safetensors")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        _restore_optimizer(model, optimizer, moments)
-        torch.set_rng_state(state.pop("random"))
-        track.restore(state)
+        manifest = verify(path, self.cell, (rank(), world()))
+        if manifest.get("step") != step:
+            raise CheckpointMismatch(
+                f"{path} says that it is of step {manifest.get('step')!r}; the folder was renamed or altered"
+            )
+        return manifest
+
+    @torch.no_grad()
+    def _restore(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        track: Stateful,
+    ) -> None:
+        found: dict[str, Tensor] = {}
+        for kind in KINDS:
+            kept = load_file(path / f"{kind}.safetensors")
+            found |= kept if "form" in manifest else {f"{kind}/{name}": x for name, x in kept.items()}
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[f"model/{name}"])
+        take_up(found, model, optimizer, track)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds, by name, as this rank has it."""
+    found = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            found[f"optimizer/{name}|{field}"] = torch.as_tensor(value).detach()
+    state = {**track.state(), "random": torch.get_rng_state()}
+    return found | {f"track/{name}": value for name, value in state.items()}
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """The parameter that a moment belongs to, and what it is called in the optimizer's state."""
+    owner, _, field = name.removeprefix("optimizer/").rpartition("|")
+    return owner, field
+
+
+def take_up(found: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> None:
+    """Go on from what `state_of` gave, the weights excepted."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, value in found.items():
+        if name.startswith("optimizer/"):
+            owner, field = owner_of(name)
+            optimizer.state[parameters[owner]][field] = value.to(parameters[owner].device)
+    state = {name.removeprefix("track/"): value for name, value in found.items() if name.startswith("track/")}
+    torch.set_rng_state(state.pop("random"))
+    track.restore(state)
 
 
 def verify(folder: Path, cell: str | None = None, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -218,24 +273,3 @@ def _altered_tensors(file: Path, wanted: dict[str, str]) -> str:
         return ""
     names = [name for name, digest in sorted(wanted.items()) if found.get(name) != digest]
     return f" (tensor {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})" if names else ""
-
-
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-
-
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}|{key}": torch.as_tensor(value).detach().clone().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, value in moments.items():
-        name, _, field = key.rpartition("|")
-        parameter = parameters[name]
-        optimizer.state[parameter][field] = value.to(parameter.device)

@@ -99,16 +99,6 @@ def part(x: Tensor) -> Tensor:
     return x.to_local() if is_sharded(x) else x
 
 
-def first_row(x: Tensor) -> int:
-    """Where along the first dimension `part(x)` begins."""
-    return _rows(x, rank())[0] if is_sharded(x) else 0
-
-
-def rows_of(x: Tensor, place: int) -> tuple[int, int]:
-    """First row, and the one behind the last, of what the rank at `place` holds of a sharded tensor."""
-    return _rows(x, place) if is_sharded(x) else (0, x.shape[0] if x.ndim else 1)
-
-
 def _rows(x: Tensor, place: int) -> tuple[int, int]:
     """FSDP2 cuts as torch.chunk does: equal pieces of the first dimension, the last ones smaller or empty."""
     size = -(-x.shape[0] // world())

@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:  # a full disk needs the room, and what is half written is of no use
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -145,11 +145,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for inner in temporary.rglob("*"):
-            _sync(inner)
-        _sync(temporary)
+            sync(inner)
+        sync(temporary)
         remove_folder(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -188,7 +188,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names, before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "memory": set(),
     CORE + "distributed": set(),
     CORE + "ranks": core("distributed"),
-    CORE + "rank_checkpoint": core("checkpoint distributed files methods.base"),
+    CORE + "rank_checkpoint": core("checkpoint distributed files methods.base shard_files"),
+    CORE + "shard_files": core("checkpoint distributed files"),
     CORE + "observe": core("distributed sparsity models.sites models.layouts"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration distributed"),
     CORE + "objective": core("models.sources models.heads models.regions models.rows"),
@@ -63,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "bundles": core("data files recipe identity evaluate.suites evaluate.benchmarks"),
     CORE + "bundle_run": core("bundles checkpoint evaluate.suites files identity measured opening recipe"),
     CORE + "packing": core("bundles bundle_run checkpoint files identity measured"),
-    CORE + "checkpoint": core("recipe identity models sparsity files methods.base"),
+    CORE + "checkpoint": core("recipe identity models sparsity files methods.base distributed"),
     CORE + "opening": BELOW_TRAIN,
     CORE + "train": BELOW_TRAIN | core("tracking.tracker ranks"),
     CORE + "evaluate": core("data files models recipe identity sparsity opening checkpoint"),
@@ -95,6 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows.outlook": core("runtime") | {"flows"},
     "flows.exporting": SPECS | core("export runtime models.folders files") | {"flows"},
     "flows.cli": core("store files memory") | {"flows", "analysis"},
+    "flows.tabulating": core("store") | {"flows", "analysis"},
     "analysis": core("store.results store.rows store.shown store.outcomes store.curves"),
 }
 """Room -> rooms it may import, besides itself and the leaves. The longest name that fits a module is its room."""
@@ -125,6 +127,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("sparseforge_core/data/vocabulary.py",),
     "torch.distributed": (
         *(f"sparseforge_core/{file}.py" for file in ("distributed", "ranks", "train/averaging", "train/parallel")),
+        "sparseforge_core/shard_files.py",  # torch.distributed.checkpoint
     ),
     "torch": (
         *(
@@ -136,7 +139,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed")),
         *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "solutions", "stage_rows")),
-        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "bundle_run")),
+        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "shard_files", "bundle_run")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
     ),
@@ -160,6 +163,8 @@ COMMAND_LINES = {
     "flows/cli.py",
     "flows/doctor.py",
     "flows/listing.py",
+    "flows/running.py",
+    "flows/tabulating.py",
     "flows/grids/golden.py",
     "sparseforge_core/run.py",
 }

@@ -116,6 +116,7 @@ class Provenance:
     dirty: bool = False
     lock_sha: str = ""
     host: str = ""
+    """The machine, and where it says so, which boot of it and which namespace of process numbers `pid` is of."""
     device: str = ""
     python: str = ""
     torch: str = ""

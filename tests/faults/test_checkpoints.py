@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparseforge_core import checkpoint, files
 from sparseforge_core.checkpoint import Checkpoints, verify
@@ -49,11 +50,22 @@ def test_a_manifest_whose_cell_was_altered_is_a_damaged_one_and_not_another_cell
     assert "was altered" in caplog.text
 
 
-def test_a_manifest_of_before_there_were_seals_is_read(tmp_path: Path) -> None:
+def as_before(folder: Path) -> Path:
+    """Write a checkpoint as the first version did: no seal, no kinds in the names. Returns its manifest."""
+    manifest = folder / "manifest.json"
+    body = json.loads(manifest.read_text())
+    for file in folder.glob("*.safetensors"):
+        save_file({name.partition("/")[2]: x for name, x in load_file(file).items()}, file)
+        body["files"][file.name] = files.sha256(file)
+    manifest.write_text(json.dumps({name: body[name] for name in ("cell", "step", "files")}))
+    return manifest
+
+
+def test_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
     run = stopped(tmp_path, 3)
     manifest = tmp_path / "step-00000003" / "manifest.json"
     body = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({name: body[name] for name in ("cell", "step", "files")}))
+    as_before(manifest.parent)
     assert run.checkpoints.resume(run.model, run.optimizer, run.track) == 3
     manifest.write_text(json.dumps({name: body[name] for name in ("cell", "step", "files", "tensors")}))
     with pytest.raises(CheckpointMismatch, match="none of the 1 checkpoints"):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import errno
+import functools
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import grids, ingesting
+from flows import cycle, grids, ingesting
 from flows.bundle import choose, write_bundle
 from flows.bundle_data import copy_measured
 from flows.cycle import ready
@@ -26,7 +31,7 @@ from flows.ingesting import Ingested, ingest
 from sparseforge_core import bundles, files
 from sparseforge_core.checkpoint import verify
 from sparseforge_core.data.corpora import TextFiles
-from sparseforge_core.errors import BundleError, DataError, FolderHeld, RecipeError
+from sparseforge_core.errors import BundleError, CellTaken, DataError, FolderHeld, RecipeError
 from sparseforge_core.evaluate.suites import WIKITEXT2_2048, HarnessSuite, Suite
 from sparseforge_core.store.store import ResultStore
 from tests.flows.command import GRID, register
@@ -170,6 +175,134 @@ def test_what_came_back_otherwise_is_refused_and_nothing_is_recorded(
         here.ingest()
     assert here.recorded() == 0
     assert not (here.home.root / "cells").exists()
+
+
+def test_a_disk_that_gives_nothing_while_a_bundle_is_checked(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", unreadable)
+        with pytest.raises(BundleError, match=r"cannot be read: .*Input/output error: .*\. Nothing was recorded"):
+            here.ingest()
+    assert here.recorded() == 0
+    assert here.ingest() == Ingested(recorded=7, known=0, unfinished=0)
+
+
+# ---------------------------------------------------------------- between the check and the record
+
+
+def while_copying(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[Path], object], *, after: bool) -> None:
+    """Do something once, with the bundle's file, just before or after the ingest copies the first of this name."""
+    copy, left = shutil.copyfile, [act]
+
+    def copyfile(source: Path, target: Path, **more: bool) -> None:
+        ours = source.name == name and bool(left)
+        if ours and not after:
+            left.pop()(source)
+        copy(source, target, **more)
+        if ours and after:
+            left.pop()(target)
+
+    monkeypatch.setattr(ingesting.shutil, "copyfile", copyfile)
+
+
+def other_measurements(path: Path) -> None:
+    """Another result of the same stage, sealed as it should be: as if the cell had been run again there."""
+    edit(path, lambda body: body["measurements"][0].update(value=1.5), sealed=True)  # type: ignore[index]
+
+
+def shortened(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "after"),
+    [
+        ("measurements.json", flip, False),
+        ("measurements.json", other_measurements, False),
+        ("measurements.json", shortened, True),
+        ("journal.jsonl", flip, False),
+        ("journal.jsonl", lambda path: path.unlink(), False),
+        ("items.jsonl", flip, False),
+        ("model.safetensors", flip, False),
+        ("model.safetensors", shortened, True),
+        ("model.safetensors", link, False),
+        ("manifest.json", flip, False),
+    ],
+)
+def test_what_changes_between_check_and_record_is_not_recorded_and_the_next_ingest_is_whole(
+    here: Here, monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[Path], object], after: bool
+) -> None:
+    sound = here.folder.with_name("sound")
+    shutil.copytree(here.folder, sound)
+    with monkeypatch.context() as patch:
+        while_copying(patch, name, act, after=after)
+        with pytest.raises(BundleError, match=r"is not what it was when it was checked: .* was not recorded"):
+            here.ingest()
+    whole(here, sound)
+
+
+def whole(here: Here, sound: Path) -> None:
+    """Nothing of the stage that went wrong is there; the bundle as it was is then ingested to the end."""
+    before, states = here.recorded(), here.store.work("tiny-smoke")
+    failed = [s for s in states if s.status == "failed"]
+    assert [(s.status, s.attempts) for s in failed] == [("failed", 1)]
+    assert not (here.home.cell(failed[0].cell_key) / failed[0].stage).exists()
+    assert list(here.home.root.rglob("*.tmp")) == []
+    shutil.rmtree(here.folder)
+    sound.rename(here.folder)
+    assert here.ingest() == Ingested(recorded=7 - before, known=before, unfinished=0)
+    assert here.store.fsck() == []
+
+
+def test_a_disk_that_is_full_while_an_ingest_copies(
+    here: Here, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The kernel refuses what goes beyond so many bytes of a file: the model is larger, all else is smaller."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2))
+    sound = here.folder.with_name("sound")
+    shutil.copytree(here.folder, sound)
+    room = here.stage().joinpath("final", "model.safetensors").stat().st_size - 1
+
+    def fill(_: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    while_copying(monkeypatch, "model.safetensors", fill, after=False)
+    with pytest.raises(BundleError, match=r"could not be copied to .*File too large.*\. It was not recorded; "):
+        here.ingest()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    whole(here, sound)
+
+
+def test_a_long_ingest_says_that_it_is_alive(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cycle, "HEARTBEAT_SECONDS", 0.02)
+    key = here.stage().parent.name
+    beats: list[object] = []
+
+    def wait(_: Path) -> None:
+        deadline = time.monotonic() + 20
+        while len(set(beats)) < 3 and time.monotonic() < deadline:
+            running = [a for s in here.store.work("tiny-smoke") for a in here.store.attempts(s.cell_key)]
+            beats.extend(a.heartbeat for a in running if a.status == "running")
+            time.sleep(0.02)
+
+    while_copying(monkeypatch, "model.safetensors", wait, after=False)
+    assert here.ingest() == Ingested(recorded=7, known=0, unfinished=0)
+    assert len(set(beats)) >= 3, f"no heartbeat of {key} came while it was copied"
+
+
+def test_an_ingest_whose_claim_was_given_away_records_nothing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = here.folder.with_name("sound")
+    shutil.copytree(here.folder, sound)
+    expire = functools.partial(here.store.expire, datetime.timedelta(seconds=-1))
+    while_copying(monkeypatch, "model.safetensors", lambda _: expire(), after=False)
+    with pytest.raises(CellTaken, match="no longer the live one"):
+        here.ingest()
+    before = here.recorded()
+    assert here.ingest() == Ingested(recorded=7 - before, known=before, unfinished=0)
+    assert here.store.fsck() == []
 
 
 def test_cells_of_other_code_are_not_planned_here(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

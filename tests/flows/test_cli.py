@@ -10,6 +10,7 @@ import pytest
 from flows import cli
 from flows.arguments import COMMANDS
 from flows.local import Summary
+from flows.running import say_end
 
 
 def run(*arguments: str | Path) -> int:
@@ -146,9 +147,17 @@ def test_families_are_listed_as_their_tiny_models_are(capsys: pytest.CaptureFixt
     ],
 )
 def test_how_a_run_ended(summary: Summary, code: int, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._say(summary, "make demo") == code
+    assert say_end(summary, "make demo") == code
     said = capsys.readouterr()
     assert sentence in said.out + said.err
+
+
+@pytest.mark.parametrize("words", [("bundle", "tiny-smoke"), ("plan", "tiny-smoke", "--quiet")])
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    home: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words, "--out", "/proc/nowhere/at-all") == 2
+    assert "sparseforge: /proc/nowhere cannot be read or written: No such file or directory" in capsys.readouterr().err
 
 
 def test_a_machine_without_gpus_leaves_their_cells_alone(

@@ -6,6 +6,8 @@ import datetime
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ import pytest
 from flows import cycle
 from flows.cycle import TRAIN, execute_stage, plan_grid
 from flows.home import Home
-from flows.provenance import process_alive, provenance
+from flows.provenance import here, machine_of, process_alive, provenance
 from sparseforge_core import run
 from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError
 from sparseforge_core.identity import loads
 from sparseforge_core.store.rows import Provenance, StageState
 from sparseforge_core.store.store import ResultStore
 
-ORIGIN = Provenance(host=socket.gethostname(), pid=os.getpid())
+ROOT = Path(__file__).resolve().parents[2]
+ORIGIN = Provenance(host=here(), pid=os.getpid())
 
 
 class Workspace:
@@ -211,3 +214,27 @@ def test_provenance_says_what_made_an_attempt() -> None:
     assert process_alive(origin.pid)
     assert len(origin.lock_sha) == 64
     assert not process_alive(2**22 + 1)
+
+
+def said_here(*before: str) -> str:
+    """What a new process says of where it is."""
+    command = [*before, sys.executable, "-c", "from flows.provenance import here; print(here())"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def test_a_namesake_is_another_machine_and_so_is_a_container_of_this_one(space: Workspace) -> None:
+    """Process numbers mean nothing there: what it holds is left to its lease."""
+    assert said_here() == here()
+    assert machine_of(here()) == socket.gethostname()
+    others = [f"{socket.gethostname()}/00000000", socket.gethostname()]  # another boot, a row of an earlier version
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0:  # it takes a privilege
+        others.append(said_here(*unshare))
+    for number, other in enumerate(others):
+        attempt = space.store.claim(space.first, TRAIN, Provenance(host=other, pid=2**22 + 1))
+        assert space.store.release_dead(here(), process_alive) == 0, other
+        assert space.status(space.first) == "running"
+        assert space.store.expire(datetime.timedelta(seconds=-1)) == 1
+        assert space.store.attempts(space.first)[number].id == attempt.id
+    space.store.claim(space.first, TRAIN, Provenance(host=here(), pid=2**22 + 1))
+    assert space.store.release_dead(here(), process_alive) == 1

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flows.cycle import LEASE
 from flows.estimates import Pace, clock, devices, makespan, seconds_taken
 from flows.home import Home, shown_url
 from flows.local import open_grid
+from flows.provenance import here
 from flows.status import is_over, screen, status_of, summary_line
 from flows.watch import CLEAR, HOME, watch
 from sparseforge_core.errors import RecipeError, StoreError
@@ -26,7 +26,7 @@ from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import Journal
 
 GRID = "tiny-smoke"
-HERE = Provenance(host=socket.gethostname(), pid=os.getpid())
+HERE = Provenance(host=here(), pid=os.getpid())
 NOW = datetime.datetime(2026, 5, 6, 12, 0, tzinfo=datetime.UTC)
 
 
@@ -89,7 +89,7 @@ def test_a_cell_that_another_process_runs_shows_step_loss_and_time_left(space: S
 
 
 def test_a_running_cell_whose_process_is_gone_is_shown_as_lost(space: Space) -> None:
-    space.claim(space.first, Provenance(host=socket.gethostname(), pid=2**22 + 1))
+    space.claim(space.first, Provenance(host=here(), pid=2**22 + 1))
     seen = space.see()
     assert seen["counts"] == {"lost": 1, "pending": 3}
     assert seen["running"] == []

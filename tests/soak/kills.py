@@ -174,13 +174,11 @@ def _next(world: World) -> tuple[str, tuple[str, ...]]:
 
 
 def _release(world: World) -> None:
-    import socket
-
-    from flows.provenance import process_alive
+    from flows.provenance import here, process_alive
     from sparseforge_core.store.store import ResultStore
 
     store = ResultStore(world.home.store_url)
-    store.release_dead(socket.gethostname(), process_alive)
+    store.release_dead(here(), process_alive)
     store.close()
 
 

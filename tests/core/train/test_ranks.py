@@ -99,7 +99,7 @@ def test_interrupted_ranks_go_on_to_the_bit_and_on_other_numbers_of_ranks(tmp_pa
     jobs = [job(WATCHED, tmp_path / how, sharding=how) for how in parts]
     jobs += [job(WATCHED, shards, sharding="shard", stop_after=step) for step in (2, 5)]
     # The newest checkpoint is altered: all ranks go back to the one before it, although only one has found out.
-    jobs += [functools.partial(flip_newest, shards, "rank-0001.safetensors"), job(WATCHED, shards, sharding="shard")]
+    jobs += [functools.partial(flip_newest, shards, "shard-00002.safetensors"), job(WATCHED, shards, sharding="shard")]
     jobs += [job(WATCHED, replicas, sharding="replicate", stop_after=5), job(WATCHED, replicas, sharding="replicate")]
     jobs += [
         job(WATCHED, tmp_path / "4-to-2", sharding="replicate"),

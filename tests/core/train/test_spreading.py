@@ -103,6 +103,5 @@ def test_alone_the_ranks_do_what_the_loop_would_do() -> None:
     assert distributed.whole(x) is x
     assert distributed.part(x) is x
     assert distributed.cut(x, x) is x
-    assert distributed.rows_of(x, 0) == (0, 5)
     assert distributed.said_by_all("word") == ["word"]
     assert distributed.sums_over_ranks([1.0, 2.0]) == [1.0, 2.0]
