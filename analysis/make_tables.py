@@ -6,6 +6,7 @@ python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -276,4 +277,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # a last collection would look through every record before the process may end
+    sys.exit(code)
