@@ -81,5 +81,5 @@ def pictures(drawing: Any, endings: Sequence[str] = tuple(FORMATS)) -> Pictures:
 
 
 def drawn(drawings: Mapping[str, Any]) -> dict[str, Pictures]:
-    """The files of several figures, by name; a second process, which shares what `get_ready` did, draws some of them."""
+    """The files of several figures, by name; a second process that shares what `get_ready` did draws some of them."""
     return dict(zip(drawings, shared_out("the figures", pictures, list(drawings.values())), strict=True))
