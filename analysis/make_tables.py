@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
     parser.add_argument("--quiet", action="store_true", help="say only what is missing")
-    parser.add_argument("--json", action="store_true", help="machine-readable: files, what is missing, what is empty")
+    parser.add_argument("--json", action="store_true", help="as JSON: the files, what is missing, what is empty")
     options = parser.parse_args(arguments)
     home = Path(options.home or os.environ.get("SPARSEFORGE_HOME") or "runs")
     url = options.db or os.environ.get("SPARSEFORGE_DB") or f"sqlite:///{home / 'store.db'}"

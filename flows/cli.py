@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
     if options.memory:
         return _plan_memory(options)
     if not options.grid:
-        raise RecipeError("plan: name a grid, or a model with --memory")
+        raise RecipeError("plan: name a grid (`sparseforge grids` lists them), or a model with --memory")
     from flows.devices import default_workers
     from flows.grids import grid_named
     from flows.grids.planned import expand
@@ -247,31 +248,33 @@ def _bundle(options: argparse.Namespace, home: Home) -> int:
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
+    from flows.benched import GRID, ingest_decode, read_results
+    from flows.ingesting import bring, checked
+    from flows.unpacking import unpacked
     from sparseforge_core.store.store import ResultStore
 
-    store = ResultStore(home.store_url)
-    if options.folder.suffix == ".json":
-        from flows.benched import GRID, ingest_decode
-
-        count = ingest_decode(store, options.folder)
+    given = options.folder
+    if given.suffix == ".json":
+        read_results(given)  # what is refused makes no store
+        store = ResultStore(home.store_url)
+        count = ingest_decode(store, given)
         store.close()
         if options.json:
-            print(json.dumps({"folder": str(options.folder), "grid": GRID, "recorded": count}))
+            print(json.dumps({"folder": str(given), "grid": GRID, "recorded": count}))
         elif not options.quiet:
             print(f"{GRID}: {count} stages recorded; see `sparseforge tables --grid {GRID}`")
         return OK
-    from flows.ingesting import ingest
-    from flows.unpacking import unpacked
-
-    with contextlib.nullcontext(options.folder) if options.folder.is_dir() else unpacked(options.folder) as folder:
-        found = ingest(store, home, folder)
+    with contextlib.nullcontext(given) if given.is_dir() else unpacked(given) as folder:
+        carried = checked(folder)
+        store = ResultStore(home.store_url)
+        found = bring(store, home, carried)
     store.close()
     if options.json:
-        print(json.dumps({"folder": str(options.folder), **dataclasses.asdict(found)}))
+        print(json.dumps({"folder": str(given), **dataclasses.asdict(found)}))
     elif not options.quiet:
         other = f", {found.other} of another model than the recorded one left out" if found.other else ""
         print(
-            f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
+            f"{given}: {found.recorded} stages recorded, {found.known} known before, "
             f"{found.unfinished} not finished yet{other}"
         )
         for why in found.failed:
@@ -289,8 +292,16 @@ def _status(options: argparse.Namespace, home: Home) -> int:
         seen = watch(lambda: status_of(home, options.grid), sys.stdout, every=options.every, as_json=options.json)
         return FAILED if seen is not None and seen["failed"] else OK
     status = status_of(home, options.grid)
-    print(json.dumps(status, indent=1) if options.json else "\n".join(screen(status, width=_columns())))
+    _show(options, status, lambda: screen(status, width=_columns()))
     return FAILED if status["failed"] else OK
+
+
+def _show(options: argparse.Namespace, found: Any, lines: Callable[[], Iterable[str]]) -> None:
+    """The answer to a question: as JSON, as lines, or with --quiet as the exit code alone."""
+    if options.json:
+        print(json.dumps(found, indent=1))
+    elif not options.quiet:
+        print("\n".join(lines()))
 
 
 def _columns() -> int:
@@ -303,7 +314,7 @@ def _explain(options: argparse.Namespace, home: Home) -> int:
     from flows.explanation import explanation_lines
 
     found = explain(options.cell, home)
-    print(json.dumps(found, indent=1) if options.json else "\n".join(explanation_lines(found)))
+    _show(options, found, lambda: explanation_lines(found))
     return OK
 
 
@@ -317,7 +328,7 @@ def _tables(options: argparse.Namespace, home: Home) -> int:
         out=options.out,
         only=options.only,
         strict=options.strict,
-        quiet=options.quiet or options.command == "demo",
+        quiet=options.quiet,
         as_json=options.json,
     )
 
@@ -329,7 +340,9 @@ def _report(options: argparse.Namespace, home: Home) -> int:
     results = Results(home.store_url)
     name = results.grid(options.grid)["name"]
     path = write_report(results, name, options.out or home.grid(name) / "report.html")
-    if not options.quiet:
+    if options.json:
+        print(json.dumps({"grid": name, "file": str(path)}))
+    elif not options.quiet:
         print(f"grid {name}: {path}")
     return OK
 
@@ -350,11 +363,8 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
         trace = find(collect(results, name).exhibits, *options.place)
     found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
     runs = {} if trace is None else runs_of(home, (cell for cell, _ in trace.cell.sources))
-    if options.json:
-        print(json.dumps({**found.as_json(), "mlflow_runs": runs}, indent=1))
-    else:
-        lines = [] if trace is None else trace_lines(trace, results, name, runs)
-        print("\n".join([*lines, *verification_lines(found)]))
+    lines = [] if trace is None or options.json else trace_lines(trace, results, name, runs)
+    _show(options, {**found.as_json(), "mlflow_runs": runs}, lambda: [*lines, *verification_lines(found)])
     return FAILED if found.problems else OK
 
 
@@ -378,17 +388,15 @@ def _audit(options: argparse.Namespace, home: Home) -> int:
         exhibits = collect(results, results.grid(options.what)["name"]).exhibits
         tables = [build(exhibits[name]) for name, build in TABLES.items()]
         found = [finding for table in tables for finding in audit_table(table)]
-    if options.json:
-        print(json.dumps([finding.as_json() for finding in found], indent=1))
-    else:
-        print("\n".join([*report_lines(found), *aside]))
+    _show(options, [finding.as_json() for finding in found], lambda: [*report_lines(found), *aside])
     return FAILED if found else OK
 
 
 def _completion(options: argparse.Namespace, _home: Home) -> int:
     from argcomplete.shell_integration import shellcode
 
-    print(shellcode(["sparseforge"], shell=options.shell))
+    script = shellcode(["sparseforge"], shell=options.shell)
+    _show(options, {"shell": options.shell, "script": script}, lambda: [script])
     return OK
 
 
@@ -396,22 +404,25 @@ def _doctor(options: argparse.Namespace, home: Home) -> int:
     if options.model is not None:
         from flows.outlook import outlook
 
-        print(outlook(options))
+        found, lines = outlook(options)
+        _show(options, found, lambda: lines)
         return OK
     from flows.doctor import doctor
 
-    return doctor(home, as_json=options.json)
+    return doctor(home, as_json=options.json, quiet=options.quiet)
 
 
 def _export(options: argparse.Namespace, home: Home) -> int:
     from flows.exporting import export_to, generation, verification
 
     if options.command == "generate":
-        text, notes = generation(options)
-        print(notes, file=sys.stderr)
-    else:
-        text = export_to(options, home) if options.command == "export" else verification(options)
-    print(text)
+        found, text, notes = generation(options)
+        if not options.quiet:
+            print(notes, file=sys.stderr)
+        print(json.dumps(found) if options.json else text)
+        return OK
+    found, text = export_to(options, home) if options.command == "export" else verification(options)
+    _show(options, found, lambda: [text])
     return OK
 
 
@@ -425,13 +436,18 @@ def _bench(options: argparse.Namespace, home: Home) -> int:
             "repository, not of an installed package; run this from a clone"
         )
     sys.path.insert(0, str(root))
-    return int(importlib.import_module(f"benchmarks.{options.benchmark}").main(options.arguments))
+    manners = [f"--{name}" for name in ("json", "quiet") if getattr(options, name)]
+    return int(importlib.import_module(f"benchmarks.{options.benchmark}").main([*options.arguments, *manners]))
 
 
 def _serve(options: argparse.Namespace, _home: Home) -> int:
     from flows.serving import serve
 
-    serve(options)
+    def announce(where: dict[str, str]) -> None:
+        if options.json:
+            print(json.dumps(where), flush=True)
+
+    serve(options, announce)
     return OK
 
 
@@ -439,11 +455,7 @@ def _list(options: argparse.Namespace, home: Home) -> int:
     from flows.listing import listing
 
     rows = listing(options.command)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        for row in rows:
-            print(f"{row['name']:<18}{row['about']}")
+    _show(options, rows, lambda: [f"{row['name']:<18}{row['about']}" for row in rows])
     return OK
 
 

@@ -68,16 +68,35 @@ class Ingested:
     """`CELL, STAGE: ERROR` of what failed there and is not finished."""
 
 
-def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
-    """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
+@dataclass(frozen=True)
+class Checked:
+    """A bundle that came back, of which every file gave its hash."""
 
-    Raises BundleError, with nothing recorded, for a bundle or a result that is foreign, altered, incomplete, a link,
-    badly named, of another format version, or of a cell that is not planned here. Doing it again changes nothing.
-    """
+    bundle: bundles.Bundle
+    cells: Path
+    carried: list[Carried]
+
+
+def checked(folder: Path) -> Checked:
+    """What a bundle brings, without a store. Raises BundleError for what is foreign, altered, incomplete or a link."""
     bundle = bundles.read_bundle(folder)
     cells = folder / bundles.HOME / "cells"
     _refuse_strangers(bundle, cells)
-    carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
+    return Checked(bundle, cells, [stage for e in bundle.entries for stage in _stages(e, cells / cell_key(e.cell))])
+
+
+def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
+    """Check a bundle, then `bring` it. Raises BundleError, with nothing recorded, as either does."""
+    return bring(store, home, checked(folder))
+
+
+def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
+    """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
+
+    Raises BundleError, with nothing recorded, for a cell that is not planned here, or a file that has changed since it
+    was checked. Doing it again changes nothing.
+    """
+    bundle, cells, carried = found.bundle, found.cells, found.carried
     states = _planned(store, bundle)
     wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
     for key, stage in sorted(wanted - set(states)):
