@@ -195,7 +195,7 @@ def run_make_tables(
         print(json.dumps(report.as_json(), indent=1))
     elif not quiet:
         for table in report.tables.values() if only else ():
-            print(to_text(table, color=may_color(), width=shutil.get_terminal_size().columns) + "\n")
+            print(to_text(table, color=may_color(), width=columns()) + "\n")
         print(f"grid {name}{'' if grid else ' (the one planned last)'}: {len(report.files)} files in {target}")
         for exhibit in report.empty:
             what = "rows" if exhibit in SHOWN else "rows or training curves"
@@ -206,6 +206,11 @@ def run_make_tables(
     if strict and report.partial:
         raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {name} lack results; fill them with: {fill}")
     return 0
+
+
+def columns() -> int | None:
+    """Letters of a line of standard output; None where it is no terminal and $COLUMNS says nothing."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or os.environ.get("COLUMNS") else None
 
 
 def may_color() -> bool:
