@@ -42,7 +42,7 @@ def _rows(table: Table, color: bool, width: int | None) -> list[str]:
         rows.append([label, *cells])
         bold |= {(number + 1, place + 1): True for place, i in enumerate(shown) if number in marked[i] and color}
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
+    lines: list[str] = []
     for places in _abreast(widths, width):
         lines += [""] if lines else []
         for number, row in enumerate(rows):
