@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from analysis.make_tables import write
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.shown import TidyMeasurement
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = measurements_csv(results, results.grid(options.grid)["name"])
         finally:
             results.close()
-        options.out.write_text(text)
-    except (SparseForgeError, OSError) as error:
+        write(options.out, text.encode())
+    except SparseForgeError as error:
         print(f"measurements: {error}", file=sys.stderr)
         return 2
     count = text.count("\n") - 1

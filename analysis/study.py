@@ -16,6 +16,7 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from analysis.make_tables import write
 from analysis.study_report import report
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
@@ -51,9 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = report(results, grid, store=store, figure=figure)
         finally:
             results.close()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    except (SparseForgeError, OSError) as error:
+        write(options.out, text.encode())
+    except SparseForgeError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     if options.json:
