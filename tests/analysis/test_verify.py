@@ -155,7 +155,8 @@ def test_from_a_cell_of_a_table_to_its_origins(sqlite_url: str) -> None:
     assert lines[0].startswith("table-2, SparseForge, Avg: 0.3225 (n 2)")
     text = "\n".join(lines)
     for part in (
-        "attempt ",
+        "    attempt ",
+        "    made by attempt ",
         "commit 0123abc, with changes (not hashed); lock ff",
         "items c0ffee",
         "results log, entry",
