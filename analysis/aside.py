@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,6 +24,8 @@ from sparseforge_core.errors import SparseForgeError
 Result = Callable[[], Any]
 Submit = Callable[[str, Callable[..., Any], Any], Result]
 """(name, function, argument): begins a call; what it gives waits for the result."""
+TICKET = 2
+"""Bytes of an argument's number; a pipe on Linux holds 65,536 bytes, which is 32,768 of them."""
 
 
 def may_fork() -> bool:
@@ -60,6 +62,34 @@ def aside(ready: Callable[[], None] = lambda: None) -> Iterator[Submit]:
         yield submit
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def shared_out(name: str, call: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    """What `call` gives for each argument, in order: this process and one aside each take the next one when free.
+
+    Long calls should come first. The numbers of the arguments wait in a pipe, from which either process reads one.
+    """
+    if len(arguments) < 2:
+        return [call(argument) for argument in arguments]
+    tickets, fill = os.pipe()
+    try:
+        with os.fdopen(fill, "wb") as pipe:
+            pipe.write(b"".join(number.to_bytes(TICKET) for number in range(len(arguments))))
+        with aside() as submit:
+            there = submit(name, _take, (tickets, call, arguments))
+            found = _take((tickets, call, arguments)) | there()
+    finally:
+        os.close(tickets)
+    return [found[number] for number in range(len(arguments))]
+
+
+def _take(work: tuple[int, Callable[[Any], Any], Sequence[Any]]) -> dict[int, Any]:
+    tickets, call, arguments = work
+    found = {}
+    while ticket := os.read(tickets, TICKET):
+        number = int.from_bytes(ticket)
+        found[number] = call(arguments[number])
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from analysis.aside import aside
+from analysis.aside import shared_out
 
 # Okabe and Ito's palette without its yellow: told apart by readers with any colour vision, and in grey by the markers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -21,6 +21,7 @@ STYLE = {
     "axes.labelsize": 9,
     "legend.fontsize": 8.5,
     "legend.title_fontsize": 8,
+    "axes.titley": 1.0,  # no ticks at the top: nothing for a title to make way for, at each drawing
     "svg.hashsalt": "sparseforge",
     "pdf.fonttype": 42,  # letters stay letters: publishers refuse type 3
 }
@@ -52,7 +53,7 @@ def new_figure(width: float, height: float) -> Iterator[Any]:
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
         yield figure
-        figure.draw_without_rendering()  # once for all formats: constraining a layout is what drawing costs
+        figure.get_layout_engine().execute(figure)  # once for all formats
         figure.set_layout_engine(None)
 
 
@@ -80,10 +81,5 @@ def pictures(drawing: Any, endings: Sequence[str] = tuple(FORMATS)) -> Pictures:
 
 
 def drawn(drawings: Mapping[str, Any]) -> dict[str, Pictures]:
-    """The files of several figures, by name; half of them are drawn in a process that shares what `get_ready` did."""
-    names = list(drawings)
-    half = (len(names) + 1) // 2
-    with aside() as submit:
-        there = [submit(name, pictures, drawings[name]) for name in names[:half]]
-        here = [pictures(drawings[name]) for name in names[half:]]
-        return dict(zip(names, [*(result() for result in there), *here], strict=True))
+    """The files of several figures, by name; a second process that shares what `get_ready` did draws some of them."""
+    return dict(zip(drawings, shared_out("the figures", pictures, list(drawings.values())), strict=True))

@@ -6,6 +6,7 @@ python analysis/make_tables.py [--db URL] [--out DIR] [--only table-2] [--strict
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -194,7 +195,7 @@ def run_make_tables(
         print(json.dumps(report.as_json(), indent=1))
     elif not quiet:
         for table in report.tables.values() if only else ():
-            print(to_text(table, color=may_color(), width=shutil.get_terminal_size().columns) + "\n")
+            print(to_text(table, color=may_color(), width=columns()) + "\n")
         print(f"grid {name}{'' if grid else ' (the one planned last)'}: {len(report.files)} files in {target}")
         for exhibit in report.empty:
             what = "rows" if exhibit in SHOWN else "rows or training curves"
@@ -205,6 +206,11 @@ def run_make_tables(
     if strict and report.partial:
         raise IncompleteExhibit(f"{', '.join(report.missing)} of grid {name} lack results; fill them with: {fill}")
     return 0
+
+
+def columns() -> int | None:
+    """Letters of a line of standard output; None where it is no terminal and $COLUMNS says nothing."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or os.environ.get("COLUMNS") else None
 
 
 def may_color() -> bool:
@@ -255,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
     parser.add_argument("--quiet", action="store_true", help="say only what is missing")
-    parser.add_argument("--json", action="store_true", help="machine-readable: files, what is missing, what is empty")
+    parser.add_argument("--json", action="store_true", help="as JSON: the files, what is missing, what is empty")
     options = parser.parse_args(arguments)
     home = Path(options.home or os.environ.get("SPARSEFORGE_HOME") or "runs")
     url = options.db or os.environ.get("SPARSEFORGE_DB") or f"sqlite:///{home / 'store.db'}"
@@ -276,4 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # a last collection would look through every record before the process may end
+    sys.exit(code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from analysis.make_tables import write
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.shown import TidyMeasurement
@@ -33,10 +35,16 @@ def measurements_csv(results: Results, grid: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 written, 2 refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 written, 2 bad input.",
+    )
     parser.add_argument("--db", default=os.environ.get("SPARSEFORGE_DB", "sqlite:///runs/store.db"), metavar="URL")
     parser.add_argument("--grid", help="default: the last one planned")
     parser.add_argument("--out", type=Path, default=Path("measurements.csv"))
+    parser.add_argument("--quiet", action="store_true", help="say nothing")
+    parser.add_argument("--json", action="store_true", help="one line of JSON: the file and how many")
     options = parser.parse_args(arguments)
     try:
         results = Results(options.db)
@@ -44,11 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = measurements_csv(results, results.grid(options.grid)["name"])
         finally:
             results.close()
-        options.out.write_text(text)
-    except (SparseForgeError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        write(options.out, text.encode())
+    except SparseForgeError as error:
+        print(f"measurements: {error}", file=sys.stderr)
         return 2
-    print(f"{text.count(chr(10)) - 1:,} measurements in {options.out}")
+    count = text.count("\n") - 1
+    if options.json:
+        print(json.dumps({"file": str(options.out), "measurements": count}))
+    elif not options.quiet:
+        print(f"{count:,} measurements in {options.out}")
     return 0
 
 

@@ -244,15 +244,21 @@ class MaskHistograms:
 
 
 def mask_histograms(_: Mapping[str, ExhibitData], curves: Sequence[ShownCurve]) -> MaskHistograms | None:
-    """Of the first run that has any, in Table 2, else in Table 3, else in the figure."""
+    """Of the first run whose mask was ever soft, in Table 2, else in Table 3, else in the figure; else of any run."""
     order = ("table-2", "table-3", "accuracy-vs-tokens")
     own = [one for one in curves if one.name.startswith("histogram:") and one.exhibit in order]
     if not own:
         return None
-    first = min(own, key=lambda one: (order.index(one.exhibit), one.position, one.seed))
+    soft = {one.cell_key for one in own if _was_soft(one.curve)}
+    first = min(own, key=lambda one: (one.cell_key not in soft, order.index(one.exhibit), one.position, one.seed))
     run = [one for one in own if (one.exhibit, one.row, one.seed) == (first.exhibit, first.row, first.seed)]
     kinds = [(one.name.rpartition("/")[2], one.curve) for one in sorted(run, key=lambda one: one.name)]
     return MaskHistograms(first.label, first.seed, first.cell_key, kinds)
+
+
+def _was_soft(curve: Curve) -> bool:
+    """Whether a histogram ever held an entry between the lowest and the highest values: a fixed mask never does."""
+    return any(any(counts[1:-1]) for counts in curve.values if counts)
 
 
 def _moments(row: Any, kind: str, curve: Any) -> None:

@@ -86,7 +86,9 @@ def _mark_notes(table: Table, over: str) -> list[str]:
             "single items, over seeds where there are several; Holm over all pairs, 5 %). No bold where all tie."
         )
     elif any(column.better for column in table.columns) and not table.untested:
-        notes.append("No bold: in no column is a sparse row shown to be worse than the best (paired tests, Holm, 5 %).")
+        worse = "in no column is a sparse row shown to be worse than the best (paired tests, Holm, 5 %)"
+        alone = "no column has two sparse rows with all their seeds, so nothing is tested"
+        notes.append(f"No bold: {worse if table.contested else alone}.")
     if table.untested:
         notes.append(
             "Columns without a mark: the store has no outcomes of single items for some rows, so nothing can be tested."
@@ -108,14 +110,15 @@ def _divergence_notes(data: ExhibitData) -> list[str]:
 
 
 def seed_notes(data: ExhibitData) -> list[str]:
-    """How many seeds stand behind the rows, by label where rows differ."""
+    """How many seeds stand behind the rows, or are to stand there, by label where rows differ."""
+    seeds = "Seeds planned" if any(row.missing for row in data.rows) else "Seeds"
     by_count: dict[int, list[str]] = {}
     for row in data.rows:
         by_count.setdefault(len(row.seeds), []).append(row.label.removeprefix(row.group).strip() or row.label)
     if len(by_count) < 2:
-        return [f"Seeds: {count}." for count in by_count]
+        return [f"{seeds}: {count}." for count in by_count]
     groups = [f"{count} for {', '.join(dict.fromkeys(labels))}" for count, labels in sorted(by_count.items())]
-    return [f"Seeds: {'; '.join(groups)}."]
+    return [f"{seeds}: {'; '.join(groups)}."]
 
 
 def _missing_notes(data: ExhibitData) -> list[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from html import escape
 
 STYLE = """
-:root { --ground: #fcfcfb; --card: #ffffff; --ink: #1d2126; --soft: #5d6670; --line: #dfe2e5; --head: #f3f4f5;
+/* color-scheme: scroll bars and form controls are the browser's, which has to know */
+:root { color-scheme: light;
+  --ground: #fcfcfb; --card: #ffffff; --ink: #1d2126; --soft: #5d6670; --line: #dfe2e5; --head: #f3f4f5;
   --accent: #0b62a3; --good: #1b7a4b; --bad: #b3401c; --mark: #fff3c9; --paper: #ffffff; --shade: rgb(0 0 0 / .13); }
-:root[data-theme=dark] { --ground: #14171a; --card: #1b1f23; --ink: #e6e8ea; --soft: #9aa4ae; --line: #31373d;
+:root[data-theme=dark] { color-scheme: dark;
+  --ground: #14171a; --card: #1b1f23; --ink: #e6e8ea; --soft: #9aa4ae; --line: #31373d;
   --head: #22272c; --accent: #6bb6f0; --good: #6fcf9b; --bad: #f0936f; --mark: #4a3f16; --paper: #191919;
   --shade: rgb(0 0 0 / .65); }
 :root[data-theme=dark] figure svg { filter: invert(.9) hue-rotate(180deg); }
@@ -45,9 +48,9 @@ tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
 thead th, thead th:first-child { background: var(--head); font-weight: 600; }
 th[data-sort] { cursor: pointer; user-select: none; }
-th[data-sort]:after { content: "\\2195"; color: var(--line); margin-left: .25rem; }
-th[aria-sort=ascending]:after { content: "\\2191"; color: var(--accent); }
-th[aria-sort=descending]:after { content: "\\2193"; color: var(--accent); }
+th[data-sort]:after { content: "\\2195"; color: var(--soft); opacity: .6; margin-left: .25rem; }
+th[aria-sort=ascending]:after { content: "\\2191"; color: var(--accent); opacity: 1; }
+th[aria-sort=descending]:after { content: "\\2193"; color: var(--accent); opacity: 1; }
 td small { color: var(--soft); }
 td.best { background: var(--mark); font-weight: 650; }
 td.best small { font-weight: 400; }
@@ -102,7 +105,7 @@ for (const head of document.querySelectorAll('th[data-sort]')) {
     body.append(...rows);
   };
   head.onclick = sort;
-  head.onkeydown = (event) => { if (event.key === 'Enter') sort(); };
+  head.onkeydown = (event) => { if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); sort(); } };
 }
 const panel = document.getElementById('origin'), text = panel.querySelector('pre');
 const show = (cell) => {

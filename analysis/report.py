@@ -246,4 +246,4 @@ def _checks(results: Results, tables: Mapping[str, Table]) -> str:
 def _origins(results: Results, name: str, tables: Iterable[Table]) -> str:
     known = results.origins(name)
     places = sorted(places_of(tables))
-    return json.dumps({_key(place): origin_text(place, known.get(place)) for place in places}, sort_keys=True)
+    return json.dumps({_key(place): origin_text(place, known) for place in places}, sort_keys=True)

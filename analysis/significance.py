@@ -154,9 +154,9 @@ def compared(pairs: Sequence[Apart], seeds: Pool | None = None) -> list[Comparis
         )
     )
     found = []
-    for one, parts, error, asked in zip(pairs, sources, errors, several, strict=True):
+    by_items = _items_tests(pairs)
+    for one, parts, error, asked, (p, test) in zip(pairs, sources, errors, several, by_items, strict=True):
         difference = one.difference
-        p, test = _items_test(one)
         if not one.single:
             certain = 1.0 if difference == 0 else 0.0
             p = max(p, min(1.0, 2 * float(next(beyond))) if asked else certain)
@@ -204,8 +204,8 @@ def _resamples(one: Apart) -> Array:
         normal, chosen = _resampled(None, sides)
         drawn = one.difference + spread * normal[0]
     else:
-        places, chosen = _resampled(sizes, sides)
-        drawn = np.mean([d[place].mean(axis=1) for d, place in zip(one.strata, places, strict=True)], axis=0)
+        shares, chosen = _resampled(sizes, sides)
+        drawn = np.mean([share @ d for d, share in zip(one.strata, shares, strict=True)], axis=0)
     for sign, side, seeds in zip((1, -1), (one.a, one.b), chosen, strict=True):
         if seeds is not None:
             means = side.by_seed
@@ -215,16 +215,23 @@ def _resamples(one: Apart) -> Array:
 
 @functools.lru_cache(maxsize=16)
 def _resampled(items: tuple[int, ...] | None, sides: tuple[int, int]) -> tuple[list[Any], list[Any]]:
-    """What a bootstrap draws: (places of items by stratum, or standard normals for None; places of seeds by side).
+    """What a bootstrap draws: (shares of items by stratum, or standard normals for None; places of seeds by side).
 
     Every comparison of the same shape draws the same, so that it is drawn once.
     """
     rng = np.random.default_rng(SEED)
     if items is None:
-        places: list[Any] = [rng.standard_normal(RESAMPLES)]
+        drawn: list[Any] = [rng.standard_normal(RESAMPLES)]
     else:
-        places = [rng.integers(0, count, (RESAMPLES, count)) for count in items]
-    return places, [rng.integers(0, seeds, (RESAMPLES, seeds)) if seeds > 1 else None for seeds in sides]
+        drawn = [_shares(rng.integers(0, count, (RESAMPLES, count))) for count in items]
+    return drawn, [rng.integers(0, seeds, (RESAMPLES, seeds)) if seeds > 1 else None for seeds in sides]
+
+
+def _shares(places: Array) -> Array:
+    """How often each item was drawn, over how many are drawn: `[RESAMPLES, items]`, whose product is a mean."""
+    resamples, count = places.shape
+    rows = np.arange(resamples)[:, None] * count
+    return np.bincount((rows + places).ravel(), minlength=resamples * count).reshape(places.shape) / count
 
 
 def holm(values: Sequence[float], family: int | None = None) -> list[float]:
@@ -251,21 +258,38 @@ def leaders(items: Sequence[Items], scores: Sequence[float], *, high: bool) -> s
     return {best} | {index for index, p in zip(others, adjusted, strict=True) if p > LEVEL}
 
 
-def _items_test(one: Apart) -> tuple[float, str]:
-    """(p, name) of a test that takes the models as they are: signs of the items' differences are as good as flipped."""
-    strata = [d[d != 0] for d in one.strata]
-    if one.single and len(strata) == 1 and bool((np.abs(strata[0]) == 1).all()):
-        wins = int((strata[0] > 0).sum())
-        return mcnemar(wins, len(strata[0]) - wins), "exact McNemar"
-    sizes = [len(d) for d in one.strata]
-    weighted = np.concatenate([d / size / len(sizes) for d, size in zip(strata, sizes, strict=True)])
+def _items_tests(pairs: Sequence[Apart]) -> list[tuple[float, str]]:
+    """(p, name) of tests that take the models as they are: signs of the items' differences are as good as flipped.
+
+    Comparisons of as many items share their flips, and are flipped together.
+    """
+    found: list[tuple[float, str]] = []
+    few: dict[int, list[tuple[int, Array]]] = {}
+    for index, one in enumerate(pairs):
+        strata = [d[d != 0] for d in one.strata]
+        if one.single and len(strata) == 1 and bool((np.abs(strata[0]) == 1).all()):
+            wins = int((strata[0] > 0).sum())
+            found.append((mcnemar(wins, len(strata[0]) - wins), "exact McNemar"))
+            continue
+        sizes = [len(d) for d in one.strata]
+        weighted = np.concatenate([d / size / len(sizes) for d, size in zip(strata, sizes, strict=True)])
+        if 0 < len(weighted) <= FEW:
+            few.setdefault(len(weighted), []).append((index, weighted))
+        found.append((_normal(weighted), "sign-flip permutation"))
+    for count, own in few.items():
+        together = np.stack([weighted for _, weighted in own], axis=1)
+        observed = np.abs(together.sum(axis=0))
+        extreme = (np.abs(_signs(count) @ together) >= observed * (1 - 1e-12)).sum(axis=0)
+        for (index, _), reached in zip(own, extreme, strict=True):
+            found[index] = (int(reached) + 1) / (DRAWS + 1), "sign-flip permutation"
+    return found
+
+
+def _normal(weighted: Array) -> float:
+    """The p of so large a sum by the normal limit of flipped signs; 1 without items."""
     if not len(weighted):
-        return 1.0, "sign-flip permutation"
-    observed = abs(float(weighted.sum()))
-    if len(weighted) > FEW:
-        return two_sided_normal(observed / math.sqrt(float((weighted**2).sum()))), "sign-flip permutation"
-    extreme = int((np.abs(_signs(len(weighted)) @ weighted) >= observed * (1 - 1e-12)).sum())
-    return (extreme + 1) / (DRAWS + 1), "sign-flip permutation"
+        return 1.0
+    return two_sided_normal(abs(float(weighted.sum())) / math.sqrt(float((weighted**2).sum())))
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-tri
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ if __package__ in (None, ""):
     # Started as a script: the checkout takes the place of this folder, whose file names would hide other modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from analysis.make_tables import write
 from analysis.study_report import report
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
@@ -24,7 +26,11 @@ STORE = "results/smollm2/store.db"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 written, 2 refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 written, 2 bad input.",
+    )
     parser.add_argument("--db", default=f"sqlite:///{STORE}", metavar="URL", help=f"default sqlite:///{STORE}")
     parser.add_argument("--grid", default="smollm2-study")
     parser.add_argument("--trials", default="smollm2-trials", metavar="GRID", help="the grid of the trials")
@@ -35,23 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the figure that make_tables.py wrote; the page links it if it is there",
     )
     parser.add_argument("--out", type=Path, default=Path("results/README.md"))
+    parser.add_argument("--quiet", action="store_true", help="say nothing")
+    parser.add_argument("--json", action="store_true", help="one line of JSON: the grid and the file")
     options = parser.parse_args(arguments)
     try:
         results = Results(options.db)
         try:
             figure = os.path.relpath(options.figure, options.out.parent) if options.figure.is_file() else ""
             store = options.db.removeprefix("sqlite:///")
-            text = report(
-                results, results.grid(options.grid)["name"], store=store, figure=figure, trials_grid=options.trials
-            )
+            grid = results.grid(options.grid)["name"]
+            text = report(results, grid, store=store, figure=figure, trials_grid=options.trials)
         finally:
             results.close()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    except (SparseForgeError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        write(options.out, text.encode())
+    except SparseForgeError as error:
+        print(f"study: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {text.count(chr(10)):,} lines")
+    if options.json:
+        print(json.dumps({"grid": grid, "file": str(options.out)}))
+    elif not options.quiet:
+        print(f"{options.out}: {text.count(chr(10)):,} lines")
     return 0
 
 

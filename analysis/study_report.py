@@ -31,7 +31,8 @@ SECTIONS = {
     "bars": """## The bars, set before the study was run
 
 A bar is met or not by the numbers as they are; "so far" says that planned seeds or rows are still missing. A difference
-of perplexity is relative, with a 95 % bootstrap interval over items and seeds in brackets.
+of perplexity is relative, with a 95 % bootstrap interval over items and seeds in brackets; without brackets where a row
+still lacks seeds: no interval and no test is made of a part.
 """,
     "significance": """### Against {reference}: what is significant
 
@@ -64,7 +65,7 @@ its time, of which each counts all; only rows with a 0 compare.
 
 The paper's numbers are of LLaMA-2-7B. A claim *holds* where the difference points its way and is significant (5 %, not
 corrected over claims) on every measure named, *does not hold* where it points the other way everywhere and is
-significant, else it is *undecided*.
+significant, else it is *undecided*. Nothing is tested, and so nothing decided, while a row lacks seeds: *so far*.
 """,
 }
 
@@ -250,7 +251,8 @@ def _missing(study: Study) -> str:
                 cells = {cell for cell, *_ in row.missing}
                 states = sorted({status for *_, status in row.missing})
                 stages = f"{len(row.missing)} stages of {len(cells)} cells"
-                lines.append(f"{data.exhibit}, {row.label} at {millions(row.tokens)}: {stages} ({', '.join(states)})")
+                at = f" at {millions(row.tokens)}" if row.tokens else ""
+                lines.append(f"{data.exhibit}, {row.label}{at}: {stages} ({', '.join(states)})")
     return "## What is absent\n\n" + (_list(lines) if lines else "Nothing: every planned row is in.\n")
 
 

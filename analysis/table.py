@@ -112,6 +112,14 @@ class Table:
             for i, column in enumerate(self.columns)
         )
 
+    @functools.cached_property
+    def contested(self) -> bool:
+        """Whether a column has two sparse rows or more with all their seeds, that can be tested against each other."""
+        return any(
+            _contest(column, [line.cells[i] for line in self.lines], self._rivals())
+            for i, column in enumerate(self.columns)
+        )
+
     def marks(self) -> list[set[int]]:
         """For each column, the numbers of the lines to print in bold."""
         return [

@@ -177,26 +177,26 @@ def trace_lines(trace: Trace, results: Results, grid: str, runs: Mapping[str, st
     lines = [f"{trace.table.exhibit}, {trace.line.label}, {trace.column}: {shown}"]
     for place in dict.fromkeys(cell.sources):
         run = (runs or {}).get(place[0], "")
-        lines += [f"  {line}" for line in origin_text(place, origins.get(place), run).splitlines()]
+        lines += [f"  {line}" for line in origin_text(place, origins, run).splitlines()]
     return lines
 
 
-def origin_text(place: Place, origin: Mapping[str, Any] | None, run: str = "") -> str:
+def origin_text(place: Place, origins: Mapping[Place, Mapping[str, Any]], run: str = "") -> str:
     """Where the results of one stage come from, in a few lines; `run` names the cell's MLflow run where it is known."""
     head = f"cell {place[0]} (seed {place[0].rpartition('-s')[2]}), stage {place[1]}"
+    origin = origins.get(place)
     if origin is None:
         return f"{head}: not done"
     context = origin["context"]
     dirty = f", with changes {origin['diff_sha'][:12] or '(not hashed)'}" if origin["dirty"] else ""
     versions = [f"{name} {context[key]}" for name, key in VERSIONS if context.get(key)]
-    hashes = [f"{name} {context[key]}" for name, key in HASHES if context.get(key)]
     flow = f", Prefect flow run {origin['flow_run_id']}" if origin["flow_run_id"] else ""
     parts = [
         head,
         f"attempt {origin['attempt']} ({origin['attempts']} tried), finished {origin['finished']}",
         f"commit {origin['git_sha'] or 'unknown'}{dirty}; lock {origin['lock_sha'][:12]}",
         f"{context.get('device') or origin['device']}, {', '.join(versions) or 'no versions recorded'}",
-        *hashes,
+        *_model_lines(place, origin, origins.get((place[0], TRAIN))),
         f"command {origin['command']} on {origin['host']}{flow}",
         f"MLflow run: {f'{run}, ' if run else ''}tags.cell_key = '{place[0]}'",
         f"items {origin['items_sha256'] or '(none)'}",
@@ -205,6 +205,19 @@ def origin_text(place: Place, origin: Mapping[str, Any] | None, run: str = "") -
     return "\n  ".join(parts)
 
 
+def _model_lines(place: Place, origin: Mapping[str, Any], trained: Mapping[str, Any] | None) -> list[str]:
+    """The hashes of text and model; of a measured model those of the stage that made it, and which attempt that was."""
+    made = origin if trained is None else trained
+    lines = [f"{name} {made['context'][key]}" for name, key in HASHES if made["context"].get(key)]
+    if trained is not None and place[1] != TRAIN:
+        commit = f"{trained['git_sha'] or 'unknown'}{', with changes' if trained['dirty'] else ''}"
+        device = trained["context"].get("device") or trained["device"]
+        lines.append(f"made by attempt {trained['attempt']} at commit {commit} on {device}")
+    return lines
+
+
+TRAIN = "train"
+"""The stage that makes a cell's model."""
 VERSIONS = (("lm-eval", "harness_version"), ("torch", "torch"), ("transformers", "transformers"), ("in", "dtype"))
 HASHES = (("data", "data_sha256"), ("model", "model_sha256"))
 

@@ -35,6 +35,7 @@ from benchmarks.decode_runs import (
     show_kernels,
     tune,
 )
+from benchmarks.talking import talking
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.runtime import prediction
 from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, record
@@ -219,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--commit", default="", help="the commit of this tree, as results say it")
     parser.add_argument("--out", type=Path, help="file of results, merged by measure")
+    parser.add_argument("--json", action="store_true", help="end with the rows as JSON on stdout, all else on stderr")
+    parser.add_argument("--quiet", action="store_true", help="no lines, for the exit code or --json")
     options = parser.parse_args(arguments)
     machine = Machine(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = sys.argv[1:] if arguments is None else arguments
@@ -226,12 +229,15 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(machine.hardware, command, options.commit)
     report.recall(options.out)
     try:
-        measure(options, report, machine)
+        with talking(options):
+            measure(options, report, machine)
     except SparseForgeError as error:
         print(f"decode: {error}", file=sys.stderr)
         return 2
     if report.failed:
         print(f"failed: {', '.join(report.failed)}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(list(report.rows.values())))
     return 1 if report.failed else 0
 
 

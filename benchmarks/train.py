@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.published_step import PublishedStep
 from benchmarks.steps import SHAPES, Shape, config_of, release, synchronize, timed
+from benchmarks.talking import talking
 from sparseforge_core.methods import SparseForge
 from sparseforge_core.methods.annealing import SparseForgeTrack
 from sparseforge_core.methods.base import Surroundings
@@ -350,8 +351,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--published-micro-batch", type=int, default=4, help="sequences that its second derivative sees"
     )
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for train.json; $OUT if set")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--json", action="store_true", help="end with the rows as JSON on stdout, all else on stderr")
+    parser.add_argument("--quiet", action="store_true", help="no lines, for the exit code or --json")
     options = parser.parse_args(arguments)
+    with talking(options):
+        rows, failed = _measured(options)
+    if options.json:
+        print(json.dumps(rows))
+    return 1 if failed else 0
+
+
+def _measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """(the rows, how many parts failed)."""
     began = time.perf_counter()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     layer_7b = [(4096, 4096)] * 4 + [(11_008, 4096)] * 2 + [(4096, 11_008)]
@@ -380,10 +391,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:14} failed: {type(error).__name__}", flush=True)
             failed += 1
             release(device)
-    if options.json:
-        print(json.dumps(rows))
     print(f"{len(rows)} figures in {time.perf_counter() - began:.0f} s on {hardware(device)}", flush=True)
-    return 1 if failed else 0
+    return rows, failed
 
 
 def write(folder: Path | str | None, rows: list[dict[str, Any]]) -> None:

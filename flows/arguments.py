@@ -28,6 +28,25 @@ COMMANDS = (
 )  # fmt: skip
 
 
+ANSWER, NOTHING = "the same as JSON", "say nothing: the exit code answers"
+MANNERS = {
+    **dict.fromkeys(COMMANDS, (ANSWER, NOTHING)),
+    **dict.fromkeys(("demo", "run"), ("end with one line of JSON, the only one on stdout", "no progress")),
+    **dict.fromkeys(("bundle", "ingest"), ("one line of JSON with the counts", "say nothing")),
+    "plan": (ANSWER, "the totals alone"),
+    "status": ("the same as JSON; with --watch one object a line", NOTHING),
+    "tables": ("as JSON: the files, what is missing, what is empty", "say only what is missing"),
+    "report": ("one line of JSON: the grid and the file", "say nothing"),
+    "export": ("one line of JSON: the folder and what is in it", "say nothing"),
+    "generate": ("the continuation, its tokens and how it was made as JSON", "the continuation alone"),
+    "serve": ("one line of JSON once it listens: address and model", "errors alone"),
+    "bench": (
+        "end with the rows as JSON on stdout, and say all else on stderr",
+        "no lines, for the exit code or --json",
+    ),
+}
+"""What `--json` and `--quiet` do, which every command takes."""
+
 EXIT_CODES = {
     "": "0 done, 2 bad input",
     "demo": "0 done, 1 some cells failed, 2 bad input, 130 stopped (run again to go on)",
@@ -62,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     _add_exporting(commands)
     for name, command in commands.choices.items():
         _add_places(command)
+        _add_manners(command, *MANNERS[name])
         codes = EXIT_CODES.get(name, EXIT_CODES[""])
         command.epilog = f"{command.epilog}. Exit codes: {codes}." if command.epilog else f"Exit codes: {codes}."
     return top
@@ -73,6 +93,11 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", type=Path, default=argparse.SUPPRESS, help=home)
     db = "results store (default $SPARSEFORGE_DB or sqlite:///HOME/store.db)"
     parser.add_argument("--db", metavar="URL", default=argparse.SUPPRESS, help=db)
+
+
+def _add_manners(parser: argparse.ArgumentParser, as_json: str, quiet: str) -> None:
+    parser.add_argument("--json", action="store_true", help=as_json)
+    parser.add_argument("--quiet", action="store_true", help=quiet)
 
 
 def _add_running(commands: Any) -> None:
@@ -94,8 +119,6 @@ def _add_running(commands: Any) -> None:
     demo.add_argument("--no-prefect", dest="prefect", action="store_false", help="leave Prefect out of it")
     for command in (demo, run):
         command.add_argument("--workers", type=int, help="worker processes (default: one a GPU, else one a core)")
-        command.add_argument("--quiet", action="store_true", help="no progress")
-        command.add_argument("--json", action="store_true", help="end with one line of JSON, the only one on stdout")
         command.add_argument(
             "--notify",
             metavar="COMMAND",
@@ -117,7 +140,6 @@ def _add_running(commands: Any) -> None:
     )
     plan.add_argument("grid", nargs="?")
     plan.add_argument("--workers", type=int, help="of each pool, for time and disk (default: what `run` would start)")
-    plan.add_argument("--quiet", action="store_true", help="the totals alone")
     plan.add_argument("--memory", metavar="MODEL", help="instead: bytes per GPU and time of training this model")
     plan.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="with --memory: numbers of GPUs")
     plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="with --memory: of each GPU")
@@ -130,7 +152,6 @@ def _add_running(commands: Any) -> None:
         "--from-one-shot", action="store_true", help="with --memory: starts from a one-shot solution, so never sharded"
     )
     plan.add_argument("--no-teacher", action="store_true", help="with --memory: without distillation")
-    plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.add_argument(
         "--out", type=Path, help="also write each cell and suite as a file for `python -m sparseforge_core.run`"
     )
@@ -171,9 +192,6 @@ def _add_carrying(commands: Any) -> None:
         metavar="DIR|ARCHIVE|FILE.json",
         help="the bundle's folder, with its home/ in it; what `sparseforge_core.run pack` made of it; or the results",
     )
-    for command in (bundle, ingest):
-        command.add_argument("--quiet", action="store_true", help="say nothing")
-        command.add_argument("--json", action="store_true", help="one line of JSON with the counts")
 
 
 def _add_reading(commands: Any) -> None:
@@ -189,7 +207,6 @@ def _add_reading(commands: Any) -> None:
     status.add_argument(
         "--every", type=float, metavar="SECONDS", help="with --watch (default 2; 10 without a terminal)"
     )
-    status.add_argument("--json", action="store_true", help="machine-readable; with --watch one object a line")
     explain = commands.add_parser(
         "explain",
         help="one cell: recipe, who wants it, why it ran or has not, attempts, log, files, how to reproduce",
@@ -197,7 +214,6 @@ def _add_reading(commands: Any) -> None:
         epilog="example: sparseforge explain 0123456789ab-s0",
     )
     explain.add_argument("cell", metavar="CELL", help="a cell's key, or the beginning of one")
-    explain.add_argument("--json", action="store_true", help="machine-readable")
     tables = commands.add_parser(
         "tables",
         help="write Tables 1-7 and the figures from the store; with --only also show them here",
@@ -207,8 +223,6 @@ def _add_reading(commands: Any) -> None:
     tables.add_argument("--out", type=Path, help="folder (default HOME/GRID)")
     tables.add_argument("--only", action="append", help="an exhibit, such as table-2; may be repeated")
     tables.add_argument("--strict", action="store_true", help="exit 2 when anything is partial")
-    tables.add_argument("--quiet", action="store_true", help="say only what is missing")
-    tables.add_argument("--json", action="store_true", help="machine-readable")
     _add_trusting(commands)
     _add_doctor(commands)
     bench = commands.add_parser(
@@ -226,8 +240,7 @@ def _add_reading(commands: Any) -> None:
         ("suites", "evaluation suites"),
         ("grids", "grids"),
     ):
-        listing = commands.add_parser(name, help=f"list the {what}")
-        listing.add_argument("--json", action="store_true", help="machine-readable")
+        commands.add_parser(name, help=f"list the {what}")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -240,7 +253,6 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--batch", type=int, default=1, help="rows decoded at a time (default 1)")
     doctor.add_argument("--context", type=int, default=192, help="tokens before those decoded (default 192)")
     doctor.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="type of the values")
-    doctor.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _add_trusting(commands: Any) -> None:
@@ -252,7 +264,6 @@ def _add_trusting(commands: Any) -> None:
     )
     report.add_argument("--grid", help="default: the grid planned last")
     report.add_argument("--out", type=Path, help="file (default HOME/GRID/report.html)")
-    report.add_argument("--quiet", action="store_true", help="say nothing")
     verify = commands.add_parser(
         "verify",
         help="prove that the numbers match their single items, files and the results log",
@@ -274,8 +285,6 @@ def _add_trusting(commands: Any) -> None:
         metavar="published|GRID|FILE.csv",
         help="the paper's numbers, a grid of this store, or a table typed off a page (head: table,row,column,text)",
     )
-    for command in (verify, audit):
-        command.add_argument("--json", action="store_true", help="machine-readable")
     completion = commands.add_parser(
         "completion",
         help="the script that lets a shell complete our commands and options",
@@ -303,7 +312,6 @@ def _add_exporting(commands: Any) -> None:
         epilog="example: sparseforge verify-export model",
     )
     verify.add_argument("folder", type=Path, metavar="DIR")
-    verify.add_argument("--json", action="store_true", help="machine-readable")
     generate = commands.add_parser(
         "generate",
         help="continue a prompt with a packed export",
@@ -315,7 +323,6 @@ def _add_exporting(commands: Any) -> None:
     generate.add_argument("--tokens", type=int, default=64, help="at most so many (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
-    generate.add_argument("--json", action="store_true", help="machine-readable")
     serve = commands.add_parser(
         "serve",
         help="answer OpenAI-compatible requests with a packed export",

@@ -19,7 +19,7 @@ from typing import Any
 
 from flows.arguments import parser
 from flows.home import Home, be_quiet
-from flows.running import BAD_INPUT, FAILED, INTERRUPTED, OK, execute, last_line, require_workers, say_links
+from flows.running import BAD_INPUT, FAILED, INTERRUPTED, OK, execute, last_line, require_workers, say_links, show
 from sparseforge_core.errors import RecipeError, SparseForgeError
 
 
@@ -115,7 +115,7 @@ def _plan(options: argparse.Namespace, home: Home) -> int:
     if options.memory:
         return _plan_memory(options)
     if not options.grid:
-        raise RecipeError("plan: name a grid, or a model with --memory")
+        raise RecipeError("plan: name a grid (`sparseforge grids` lists them), or a model with --memory")
     from flows.devices import default_workers
     from flows.grids import grid_named
     from flows.grids.planned import expand
@@ -165,31 +165,33 @@ def _bundle(options: argparse.Namespace, home: Home) -> int:
 
 
 def _ingest(options: argparse.Namespace, home: Home) -> int:
+    from flows.benched import GRID, ingest_decode, read_results
+    from flows.ingesting import bring, checked
+    from flows.unpacking import unpacked
     from sparseforge_core.store.store import ResultStore
 
-    store = ResultStore(home.store_url)
-    if options.folder.suffix == ".json":
-        from flows.benched import GRID, ingest_decode
-
-        count = ingest_decode(store, options.folder)
+    given = options.folder
+    if given.suffix == ".json":
+        read_results(given)  # what is refused makes no store
+        store = ResultStore(home.store_url)
+        count = ingest_decode(store, given)
         store.close()
         if options.json:
-            print(json.dumps({"folder": str(options.folder), "grid": GRID, "recorded": count}))
+            print(json.dumps({"folder": str(given), "grid": GRID, "recorded": count}))
         elif not options.quiet:
             print(f"{GRID}: {count} stages recorded; see `sparseforge tables --grid {GRID}`")
         return OK
-    from flows.ingesting import ingest
-    from flows.unpacking import unpacked
-
-    with contextlib.nullcontext(options.folder) if options.folder.is_dir() else unpacked(options.folder) as folder:
-        found = ingest(store, home, folder)
+    with contextlib.nullcontext(given) if given.is_dir() else unpacked(given) as folder:
+        carried = checked(folder)
+        store = ResultStore(home.store_url)
+        found = bring(store, home, carried)
     store.close()
     if options.json:
-        print(json.dumps({"folder": str(options.folder), **dataclasses.asdict(found)}))
+        print(json.dumps({"folder": str(given), **dataclasses.asdict(found)}))
     elif not options.quiet:
         other = f", {found.other} of another model than the recorded one left out" if found.other else ""
         print(
-            f"{options.folder}: {found.recorded} stages recorded, {found.known} known before, "
+            f"{given}: {found.recorded} stages recorded, {found.known} known before, "
             f"{found.unfinished} not finished yet{other}"
         )
         for why in found.failed:
@@ -207,7 +209,7 @@ def _status(options: argparse.Namespace, home: Home) -> int:
         seen = watch(lambda: status_of(home, options.grid), sys.stdout, every=options.every, as_json=options.json)
         return FAILED if seen is not None and seen["failed"] else OK
     status = status_of(home, options.grid)
-    print(json.dumps(status, indent=1) if options.json else "\n".join(screen(status, width=_columns())))
+    show(options, status, lambda: screen(status, width=_columns()))
     return FAILED if status["failed"] else OK
 
 
@@ -221,7 +223,7 @@ def _explain(options: argparse.Namespace, home: Home) -> int:
     from flows.explanation import explanation_lines
 
     found = explain(options.cell, home)
-    print(json.dumps(found, indent=1) if options.json else "\n".join(explanation_lines(found)))
+    show(options, found, lambda: explanation_lines(found))
     return OK
 
 
@@ -234,7 +236,8 @@ def _results(options: argparse.Namespace, home: Home) -> int:
 def _completion(options: argparse.Namespace, _home: Home) -> int:
     from argcomplete.shell_integration import shellcode
 
-    print(shellcode(["sparseforge"], shell=options.shell))
+    script = shellcode(["sparseforge"], shell=options.shell)
+    show(options, {"shell": options.shell, "script": script}, lambda: [script])
     return OK
 
 
@@ -242,22 +245,25 @@ def _doctor(options: argparse.Namespace, home: Home) -> int:
     if options.model is not None:
         from flows.outlook import outlook
 
-        print(outlook(options))
+        found, lines = outlook(options)
+        show(options, found, lambda: lines)
         return OK
     from flows.doctor import doctor
 
-    return doctor(home, as_json=options.json)
+    return doctor(home, as_json=options.json, quiet=options.quiet)
 
 
 def _export(options: argparse.Namespace, home: Home) -> int:
     from flows.exporting import export_to, generation, verification
 
     if options.command == "generate":
-        text, notes = generation(options)
-        print(notes, file=sys.stderr)
-    else:
-        text = export_to(options, home) if options.command == "export" else verification(options)
-    print(text)
+        found, text, notes = generation(options)
+        if not options.quiet:
+            print(notes, file=sys.stderr)
+        print(json.dumps(found) if options.json else text)
+        return OK
+    found, text = export_to(options, home) if options.command == "export" else verification(options)
+    show(options, found, lambda: [text])
     return OK
 
 
@@ -271,13 +277,18 @@ def _bench(options: argparse.Namespace, home: Home) -> int:
             "repository, not of an installed package; run this from a clone"
         )
     sys.path.insert(0, str(root))
-    return int(importlib.import_module(f"benchmarks.{options.benchmark}").main(options.arguments))
+    manners = [f"--{name}" for name in ("json", "quiet") if getattr(options, name)]
+    return int(importlib.import_module(f"benchmarks.{options.benchmark}").main([*options.arguments, *manners]))
 
 
 def _serve(options: argparse.Namespace, _home: Home) -> int:
     from flows.serving import serve
 
-    serve(options)
+    def announce(where: dict[str, str]) -> None:
+        if options.json:
+            print(json.dumps(where), flush=True)
+
+    serve(options, announce)
     return OK
 
 
@@ -285,11 +296,7 @@ def _list(options: argparse.Namespace, home: Home) -> int:
     from flows.listing import listing
 
     rows = listing(options.command)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        for row in rows:
-            print(f"{row['name']:<18}{row['about']}")
+    show(options, rows, lambda: [f"{row['name']:<18}{row['about']}" for row in rows])
     return OK
 
 

@@ -54,13 +54,13 @@ class Check:
     advice: str = ""
 
 
-def doctor(home: Home, as_json: bool = False) -> int:
-    """Print every check, as lines or as JSON; 0 if there is no problem, else 1."""
+def doctor(home: Home, as_json: bool = False, quiet: bool = False) -> int:
+    """Print every check, as lines, as JSON or with `quiet` not at all; 0 if there is no problem, else 1."""
     checks = []
     for check in CHECKS:
         made = check(home)
         checks.append(made)
-        if not as_json:
+        if not as_json and not quiet:
             advice = f" -> {made.advice}" if made.advice else ""
             print(f"{made.status:<8} {made.name:<11} {made.found}{advice}", flush=True)
     if as_json:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from flows.home import Home
 from flows.provenance import provenance
@@ -15,8 +15,8 @@ from sparseforge_core.errors import RecipeError
 from sparseforge_core.sparsity.patterns import BLOCK_16, GroupPattern, nm
 
 
-def export_to(options: argparse.Namespace, home: Home) -> str:
-    """Write an export; the sentence that says where it is."""
+def export_to(options: argparse.Namespace, home: Home) -> tuple[dict[str, Any], str]:
+    """Write an export; (where it is and what it holds, the same as a sentence)."""
     from sparseforge_core.export.source import open_any
     from sparseforge_core.export.write import check_request, export
 
@@ -29,24 +29,24 @@ def export_to(options: argparse.Namespace, home: Home) -> str:
     commit = f"{code.git_sha}-dirty" if code.dirty else code.git_sha
     manifest = export(source, out, form=options.format, dtype=options.dtype, commit=commit)
     size = sum(file.stat().st_size for file in out.iterdir())
-    return f"{out}: {manifest.format}, {len(manifest.about['sites'])} sparse weights, {size:,} bytes"
+    sites = len(manifest.about["sites"])
+    found = {"folder": str(out), "format": manifest.format, "sites": sites, "bytes": size}
+    return found, f"{out}: {manifest.format}, {sites} sparse weights, {size:,} bytes"
 
 
-def verification(options: argparse.Namespace) -> str:
-    """Check an export; what it holds."""
+def verification(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Check an export; (what it holds, the same as a sentence)."""
     from sparseforge_core.export.verify import verify_export
 
     found = verify_export(options.folder)
-    if options.json:
-        return json.dumps(dataclasses.asdict(found))
-    return (
+    return dataclasses.asdict(found), (
         f"{options.folder}: intact {found.format}, {found.tensors} tensors, {found.sites} sparse weights, "
         f"{found.groups:,} groups, {found.bytes:,} bytes"
     )
 
 
-def generation(options: argparse.Namespace) -> tuple[str, str]:
-    """Continue a prompt: (the continuation, or all of it as JSON; how it was made)."""
+def generation(options: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
+    """Continue a prompt: (all of it, the continuation, how it was made)."""
     from sparseforge_core.runtime.generate import check_request, say
     from sparseforge_core.runtime.speech import Voice
 
@@ -62,9 +62,7 @@ def generation(options: argparse.Namespace) -> tuple[str, str]:
         seed=options.seed,
     )
     notes = f"{voice}; {len(made.tokens)} tokens in {made.seconds:.2f} s"
-    if options.json:
-        return json.dumps({**dataclasses.asdict(made), "load": dataclasses.asdict(voice.report)}), notes
-    return made.text, notes
+    return {**dataclasses.asdict(made), "load": dataclasses.asdict(voice.report)}, made.text, notes
 
 
 def pattern_named(text: str) -> GroupPattern:

@@ -70,14 +70,17 @@ class Ingested:
     """`CELL, STAGE: ERROR` of what failed there and is not finished."""
 
 
-def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
-    """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
+@dataclass(frozen=True)
+class Checked:
+    """A bundle that came back, of which every file gave its hash."""
 
-    Raises BundleError, with nothing recorded, for a bundle or a result that is foreign, altered, incomplete, a link,
-    badly named, of another format version, or of a cell that is not planned here. Doing it again changes nothing.
-    A stage that cannot be copied as it was checked is a BundleError too: it is not recorded, those before it are, and
-    the same command goes on there.
-    """
+    bundle: bundles.Bundle
+    cells: Path
+    carried: list[Carried]
+
+
+def checked(folder: Path) -> Checked:
+    """What a bundle brings, without a store. Raises BundleError for what is foreign, altered, incomplete or a link."""
     bundle = bundles.read_bundle(folder)
     cells = folder / bundles.HOME / "cells"
     try:
@@ -85,7 +88,23 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
         carried = [stage for entry in bundle.entries for stage in _stages(entry, cells / cell_key(entry.cell))]
     except OSError as error:
         raise BundleError(f"{folder} cannot be read: {error}. Nothing was recorded; copy the folder again") from error
-    states = _planned(store, bundle)
+    return Checked(bundle, cells, carried)
+
+
+def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
+    """Check a bundle, then `bring` it. Raises BundleError, with nothing recorded, as either does."""
+    return bring(store, home, checked(folder))
+
+
+def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
+    """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
+
+    Raises BundleError, with nothing recorded, for a cell that is not planned here. A stage that cannot be copied as it
+    was checked is a BundleError too: it is not recorded, those before it are, and the same command goes on there. Doing
+    it again changes nothing.
+    """
+    bundle, cells, carried = found.bundle, found.cells, found.carried
+    states = _planned(store, bundle, {cell_key(entry.cell) for entry in bundle.entries})
     wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
     for key, stage in sorted(wanted - set(states)):
         raise BundleError(
@@ -128,19 +147,17 @@ def _failures(folder: Path) -> Iterator[str]:
             yield f"{folder.name}, {path.stem}: {body.get('error')}"
 
 
-def _planned(store: ResultStore, bundle: bundles.Bundle) -> dict[tuple[str, str], StageState]:
-    """The planned stages of the bundle's grids; a grid that the store does not have yet is planned."""
-    found: dict[tuple[str, str], StageState] = {}
-    for name in bundle.grids:
-        states = store.work(name)
-        if not states:
+def _planned(store: ResultStore, bundle: bundles.Bundle, cells: set[str]) -> dict[tuple[str, str], StageState]:
+    """The planned stages of the bundle's grids, which are planned again where the store lacks some of its cells."""
+    states = [state for name in bundle.grids for state in store.work(name)]
+    if not cells <= {state.cell_key for state in states}:
+        for name in bundle.grids:
             try:
                 plan_grid(store, name)
             except RecipeError as error:
                 raise BundleError(f"the bundle is of a grid that is not known here: {error}") from error
-            states = store.work(name)
-        found |= {(state.cell_key, state.stage): state for state in states}
-    return found
+        states = [state for name in bundle.grids for state in store.work(name)]
+    return {(state.cell_key, state.stage): state for state in states}
 
 
 def _refuse_strangers(bundle: bundles.Bundle, cells: Path) -> None:

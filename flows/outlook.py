@@ -18,8 +18,8 @@ WORTH = 1.05
 """Gains below this are called none."""
 
 
-def outlook(options: argparse.Namespace) -> str:
-    """The prediction as text, or as JSON. Raises ExportError for a model, batch or context that cannot be."""
+def outlook(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The prediction, and the same as lines. Raises ExportError for a model, batch or context that cannot be."""
     from sparseforge_core.runtime import prediction
 
     sizes, about = model_named(options.model)
@@ -45,7 +45,7 @@ def outlook(options: argparse.Namespace) -> str:
         "measured_on": source,
         "advice": advice(expected, gpu, about),
     }
-    return json.dumps(body, indent=1) if options.json else "\n".join(lines(body))
+    return body, lines(body)
 
 
 def model_named(text: str) -> tuple[Any, dict[str, Any]]:

@@ -23,6 +23,8 @@ class Progress:
         self.title, self.total, self.done, self.quiet = title, total, done, quiet
         self.stream = stream or sys.stderr
         self.running: dict[str, tuple[str, StepReport | None]] = {}
+        self.first: dict[tuple[str, str], tuple[float, int]] = {}
+        """Moment and step of the first report of a cell and stage: what its rate is counted from."""
         self.costs: dict[str, float] = {}
         """Estimated cost of cells, in any unit."""
         self.began = time.monotonic()
@@ -35,6 +37,7 @@ class Progress:
         """A cell began."""
         with self._lock:
             self.running[cell] = (label, None)
+            self.first = {place: seen for place, seen in self.first.items() if place[0] != cell}
             self.show()
 
     def step(self, report: StepReport) -> None:
@@ -42,6 +45,8 @@ class Progress:
         with self._lock:
             if report.cell in self.running:
                 self.running[report.cell] = (self.running[report.cell][0], report)
+                if report.steps:
+                    self.first.setdefault((report.cell, report.stage), (time.monotonic(), report.step))
             self.show()
 
     def ended(self, cell: str, *, done: bool, note: str = "") -> None:
@@ -89,7 +94,15 @@ class Progress:
         share = (self.cost_done + begun) / (sum(self.costs.values()) or 1.0)
         if share > 0.02:
             parts.append(f"about {clock((now - self.began) * (1 - share) / share)} left")
-        return "  ".join([*parts, *(f"[{label}{_where(report)}]" for label, report in self.running.values())])
+        cells = (f"[{label}{_where(report, self._rate(report, now))}]" for label, report in self.running.values())
+        return "  ".join([*parts, *cells])
+
+    def _rate(self, report: StepReport | None, now: float) -> float | None:
+        """Steps a second of a stage since this line first heard of it; None before there are two reports."""
+        if report is None or (report.cell, report.stage) not in self.first:
+            return None
+        began, step = self.first[report.cell, report.stage]
+        return (report.step - step) / (now - began) if report.step > step and now > began else None
 
     def _line(self, text: str) -> None:
         if self.quiet:
@@ -100,12 +113,13 @@ class Progress:
         self.stream.flush()
 
 
-def _where(report: StepReport | None) -> str:
+def _where(report: StepReport | None, rate: float | None) -> str:
     if report is None:
         return ""
     if not report.steps:
         return f": {report.stage.rpartition('-')[0] or report.stage}"  # a suite's key without its hash
-    return f" {report.step}/{report.steps} loss {report.loss:.3f}"
+    pace = "" if rate is None else f" {rate:.1f} steps/s" if rate >= 1 else f" {1 / rate:.1f} s/step"
+    return f" {report.step}/{report.steps}{pace} loss {report.loss:.3f}"
 
 
 def _part(report: StepReport | None) -> float:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,3 +135,11 @@ def say_links(options: argparse.Namespace, home: Home) -> None:
             print(f"MLflow  {model}, {about}:\n        {address}")
     except MirrorError as error:
         print(f"warning: {error}", file=sys.stderr)
+
+
+def show(options: argparse.Namespace, found: Any, lines: Callable[[], Iterable[str]]) -> None:
+    """The answer to a question: as JSON, as lines, or with --quiet as the exit code alone."""
+    if options.json:
+        print(json.dumps(found, indent=1))
+    elif not options.quiet:
+        print("\n".join(lines()))

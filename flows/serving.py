@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ async def _said(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": type(error).__name__}}, status_code=code)
 
 
-def serve(options: argparse.Namespace) -> None:
-    """Load a packed export and answer requests until the process is stopped.
+def serve(options: argparse.Namespace, announce: Callable[[dict[str, str]], None] = lambda _: None) -> None:
+    """Load a packed export and answer requests until the process is stopped; `announce` gets address and model.
 
     Raises ExportError, before anything is loaded, if the address cannot be bound.
     """
@@ -121,8 +122,10 @@ def serve(options: argparse.Namespace) -> None:
         voice = Voice.load(options.folder, **given)
         name = options.name or Path(options.folder).resolve().name
         host, port = listener.getsockname()[:2]
-        log.warning("%s, %s", name, voice)
-        log.warning("serving on http://%s:%d/v1 (stop with Ctrl-C)", host, port)
+        announce({"address": f"http://{host}:{port}/v1", "model": name})
+        if not options.quiet:
+            log.warning("%s, %s", name, voice)
+            log.warning("serving on http://%s:%d/v1 (stop with Ctrl-C)", host, port)
         logging.getLogger("transformers").setLevel(logging.ERROR)  # it would write a line for each request
         config = uvicorn.Config(application(voice, name), log_level="warning", server_header=False)
         uvicorn.Server(config).run(sockets=[listener])

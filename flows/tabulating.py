@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.home import Home
-from flows.running import FAILED, OK
+from flows.running import FAILED, OK, show
 from sparseforge_core.errors import SparseForgeError
 
 
@@ -22,7 +22,7 @@ def _tables(options: argparse.Namespace, home: Home) -> int:
         out=options.out,
         only=options.only,
         strict=options.strict,
-        quiet=options.quiet or options.command == "demo",
+        quiet=options.quiet,
         as_json=options.json,
     )
 
@@ -34,7 +34,9 @@ def _report(options: argparse.Namespace, home: Home) -> int:
     results = Results(home.store_url)
     name = results.grid(options.grid)["name"]
     path = write_report(results, name, options.out or home.grid(name) / "report.html")
-    if not options.quiet:
+    if options.json:
+        print(json.dumps({"grid": name, "file": str(path)}))
+    elif not options.quiet:
         print(f"grid {name}: {path}")
     return OK
 
@@ -55,11 +57,8 @@ def _verify(options: argparse.Namespace, home: Home) -> int:
         trace = find(collect(results, name).exhibits, *options.place)
     found = verify(results, home.root / "cells", None if trace is None else trace.cell.sources)
     runs = {} if trace is None else runs_of(home, (cell for cell, _ in trace.cell.sources))
-    if options.json:
-        print(json.dumps({**found.as_json(), "mlflow_runs": runs}, indent=1))
-    else:
-        lines = [] if trace is None else trace_lines(trace, results, name, runs)
-        print("\n".join([*lines, *verification_lines(found)]))
+    lines = [] if trace is None or options.json else trace_lines(trace, results, name, runs)
+    show(options, {**found.as_json(), "mlflow_runs": runs}, lambda: [*lines, *verification_lines(found)])
     return FAILED if found.problems else OK
 
 
@@ -83,10 +82,7 @@ def _audit(options: argparse.Namespace, home: Home) -> int:
         exhibits = collect(results, results.grid(options.what)["name"]).exhibits
         tables = [build(exhibits[name]) for name, build in TABLES.items()]
         found = [finding for table in tables for finding in audit_table(table)]
-    if options.json:
-        print(json.dumps([finding.as_json() for finding in found], indent=1))
-    else:
-        print("\n".join([*report_lines(found), *aside]))
+    show(options, [finding.as_json() for finding in found], lambda: [*report_lines(found), *aside])
     return FAILED if found else OK
 
 

@@ -66,7 +66,10 @@ def parts_of(archive: Path) -> list[Path]:
     base = archive.with_name(re.sub(r"\.\d\d$", "", archive.name))
     parts = sorted(base.parent.glob(f"{base.name}.[0-9][0-9]"))
     if not parts:
-        raise BundleError(f"{archive}: there is no such folder, archive or part of one")
+        raise BundleError(
+            f"{archive}: there is no such folder, archive or part of one; `python -m sparseforge_core.run "
+            "pack DIR` makes one where the bundle ran"
+        )
     for number, part in enumerate(parts):
         if part.name != f"{base.name}.{number:02d}":
             raise BundleError(f"{base.name}.{number:02d} is missing beside {part}; copy all parts")

@@ -158,7 +158,7 @@ def _trained(steps: int) -> list[Planned]:
         found.append(
             Planned(
                 recipe=recipe_for("llama", method, steps=steps),
-                variant=f"{label} {tokens // 1000}k",
+                variant=f"{label} {tokens / 1000:.3g}k",
                 seeds=SEEDS,
                 suites=(SEVEN, SIX, TEXT, SPEED) if main and row == "sparseforge" else (SEVEN, SIX, TEXT),
                 slots=tuple(slots),

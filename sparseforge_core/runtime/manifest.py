@@ -117,7 +117,10 @@ def check_sums(folder: Path, *, skip: Iterable[str] = ()) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         said = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     except (OSError, ValueError) as error:
-        raise ExportError(f"{folder} is no complete export, it has no readable {SUMS}: {error}") from error
+        raise ExportError(
+            f"{folder} is no complete export, it has no readable {SUMS}: {error}; "
+            "`sparseforge export CELL --format packed` writes one"
+        ) from error
     if MANIFEST not in said:
         raise ExportError(f"{path} is truncated; export the model anew")
     for name, digest in said.items():

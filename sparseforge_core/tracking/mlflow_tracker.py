@@ -317,13 +317,27 @@ def _tags(about: About, folder: Path, grid: str) -> dict[str, str]:
         "pattern": _pattern(folder / "cell.json"),
         "seed": str(about.seed),
         "tokens": str(about.tokens),
+        "mlflow.note.content": _description(about, grid),
     }
 
 
+def _description(about: About, grid: str) -> str:
+    """What stands at the top of a run's page."""
+    return (
+        f"Cell `{about.cell_key}` of grid `{grid}`: {about.model}, {about.variant}, seed {about.seed}. "
+        f"`sparseforge explain {about.cell_key}` says why it ran, where its files are and how to repeat it; the "
+        "numbers that count are those of the results store (`sparseforge tables`, `sparseforge verify`)."
+    )
+
+
 def _group(about: About) -> str:
-    """Such as 'llama-tiny · SparseForge · 98k tokens': what the seeds of a recipe have in common, for people."""
-    amount = f" · {_short(about.tokens)} tokens" if about.tokens else ""
-    return f"{about.model} · {about.variant}{amount}"
+    """Such as 'SparseForge w/ SLoRB · 61.4k tokens': what the seeds of a recipe have in common, for people.
+
+    The model is the experiment's name, and columns show twenty letters: what tells runs apart comes first, once.
+    """
+    amount = _short(about.tokens)
+    said = not about.tokens or about.variant.endswith(f" {amount}")
+    return about.variant if said else f"{about.variant} · {amount} tokens"
 
 
 def _short(number: int) -> str:

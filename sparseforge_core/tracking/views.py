@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 TAG = "mlflow.sharedViewState."
+WORKFLOW = "machine_learning"
+"""Which of MLflow's menus stands beside the page: that of training, not that of language-model apps."""
 LOSSES, SCORES, SEEDS = "losses", "scores", "seeds"
+TRAINING = "Training"
 CURVES = (
-    ("Training", "loss/total"),
-    ("Training", "loss/task"),
+    (TRAINING, "loss/total"),
+    (TRAINING, "loss/task"),
     ("Mask", "mask/mid_fraction"),
     ("Mask", "mask/soft_hard_gap"),
     ("Mask", "mask/flip_rate"),
-    ("Training", "grad_norm"),
+    (TRAINING, "grad_norm"),
 )
 """Charts of the training, by section."""
 ABOUT = ("variant", "pattern", "tokens", "seed", "method", "cell_key")
@@ -51,7 +54,7 @@ class View:
 
     def address(self, server: str, experiment: str, grid: str) -> str:
         """The link to it."""
-        mode = "&compareRunsMode=CHART" if self.charts else ""
+        mode = f"&workflowType={WORKFLOW}" + ("&compareRunsMode=CHART" if self.charts else "")
         return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?viewStateShareKey={self.key(grid)}{mode}"
 
 
@@ -97,7 +100,8 @@ def _charts(kind: str, wanted: Sequence[tuple[str, str]]) -> dict[str, Any]:
         card: dict[str, Any] = {"type": kind, "uuid": f"{kind}-{metric}", "metricKey": metric}
         card |= {"metricSectionId": sections[section], "deleted": False, "isGenerated": False, "runsCountToCompare": 50}
         if kind == "LINE":
-            card |= {"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear", "lineSmoothness": 0}
+            scale = "log" if section == TRAINING else "linear"  # a linear axis begins at 0, far below any loss
+            card |= {"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": scale, "lineSmoothness": 0}
             card |= {"useGlobalXaxisKey": True, "useGlobalLineSmoothing": True, "displayPoints": False}
         cards.append(card)
     shown = {"display": True, "isReordered": False, "deleted": False, "isGenerated": False}

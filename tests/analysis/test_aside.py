@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from analysis import aside as module
-from analysis.aside import aside, hasty, may_fork
+from analysis.aside import aside, hasty, may_fork, shared_out
 from analysis.make_tables import make_tables
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.results import Results
@@ -120,3 +120,19 @@ def test_figures_drawn_aside_have_the_same_bytes(
         made.append({path.relative_to(tmp_path / str(forks)): path.read_bytes() for path in report.files})
     assert made[0] == made[1]
     assert sum(path.parts[0] == "figures" for path in made[0]) >= 8
+
+
+def test_calls_are_shared_out_and_come_back_in_order(forked: bool) -> None:
+    found = shared_out("the letters", doubled, list("abcdefgh"))
+    assert [text for text, _ in found] == [letter * 2 for letter in "abcdefgh"]
+    assert os.getpid() in {pid for _, pid in found} or forked
+    assert len({pid for _, pid in found}) <= (2 if forked else 1)
+    assert shared_out("one", doubled, ["a"]) == [("aa", os.getpid())]
+    assert shared_out("none", doubled, []) == []
+
+
+@pytest.mark.parametrize("names", [["bad", "good"], ["good", "good", "bad"]])
+def test_an_error_in_shared_out_calls_is_raised(forked: bool, names: list[str]) -> None:
+    with pytest.raises(SparseForgeError, match="no such column"):
+        shared_out("the names", refused_if_bad, names)
+    assert len(os.listdir("/proc/self/fd")) < 200, "the pipe is closed"

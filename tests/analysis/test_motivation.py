@@ -94,6 +94,24 @@ def test_every_figure_has_its_numbers(results: Results) -> None:
     assert titles == ["step 1", "step 50", "step 100"] * 2, "each moment once"
 
 
+def test_masks_are_shown_of_a_run_that_softens_them(sqlite_url: str) -> None:
+    grid = Filled()
+    for row, moves in (("frozen", False), ("sparseforge", True)):
+        grid.row("table-2", row, row, scores([0.3], [0.4], [9.0]), method=row, tokens=5)
+        cell = next(one for one in grid.cells.values() if one.method == row)
+        middle = (0, 8, 0) if moves else (0, 0, 0)
+        values = tuple([5, count, 5] for count in middle)
+        edges = (0.0, 0.1, 0.9, 1.0)
+        grid.curves[cell.key] = [Curve(name="histogram:mask/mlp", steps=STEPS, values=values, edges=edges)]
+    grid.write(sqlite_url).close()
+    curves = Results(sqlite_url).curves("demo")
+    made = mask_histograms({}, curves)
+    fixed = mask_histograms({}, [one for one in curves if one.row == "frozen"])
+    assert made is not None
+    assert fixed is not None
+    assert (made.label, fixed.label) == ("sparseforge", "frozen"), "a fixed mask is shown where there is no other"
+
+
 def test_without_curves_there_is_nothing_to_draw(sqlite_url: str, tmp_path: Path) -> None:
     grid = Filled(with_items=False)
     grid.row("table-2", "sparseforge", "SparseForge", scores([0.3], [0.4], [9.0]), tokens=5)

@@ -51,7 +51,11 @@ def around(value: float) -> list[float | None]:
 class Made:
     """The study's grid by hand: perplexities by row, and at which budgets."""
 
-    def __init__(self, *, ours: float = 20.0, done: Sequence[int] | None = None, others: bool = True) -> None:
+    def __init__(
+        self, *, ours: float = 20.0, done: Sequence[int] | None = None, others: bool = True, first: bool = False
+    ) -> None:
+        """`first`: only seed 0 of Table 2 has been run."""
+        self.first = first
         self.filled = Filled(grid="smollm2-study")
         for exhibit in ("table-2", "table-3", "accuracy-vs-tokens"):
             self.filled.caption(exhibit, f"Caption of {exhibit}.")
@@ -77,6 +81,8 @@ class Made:
 
     def row(self, exhibit: str, row: str, label: str, values: dict[str, Any], **more: Any) -> None:
         more = {"tokens": MAIN, "seeds": SEEDS, "shown": (BOOKS, WIKI, ZERO_SHOT), **more}
+        if self.first:
+            more["done"] = (0,) if exhibit == "table-2" else ()
         if exhibit == "accuracy-vs-tokens":
             more["shown"] = (BOOKS, WIKI)
             values = {key: numbers for key, numbers in values.items() if key != ZERO_SHOT.key}
@@ -126,6 +132,22 @@ def test_what_is_half_there_is_judged_so_far_and_what_is_absent_not_at_all(tmp_p
         *(False, True, False, False),  # no rival at the main budget
         *(True, True, False, False, True, True),
     ]
+
+
+def test_one_seed_of_one_table_is_a_page_that_decides_nothing(tmp_path: Path) -> None:
+    results = Made(ours=19.0, first=True).write(tmp_path)
+    study = study_of(results)
+    by_bar = {bar.asked: bar for bar in bars(study)}
+    assert {bar.verdict for bar in by_bar.values()} == {"met so far", "not measured"}
+    seeds = next(bar for asked, bar in by_bar.items() if "intervals over seeds" in asked)
+    assert (seeds.verdict, seeds.found) == ("not measured", "one seed of ours: there is no interval over seeds yet")
+    assert {claim.verdict for claim in claims(study)} <= {"undecided so far", "not measured"}
+    page = report(results, "smollm2-study", store="x")
+    assert "No two rows have all their results yet." in page
+    assert "No bold: no column has two sparse rows with all their seeds, so nothing is tested." in page
+    assert "Seeds planned: 1 for Dense; 3 for" in page
+    assert not re.search(r"\d ± \d", page), "one seed, no interval"
+    assert "table-2, SparseForge (improved) at 12 M: 8 stages of 2 cells (pending)" in page
 
 
 def test_claims_are_decided_by_tests_and_absent_rows_decide_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from analysis.exhibits import TABLES
 from analysis.make_tables import collect, make_tables
@@ -35,3 +38,17 @@ def test_a_column_without_seeds_is_empty_and_said(sqlite_url: str, tmp_path: Pat
     assert "| A | 0 | \u2013\u2020 |" in text
     assert "| B | 0 | diverged |" in text
     assert report.partial
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(30, 5), (60, 2), (120, 1)])
+def test_columns_that_do_not_fit_go_on_below(sqlite_url: str, width: int, blocks: int) -> None:
+    everything().write(sqlite_url, PUBLISHED).close()
+    table = TABLES["table-2"](collect(Results(sqlite_url), "demo").exhibits["table-2"])
+    table = replace(table, published=None)
+    whole, lines = to_text(table, color=False).splitlines(), to_text(table, color=False, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(line.startswith("Method ") for line in lines) == blocks
+    for name in ("Method ", "SparseForge "):
+        row = next(line for line in whole if line.startswith(name))
+        found = [word for line in lines if line.startswith(name) for word in line.split()[1:]]
+        assert found == row.split()[1:], "every column once, in order"

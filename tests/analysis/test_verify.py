@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -154,7 +155,8 @@ def test_from_a_cell_of_a_table_to_its_origins(sqlite_url: str) -> None:
     assert lines[0].startswith("table-2, SparseForge, Avg: 0.3225 (n 2)")
     text = "\n".join(lines)
     for part in (
-        "attempt ",
+        "    attempt ",
+        "    made by attempt ",
         "commit 0123abc, with changes (not hashed); lock ff",
         "items c0ffee",
         "results log, entry",
@@ -190,7 +192,23 @@ def test_an_empty_place_says_so(sqlite_url: str) -> None:
     results = Results(sqlite_url)
     trace = find(collect(results, "demo").exhibits, "table-2", "a", "Avg")
     assert trace_lines(trace, results, "demo") == ["table-2, A, Avg: no result yet"]
-    assert origin_text(("c-s1", "s"), None) == "cell c-s1 (seed 1), stage s: not done"
+    assert origin_text(("c-s1", "s"), {}) == "cell c-s1 (seed 1), stage s: not done"
+
+
+def test_a_measured_number_leads_to_the_text_and_the_model_behind_it() -> None:
+    def origin(attempt: int, **context: str) -> dict[str, Any]:
+        about = {"git_sha": f"commit{attempt}", "dirty": attempt == 1, "diff_sha": "d" * 64, "lock_sha": "1" * 64}
+        about |= {"attempts": 1, "finished": "", "flow_run_id": "", "command": "run", "host": "h", "items_sha256": None}
+        return {**about, "attempt": attempt, "entry": attempt, "digest": "e", "device": "", "context": context}
+
+    made = origin(1, data_sha256="dd", model_sha256="mm", device="H200")
+    origins = {("c-s1", "train"): made, ("c-s1", "s"): origin(2, harness_version="0.4.13", device="cpu")}
+    said = origin_text(("c-s1", "s"), origins)
+    wanted = ("data dd", "model mm", "made by attempt 1 at commit commit1, with changes on H200", "cpu, lm-eval 0.4.13")
+    assert all(text in said for text in wanted), said
+    own = origin_text(("c-s1", "train"), origins)
+    assert "model mm" in own
+    assert "made by" not in own, "it is that attempt"
 
 
 def test_stages_from_before_outcomes_rest_on_the_log(sqlite_url: str) -> None:

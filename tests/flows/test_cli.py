@@ -39,6 +39,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         (["run", "demo", "--prefect", "--pool", "cpu"], "with Prefect, the work pools choose"),
         (["status", "demo"], "sparseforge: "),
         (["report"], "there is no store at"),
+        (
+            ["ingest", "nowhere"],
+            "there is no such folder, archive or part of one; `python -m sparseforge_core.run pack",
+        ),
+        (["ingest", "nowhere.json"], "is no results file of benchmarks/decode.py"),
         (["verify"], "there is no store at"),
         (["audit", "demo"], "there is no store at"),
         (["tables"], "there is no store at"),

@@ -33,6 +33,26 @@ def test_a_line_says_what_is_done_what_runs_and_how_long_it_takes() -> None:
     assert out.getvalue().splitlines()[-1].startswith("g: 1 of 3 cells  about 0:0")
 
 
+def test_a_line_says_how_fast_a_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    out = io.StringIO()
+    progress = Progress("g", 1, stream=out)
+
+    def line_at(moment: float, step: int) -> str:
+        nonlocal now
+        now = moment
+        progress.step(StepReport("a", "train", step, 100, 2.5))
+        return out.getvalue().splitlines()[-1]
+
+    progress.started("a", "llama")
+    assert line_at(10.0, 20).endswith("[llama 20/100 loss 2.500]"), "one report has no rate"
+    assert line_at(20.0, 60).endswith("[llama 60/100 4.0 steps/s loss 2.500]")
+    progress.started("a", "llama")
+    assert line_at(30.0, 60).endswith("[llama 60/100 loss 2.500]"), "what went on from a checkpoint is counted anew"
+    assert line_at(70.0, 62).endswith("[llama 62/100 20.0 s/step loss 2.500]")
+
+
 def test_quiet_says_nothing_and_lines_are_rare() -> None:
     quiet, loud = io.StringIO(), io.StringIO()
     for stream, silent in ((quiet, True), (loud, False)):

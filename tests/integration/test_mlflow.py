@@ -106,11 +106,11 @@ def test_a_cell_becomes_one_run_that_people_can_read(mlflow_home: Mirrored) -> N
     assert run.info.end_time - run.info.start_time == 900_000, "the cell's own time, not that of the copying"
     kind = mlflow_home.client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
     assert kind == "custom_model_development"
-    assert run.info.run_name == "llama-tiny \u00b7 SparseForge \u00b7 98.3k tokens \u00b7 s0"
+    assert run.info.run_name == "SparseForge \u00b7 98.3k tokens \u00b7 s0"
     assert run.info.status == "FINISHED"
     wanted = {"pattern": "2:4", "seed": "0", "grid": "demo", "recipe_key": "aaaaaaaaaaaa", "diverged": "nll"}
     assert wanted.items() <= run.data.tags.items()
-    assert run.data.tags["group"] == "llama-tiny \u00b7 SparseForge \u00b7 98.3k tokens", "the same for every seed"
+    assert run.data.tags["group"] == "SparseForge \u00b7 98.3k tokens", "the same for every seed"
     assert run.data.params["model.recipe.train.steps"] == "500"
     assert len(run.data.params["corpus.paths"]) == 6000
     assert run.data.metrics["eval/heldout/perplexity"] == 25.5

@@ -42,13 +42,17 @@ def test_charts_hold_the_seeds_of_a_recipe_together(name: str, kind: str, count:
     cards, sections = state["compareRunCharts"], state["compareRunSections"]
     assert [card["type"] for card in cards] == [kind] * count
     assert len({card["uuid"] for card in cards}) == count
+    scales = {card["metricKey"]: card.get("scaleType") for card in cards if kind == "LINE"}
+    assert all(scale == ("linear" if "mask/" in metric else "log") for metric, scale in scales.items())
     assert {card["metricSectionId"] for card in cards} == {section["uuid"] for section in sections}
 
 
 def test_addresses_open_the_view_in_its_mode() -> None:
     base = "http://here:5000/#/experiments/7/runs?viewStateShareKey=demo-"
-    assert named(SCORES).address("http://here:5000/", "7", "demo") == f"{base}scores"
-    assert named(LOSSES).address("http://here:5000", "7", "demo") == f"{base}losses&compareRunsMode=CHART"
+    assert named(SCORES).address("http://here:5000/", "7", "demo") == f"{base}scores&workflowType=machine_learning"
+    assert named(LOSSES).address("http://here:5000", "7", "demo") == (
+        f"{base}losses&workflowType=machine_learning&compareRunsMode=CHART"
+    )
 
 
 def test_an_experiment_without_scores_has_views_too() -> None:
