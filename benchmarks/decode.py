@@ -5,7 +5,8 @@ python benchmarks/decode.py [--model llama-2-7b|tiny|DIR] [--batches 1 4 16 64] 
 Shapes are filled with random weights, the sparse ones in exact 2:4; a packed export takes its own. One dense product is
 the fastest of cuBLAS, torch.compile and a Triton kernel, chosen for each shape in place, in graphs over the weights of
 all layers. Prompts, and steps of more than 64 rows, are run in mode throughput, dense and sparse in turn. Every length
-pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph.
+pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph. So is a prompt, on both
+sides, as its size came before; `prefill_eager_*` are prompts whose size did not.
 `decode_*` figures are of the steps alone, `whole_*` of prompt and steps. Without a GPU the same loop runs on the
 reference path, which is for trying the script. Results are merged by measure into FILE.
 """
@@ -138,8 +139,7 @@ def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | No
 def large_batches(options: argparse.Namespace, report: Report, machine: Machine, sides: Sides) -> None:
     """Prompts, and steps of more rows than decode mode takes, in mode `throughput`; both sides are held at once."""
     rows = [*options.prefill, *(batch for batch in options.batches if batch > LARGEST_OURS)]
-    if options.choices is None:
-        tune(machine, sides.shapes(), sides.dtype, rows, copies=True)
+    tune(machine, sides.shapes(), sides.dtype, rows, copies=True)  # what `--choices` lacks
     both = {side: sides.parts(side, mode="throughput") for side in options.sides}
     if "sparse" in both:
         report.add("resident_bytes.sparse_throughput", resident_bytes(both["sparse"]), "bytes")

@@ -225,7 +225,7 @@ for more in (added, None):
 fast.SHORTEST = 16  # so that a short text has several stretches, and the last of them adds up
 for name, fast.CROWDED in (("qwen3", 264), ("llama-grouped", 264), ("qwen3", 0), ("llama-grouped", 0)):
     parts = parts_of(lively(name), reference)
-    sides = [Decoder(parts, batch=2, capacity=40, steps=steps) for steps in (plain, fast)]
+    sides = [Decoder(parts, batch=2, capacity=40, steps=steps, fill=steps is fast) for steps in (plain, fast)]
     prompt = torch.randint(0, 64, (2, 18))
     for turn in range(3):
         for side in sides:
