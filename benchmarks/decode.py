@@ -108,6 +108,10 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
     report.part("same numbers", lambda: same_numbers(report, sides, machine))
     if report.failed:
         return  # the speed of wrong numbers is no result
+    if options.prefill or max(options.batches, default=0) > LARGEST_OURS:
+        report.part("throughput", lambda: large_batches(options, report, machine, sides))
+        machine.free()
+        report.save(options.out)
     for side, block in (
         ("dense", None), ("sparse", None), ("sparse", options.block),
     ):  # fmt: skip
@@ -121,9 +125,6 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
         if side == "sparse" and block is None:
             ratios(report, options)  # what there is so far, should the rest not come
         report.save(options.out)
-    if options.prefill or max(options.batches, default=0) > LARGEST_OURS:
-        report.part("throughput", lambda: large_batches(options, report, machine, sides))
-        machine.free()
     ratios(report, options)
     report.part("prediction", lambda: compare_prediction(report, options))
     report.save(options.out)
