@@ -77,6 +77,7 @@ def run_pairs(
 ) -> None:
     """Run each length pair in full at batch 1: a prompt whose size came before, then one step for each token."""
     prefix = {"sparse": "", "dense": "dense_"}[side]
+    prompts: dict[int, list[float]] = {}
     for prompt, output in pairs:
         decoder = Decoder(parts, capacity=prompt + output, steps=machine.steps)
         tokens = torch.randint(0, parts.sizes.vocabulary, (1, prompt), device=machine.device)
@@ -88,6 +89,7 @@ def run_pairs(
             count = output if turn else 2  # the first turn warms up and captures
             then = machine.seconds(functools.partial(_steps, decoder, count))
             if turn:
+                prompts.setdefault(prompt, []).append(1e3 * first)
                 steps.append(output / then)
                 whole.append(output / (first + then))
         if not bool(decoder.finite):
@@ -97,6 +99,8 @@ def run_pairs(
         report.add(f"{prefix}whole_tokens_per_second.{name}", statistics.median(whole), "tokens/s", whole)
         del decoder
         machine.free()
+    for prompt, took in prompts.items():
+        report.add(f"prompt_ms.{side}.{prompt}", statistics.median(took), "ms", took)
 
 
 def step_seconds(machine: Machine, decoder: Decoder, context: int) -> float:

@@ -16,6 +16,7 @@ import torch
 from sparseforge_core.runtime.decode.parts import Parts
 from sparseforge_core.runtime.kernels.choices import LARGEST_OURS
 from sparseforge_core.runtime.kernels.cusparselt import filled_up
+from sparseforge_core.runtime.kernels.support import check_memory, free_memory
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +101,16 @@ class Prompts:
         return size if self._fill and self.needed_bytes(size) <= BUDGET else length
 
     def run(self, size: int, work: Work) -> None:
-        """Pass a prompt of a size that `size` gave; `work` does it launch by launch."""
+        """Pass a prompt of a size that `size` gave; `work` does it launch by launch.
+
+        Raises ExportError, before any work, where the device has no memory for what lies between the products.
+        """
         if size in self._recorded:
             self._recorded[size]()
             return
         needed = self.needed_bytes(size)
+        if size not in self._met:
+            check_memory(needed, self._device, f"a pass over {self._batch} x {size} tokens")
         if self._make is None or needed > BUDGET or size not in self._met:
             self._met.add(size)
             work()
@@ -126,4 +132,5 @@ class Prompts:
         self._recorder, self.held_bytes = None, 0
 
     def _has_room(self, needed: int) -> bool:
-        return self._device.type != "cuda" or needed <= torch.cuda.mem_get_info(self._device)[0]
+        free = free_memory(self._device)
+        return free is None or needed <= free

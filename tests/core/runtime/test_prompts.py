@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from sparseforge_core.runtime.decode.on_kernels import on_kernels
 from sparseforge_core.runtime.decode.parts import Parts, parts_of
 from sparseforge_core.runtime.decode.products import reference
 from sparseforge_core.runtime.decode.prompts import Prompts
-from sparseforge_core.runtime.kernels import cusparselt
+from sparseforge_core.runtime.kernels import cusparselt, support
 from sparseforge_core.runtime.kernels.weight import Mode
 from tests.core.runtime.exports import packed_export
 from tests.core.runtime.test_decode import DRIVEN, lively, said, wide_model
@@ -143,6 +145,28 @@ def test_a_size_is_recorded_when_it_comes_again_and_memory_is_bounded(monkeypatc
     assert (sizes.recorded, sizes.held_bytes) == ((), 0)
 
 
+def test_a_prompt_without_memory_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(exact_parts("llama"), capacity=60, fill=True)
+    monkeypatch.setattr(support, "free_memory", lambda device: 1000)
+    with pytest.raises(ExportError, match=r"a pass over 1 x 24 tokens needs .* ask for fewer tokens"):
+        decoder.prefill(tokens(1, 20))
+    monkeypatch.undo()
+    assert bool(torch.isfinite(decoder.prefill(tokens(1, 20))).all())
+
+
+def test_a_decoder_goes_when_it_is_let_go() -> None:
+    """Its memory is needed for the next one at once, so nothing of its own may hold it until the collector comes."""
+    decoder = Decoder(exact_parts("llama"), capacity=60, fill=True)
+    decoder.prompts.run(8, lambda: None)
+    decoder.prefill(tokens(1, 20))
+    kept = weakref.ref(decoder)
+    gc.disable()
+    del decoder
+    there = kept()
+    gc.enable()
+    assert there is None
+
+
 def test_no_more_than_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MOST", 2)
     sizes = Prompts(exact_parts("llama"), 1, 64, fill=True, recorder=lambda: Notes(0))
@@ -250,7 +274,7 @@ def test_on_a_gpu_graphs_give_their_memory_back(monkeypatch: pytest.MonkeyPatch)
     decoder.prompts.forget()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before - held
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(prompts, "free_memory", lambda device: 0)
     expected = decoder.prefill(tokens(2, 40).cuda()).clone()
     assert decoder.prompts.recorded == (), "without memory the host launches the prompt"
     monkeypatch.undo()
