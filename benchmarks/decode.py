@@ -14,7 +14,6 @@ reference path, which is for trying the script. Results are merged by measure in
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -36,16 +35,14 @@ from benchmarks.decode_runs import (
     show_kernels,
     tune,
 )
+from flows.outlook import RESULTS, committed
 from sparseforge_core.errors import SparseForgeError
-from sparseforge_core.runtime import prediction
+from sparseforge_core.runtime import prediction, prompt_prediction
 from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, record
 from sparseforge_core.runtime.kernels.table import read_file
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
-
-COMMITTED = Path(__file__).parent / "results" / "decode.json"
-"""What was measured before, with the code."""
 
 
 def ratios(report: Report, options: argparse.Namespace) -> None:
@@ -70,31 +67,42 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
     report.ratio("resident_memory_ratio", "resident_bytes.sparse", "resident_bytes.dense")
 
 
-def compare_prediction(report: Report, options: argparse.Namespace) -> None:
+def compare_prediction(report: Report, options: argparse.Namespace, machine: Machine) -> None:
     """What `doctor --model` predicts from the results committed before this run, over what this run measured."""
-    if options.model != prediction.MEASURED or not COMMITTED.is_file():
+    if options.model != prediction.MEASURED or not RESULTS.is_file():
         return
-    before = {row["measure"]: float(row["value"]) for row in json.loads(COMMITTED.read_text())}
+    before, source = committed(torch.cuda.get_device_name(machine.device) if machine.cuda else None)
+    sizes = prediction.KNOWN[options.model]
+    print(f"doctor: from {source}")
     for prompt, output in options.pairs:
         expected = prediction.forecast(
-            prediction.KNOWN[options.model],
+            sizes,
             before,
             measured_at=prediction.CONTEXT,
             bandwidth=1e12 * (report.value("copy_bandwidth") or 0.0),
             context=prompt + output // 2,
         )
-        name = f"decode_tokens_per_second.{prompt}_{output}"
-        for label, measured, value in (
-            ("sparse", name, expected.sparse_tokens_per_second),
-            ("dense", f"dense_{name}", expected.dense_tokens_per_second),
-        ):
-            found = report.value(measured)
-            print(f"doctor: {label} {prompt}x{output}: {value:,.1f} tokens/s predicted, {found} measured")
-            if found:
-                report.add(f"doctor_over_measured.{label}.{prompt}_{output}", value / found, "times")
-    held, sizes = (report.value("resident_bytes.sparse") or 0.0) / 2**30, prediction.KNOWN[options.model]
+        name = f"{prompt}_{output}"
+        compare(report, f"sparse.{name}", expected.sparse_tokens_per_second, f"decode_tokens_per_second.{name}")
+        compare(report, f"dense.{name}", expected.dense_tokens_per_second, f"dense_decode_tokens_per_second.{name}")
+    lengths = {"throughput": options.prefill, "decode": sorted({prompt for prompt, _ in options.pairs})}
+    for mode, (measure, _) in prompt_prediction.MEASURES.items():
+        for length in lengths[mode]:
+            found = prompt_prediction.forecast_prompt(sizes, before, length, mode)
+            if found is not None:
+                took = (("sparse", found.sparse_seconds), ("dense", found.dense_seconds))
+                for side, seconds in took:
+                    compare(report, f"{measure}.{side}.{length}", 1e3 * seconds, f"{measure}.{side}.{length}")
+    held = (report.value("resident_bytes.sparse") or 0.0) / 2**30
     expected_gib = prediction.resident_bytes(sizes, "sparse") / 2**30
     print(f"doctor: {expected_gib:.3f} GiB of weights predicted, {held:.3f} measured")
+
+
+def compare(report: Report, name: str, expected: float, measure: str) -> None:
+    """What was predicted over what was measured, if it was."""
+    found = report.value(measure)
+    if found:
+        report.add(f"doctor_over_measured.{name}", expected / found, "times")
 
 
 def measure(options: argparse.Namespace, report: Report, machine: Machine) -> None:
@@ -126,7 +134,7 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
             ratios(report, options)  # what there is so far, should the rest not come
         report.save(options.out)
     ratios(report, options)
-    report.part("prediction", lambda: compare_prediction(report, options))
+    report.part("prediction", lambda: compare_prediction(report, options, machine))
     report.save(options.out)
 
 

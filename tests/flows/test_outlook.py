@@ -9,7 +9,7 @@ import pytest
 
 from flows import outlook
 from sparseforge_core.runtime import prediction
-from tests.core.runtime.test_prediction import measured
+from tests.core.runtime.test_prediction import measured, prompts
 from tests.flows.test_cli import run
 from tests.tiny import tiny_model
 
@@ -41,6 +41,27 @@ def test_a_known_model(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert 1.3 < found["gain"] < 1.78
     assert run("doctor", "--model", "llama-2-7b", "--batch", "65") == 0
     assert "a step of more than 64 rows needs mode throughput" in capsys.readouterr().out
+
+
+def test_prompts_are_told_by_mode(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--model", "llama-2-7b") == 0
+    assert "2,048 tokens: not predicted; measured: none" in capsys.readouterr().out
+    rows = json.loads(results.read_text())
+    timed = prompts(2e-15, 1.0)
+    unpacked = {
+        name.replace("prefill_ms", "prompt_ms"): value * (2.0 if "sparse" in name else 1.0)
+        for name, value in timed.items()
+        if "over" not in name
+    }
+    rows += [{"measure": name, "value": value} for name, value in (timed | unpacked).items()]
+    results.write_text(json.dumps(rows))
+    assert run("doctor", "--model", "llama-2-7b") == 0
+    text = capsys.readouterr().out
+    assert "2,048 tokens in mode throughput: 41.4 ms with 2:4, 55.3 dense: 1.33 times" in text
+    assert "2,048 tokens in mode decode: 82.9 ms with 2:4, 55.3 dense: 0.67 times" in text
+    assert "takes 1.50 times as long as with dense weights in mode decode; mode throughput" in text
+    assert run("doctor", "--model", "llama-2-7b", "--prompt", "512") == 0
+    assert "512 tokens: not predicted; measured: 1,024 to 4,096 tokens in mode throughput" in capsys.readouterr().out
 
 
 def test_figures_of_the_same_gpu_are_preferred(results: Path) -> None:
@@ -105,6 +126,10 @@ def test_a_model_whose_cache_is_not_ours_is_told_so(
         (["--model", "llama-2-7"], "Did you mean 'llama-2-7b'"),
         (["--model", "llama-2-7b", "--batch", "0"], "batch 0, context 192: at least 1"),
         (["--model", "llama-2-7b", "--context", "4096"], "within the model's 4096"),
+        (
+            ["--model", "llama-2-7b", "--prompt", "4097"],
+            "a prompt of 4097 tokens: at least 1, and within the model's 4096",
+        ),
     ],
 )
 def test_bad_requests_get_a_sentence(
