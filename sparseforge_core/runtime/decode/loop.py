@@ -7,6 +7,7 @@ the same way through it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Collection, Iterator
 from types import ModuleType
@@ -85,7 +86,8 @@ class Decoder:
         self.prompt[:, length:size] = 0
         self.cache.position.fill_(length)
         self.finite.fill_(True)
-        self.prompts.run(size, functools.partial(self._prompt, size))
+        with on(self.tokens.device):
+            self.prompts.run(size, functools.partial(self._prompt, size))
         return self.logits
 
     def _prompt(self, size: int) -> None:
@@ -97,13 +99,14 @@ class Decoder:
 
     def step(self) -> None:
         """The next token of each row: its embedding in, its logits and their likeliest token out."""
-        if not self._wanted:
-            self._step()
-            return
-        if self._graph is None:
-            self._capture()
-        assert self._graph is not None
-        self._graph.replay()
+        with on(self.tokens.device):
+            if not self._wanted:
+                self._step()
+                return
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -157,6 +160,11 @@ class Decoder:
     def _restore(self, kept: list[Tensor]) -> None:
         for tensor, value in zip(self._state, kept, strict=True):
             tensor.copy_(value)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one, on which Triton launches and graphs are captured; others need nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def decode(
