@@ -131,7 +131,9 @@ class Prompts:
         self.held_bytes += held
 
     def forget(self) -> None:
-        """Let go of everything recorded and of its memory; sizes met stay met."""
+        """Let go of everything recorded and of its memory, when the device is done with it; sizes met stay met."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._recorded.clear()
         self._recorder, self.held_bytes = None, 0
 
