@@ -14,6 +14,9 @@ from sparseforge_core.errors import ExportError, unknown
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 """What was measured, as committed with the code."""
 
+CONTEXT = 192
+"""Tokens before those decoded, where none are asked for: the middle of 128 behind 128."""
+
 PROMPT = 2048
 """Tokens of a prompt, where none are asked for."""
 
@@ -26,7 +29,8 @@ def outlook(options: argparse.Namespace) -> str:
     from sparseforge_core.runtime import prediction
 
     sizes, about = model_named(options.model)
-    prediction.check_request(sizes, options.batch, options.context)
+    context = min(CONTEXT, sizes.positions // 2) if options.context is None else options.context
+    prediction.check_request(sizes, options.batch, context)
     length = prompt_length(options.prompt, sizes)
     gpu = this_gpu(options.dtype, prediction.product_shapes(sizes), options.batch)
     measured, source = committed(gpu["name"])
@@ -37,7 +41,7 @@ def outlook(options: argparse.Namespace) -> str:
         measured_at=prediction.CONTEXT,
         bandwidth=bandwidth,
         batch=options.batch,
-        context=options.context,
+        context=context,
         tied=about["tied"],
     )
     prompts = prompts_of(sizes, measured, length)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows import outlook
-from sparseforge_core.runtime import prediction
+from sparseforge_core.runtime import prediction, prompt_prediction
 from tests.core.runtime.test_prediction import measured, prompts
 from tests.flows.test_cli import run
 from tests.tiny import tiny_model
@@ -99,6 +99,12 @@ def test_an_h200_is_predicted_from_its_own_measurements() -> None:
     assert expected.dense_tokens_per_second == pytest.approx(found[f"dense_{name}"], rel=0.1)
     crowd = prediction.forecast(sizes, found, measured_at=prediction.CONTEXT, bandwidth=bandwidth, batch=64)
     assert 0.95 < crowd.gain < expected.gain
+    whole, _ = outlook.committed("NVIDIA H100 80GB HBM3")
+    for length in (4096, 8192):  # prompts are limited by tensor cores that both GPUs have
+        prompt = prompt_prediction.forecast_prompt(sizes, whole, length, "throughput")
+        assert prompt is not None
+        assert 1e3 * prompt.sparse_seconds == pytest.approx(found[f"prefill_ms.sparse.{length}"], rel=0.1)
+        assert 1e3 * prompt.dense_seconds == pytest.approx(found[f"prefill_ms.dense.{length}"], rel=0.1)
     assert outlook.committed("NVIDIA H100 80GB HBM3")[1].startswith("NVIDIA H100 80GB HBM3, ")
 
 
@@ -106,7 +112,7 @@ def test_a_model_that_gains_nothing_is_told_so(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
-    assert run("doctor", "--model", tmp_path / "tiny", "--context", "10") == 0
+    assert run("doctor", "--model", tmp_path / "tiny") == 0
     assert "2:4 will not help at batch 1: 1.0" in capsys.readouterr().out
 
 
