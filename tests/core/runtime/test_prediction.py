@@ -156,6 +156,24 @@ def test_operations_of_a_prompt() -> None:
     assert operations(SEVEN, 2048) == 2048 * (2 * weights + 2 * 32 * 4096 * 2048)
 
 
+@given(share=st.floats(0.2, 1.0))
+def test_the_cache_is_read_as_steps_grow(share: float) -> None:
+    """Pairs of a machine whose steps grow with the text at a share of copy bandwidth, and the law of it."""
+    results = measured(1e-6, 0.9, 4e-6, 0.1)
+    assert law(results, "dense", CONTEXT).cache == 1.0, "no pair, no growth"
+    first = 1e-3 * results["step_ms.dense.batch_1"]
+    for prompt, output in ((128, 128), (128, 1024), (1024, 128), (1024, 1024)):
+        more = cache_seconds(SEVEN, 1, prompt + output // 2 - CONTEXT, share * BANDWIDTH)
+        results[f"dense_decode_tokens_per_second.{prompt}_{output}"] = 1.0 / (first + more)
+        results[f"decode_tokens_per_second.{prompt}_{output}"] = 300.0
+    found = law(results, "dense", CONTEXT)
+    assert found.cache == pytest.approx(share)
+    assert found.seconds(SEVEN, "dense", BANDWIDTH, context=CONTEXT) == pytest.approx(first)
+    longer = found.seconds(SEVEN, "dense", BANDWIDTH, context=1536)
+    assert longer == pytest.approx(1.0 / results["dense_decode_tokens_per_second.1024_1024"])
+    assert law(results, "sparse", CONTEXT).cache == 1.0, "steps that do not grow say nothing of the cache"
+
+
 def test_times_that_are_no_pair_are_left_out() -> None:
     results = prompts(1e-15, 1.0)
     del results["prefill_over_dense.1024"]
