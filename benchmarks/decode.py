@@ -5,7 +5,8 @@ python benchmarks/decode.py [--model llama-2-7b|tiny|DIR] [--batches 1 4 16 64] 
 Shapes are filled with random weights, the sparse ones in exact 2:4; a packed export takes its own. One dense product is
 the fastest of cuBLAS, torch.compile and a Triton kernel, chosen for each shape in place, in graphs over the weights of
 all layers. Prompts, and steps of more than 64 rows, are run in mode throughput, dense and sparse in turn. Every length
-pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph.
+pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph. So is a prompt, on both
+sides, as its size came before; `prefill_eager_*` are prompts whose size did not.
 `decode_*` figures are of the steps alone, `whole_*` of prompt and steps. Without a GPU the same loop runs on the
 reference path, which is for trying the script. Results are merged by measure into FILE.
 """
@@ -36,16 +37,14 @@ from benchmarks.decode_runs import (
     tune,
 )
 from benchmarks.talking import talking
+from flows.outlook import RESULTS, committed
 from sparseforge_core.errors import SparseForgeError
-from sparseforge_core.runtime import prediction
+from sparseforge_core.runtime import prediction, prompt_prediction
 from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, record
 from sparseforge_core.runtime.kernels.table import read_file
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
-
-COMMITTED = Path(__file__).parent / "results" / "decode.json"
-"""What was measured before, with the code."""
 
 
 def ratios(report: Report, options: argparse.Namespace) -> None:
@@ -70,31 +69,42 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
     report.ratio("resident_memory_ratio", "resident_bytes.sparse", "resident_bytes.dense")
 
 
-def compare_prediction(report: Report, options: argparse.Namespace) -> None:
+def compare_prediction(report: Report, options: argparse.Namespace, machine: Machine) -> None:
     """What `doctor --model` predicts from the results committed before this run, over what this run measured."""
-    if options.model != prediction.MEASURED or not COMMITTED.is_file():
+    if options.model != prediction.MEASURED or not RESULTS.is_file():
         return
-    before = {row["measure"]: float(row["value"]) for row in json.loads(COMMITTED.read_text())}
+    before, source = committed(torch.cuda.get_device_name(machine.device) if machine.cuda else None)
+    sizes = prediction.KNOWN[options.model]
+    print(f"doctor: from {source}")
     for prompt, output in options.pairs:
         expected = prediction.forecast(
-            prediction.KNOWN[options.model],
+            sizes,
             before,
             measured_at=prediction.CONTEXT,
             bandwidth=1e12 * (report.value("copy_bandwidth") or 0.0),
             context=prompt + output // 2,
         )
-        name = f"decode_tokens_per_second.{prompt}_{output}"
-        for label, measured, value in (
-            ("sparse", name, expected.sparse_tokens_per_second),
-            ("dense", f"dense_{name}", expected.dense_tokens_per_second),
-        ):
-            found = report.value(measured)
-            print(f"doctor: {label} {prompt}x{output}: {value:,.1f} tokens/s predicted, {found} measured")
-            if found:
-                report.add(f"doctor_over_measured.{label}.{prompt}_{output}", value / found, "times")
-    held, sizes = (report.value("resident_bytes.sparse") or 0.0) / 2**30, prediction.KNOWN[options.model]
+        name = f"{prompt}_{output}"
+        compare(report, f"sparse.{name}", expected.sparse_tokens_per_second, f"decode_tokens_per_second.{name}")
+        compare(report, f"dense.{name}", expected.dense_tokens_per_second, f"dense_decode_tokens_per_second.{name}")
+    lengths = {"throughput": options.prefill, "decode": sorted({prompt for prompt, _ in options.pairs})}
+    for mode, (measure, _) in prompt_prediction.MEASURES.items():
+        for length in lengths[mode]:
+            found = prompt_prediction.forecast_prompt(sizes, before, length, mode)
+            if found is not None:
+                took = (("sparse", found.sparse_seconds), ("dense", found.dense_seconds))
+                for side, seconds in took:
+                    compare(report, f"{measure}.{side}.{length}", 1e3 * seconds, f"{measure}.{side}.{length}")
+    held = (report.value("resident_bytes.sparse") or 0.0) / 2**30
     expected_gib = prediction.resident_bytes(sizes, "sparse") / 2**30
     print(f"doctor: {expected_gib:.3f} GiB of weights predicted, {held:.3f} measured")
+
+
+def compare(report: Report, name: str, expected: float, measure: str) -> None:
+    """What was predicted over what was measured, if it was."""
+    found = report.value(measure)
+    if found:
+        report.add(f"doctor_over_measured.{name}", expected / found, "times")
 
 
 def measure(options: argparse.Namespace, report: Report, machine: Machine) -> None:
@@ -108,6 +118,10 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
     report.part("same numbers", lambda: same_numbers(report, sides, machine))
     if report.failed:
         return  # the speed of wrong numbers is no result
+    if options.prefill or max(options.batches, default=0) > LARGEST_OURS:
+        report.part("throughput", lambda: large_batches(options, report, machine, sides))
+        machine.free()
+        report.save(options.out)
     for side, block in (
         ("dense", None), ("sparse", None), ("sparse", options.block),
     ):  # fmt: skip
@@ -121,11 +135,8 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
         if side == "sparse" and block is None:
             ratios(report, options)  # what there is so far, should the rest not come
         report.save(options.out)
-    if options.prefill or max(options.batches, default=0) > LARGEST_OURS:
-        report.part("throughput", lambda: large_batches(options, report, machine, sides))
-        machine.free()
     ratios(report, options)
-    report.part("prediction", lambda: compare_prediction(report, options))
+    report.part("prediction", lambda: compare_prediction(report, options, machine))
     report.save(options.out)
 
 
@@ -139,8 +150,7 @@ def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | No
 def large_batches(options: argparse.Namespace, report: Report, machine: Machine, sides: Sides) -> None:
     """Prompts, and steps of more rows than decode mode takes, in mode `throughput`; both sides are held at once."""
     rows = [*options.prefill, *(batch for batch in options.batches if batch > LARGEST_OURS)]
-    if options.choices is None:
-        tune(machine, sides.shapes(), sides.dtype, rows, copies=True)
+    tune(machine, sides.shapes(), sides.dtype, rows, copies=True)  # what `--choices` lacks
     both = {side: sides.parts(side, mode="throughput") for side in options.sides}
     if "sparse" in both:
         report.add("resident_bytes.sparse_throughput", resident_bytes(both["sparse"]), "bytes")

@@ -33,7 +33,8 @@ def same_numbers(report: Report, sides: Sides, machine: Machine) -> None:
         for step in range(12):
             for decoder in (fast, slow):
                 if step == 0:
-                    decoder.prefill(tokens)
+                    for _ in range(1 if decoder is slow else 3):  # the third prompt of a size is the replay of a graph
+                        decoder.prefill(tokens)
                 else:
                     decoder.step()
             error = (fast.logits.double() - slow.logits.double()).norm() / slow.logits.double().norm()

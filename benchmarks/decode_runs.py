@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from sparseforge_core.runtime.decode.parts import Parts
 from sparseforge_core.runtime.decode.products import Product
 
 WARM, TURNS = 2, 7
-"""Prompts that only warm up, and that are timed at least, on each side."""
+"""Prompts that only warm up (the second of a size is captured), and that are timed at least, on each side."""
 
 CONTEXT = 256
 """Tokens in the cache when batches are compared."""
@@ -75,17 +75,21 @@ def choose_dense(machine: Machine, parts: Parts, names: Sequence[str], *, compil
 def run_pairs(
     report: Report, machine: Machine, parts: Parts, side: str, pairs: Sequence[tuple[int, int]], repeats: int
 ) -> None:
-    """Run each length pair in full at batch 1: a prompt, then one step for each token of output."""
+    """Run each length pair in full at batch 1: a prompt whose size came before, then one step for each token."""
     prefix = {"sparse": "", "dense": "dense_"}[side]
+    prompts: dict[int, list[float]] = {}
     for prompt, output in pairs:
         decoder = Decoder(parts, capacity=prompt + output, steps=machine.steps)
         tokens = torch.randint(0, parts.sizes.vocabulary, (1, prompt), device=machine.device)
         whole, steps = [], []
+        for _ in range(WARM):
+            decoder.prefill(tokens)
         for turn in range(1 + (repeats if output <= 128 else 1)):
             first = machine.seconds(functools.partial(decoder.prefill, tokens))
             count = output if turn else 2  # the first turn warms up and captures
             then = machine.seconds(functools.partial(_steps, decoder, count))
             if turn:
+                prompts.setdefault(prompt, []).append(1e3 * first)
                 steps.append(output / then)
                 whole.append(output / (first + then))
         if not bool(decoder.finite):
@@ -95,6 +99,8 @@ def run_pairs(
         report.add(f"{prefix}whole_tokens_per_second.{name}", statistics.median(whole), "tokens/s", whole)
         del decoder
         machine.free()
+    for prompt, took in prompts.items():
+        report.add(f"prompt_ms.{side}.{prompt}", statistics.median(took), "ms", took)
 
 
 def step_seconds(machine: Machine, decoder: Decoder, context: int) -> float:
@@ -141,44 +147,46 @@ def run_prefill(
 ) -> None:
     """Milliseconds of a prompt on either side, and their ratio: the sides take turns, so that both see one machine.
 
-    A prompt is launched kernel by kernel. `prefill_host_ms` is how long the host takes for that: where it nears the
-    whole, the host is what was measured. `prefill_spread` is how far the ratios of single turns lie apart. The same
-    prompt as one graph follows: no figure of a bar, as `generate` launches prompts and captures none.
+    `prefill_*` is a prompt of a size that came before, on a GPU the replay of a graph; `prefill_eager_*` one that the
+    host launches kernel by kernel, as the first of a size is. `*_host_ms` is how long the host takes for that: where
+    it nears the whole, the host is what was measured. `*_spread` is how far the ratios of single turns lie apart.
     """
     for length in lengths:
-        decoders = {side: Decoder(parts, capacity=length, steps=machine.steps) for side, parts in both.items()}
         tokens = torch.randint(0, next(iter(both.values())).sizes.vocabulary, (1, length), device=machine.device)
-        calls = {side: functools.partial(decoder.prefill, tokens) for side, decoder in decoders.items()}
-        took: dict[str, list[float]] = {side: [] for side in both}
-        host: dict[str, list[float]] = {side: [] for side in both}
-        with machine.undisturbed():
-            for turn in range(WARM + max(repeats, TURNS)):
-                for side, call in calls.items():
-                    launched, whole = machine.launched(call)
-                    if turn >= WARM:
-                        host[side].append(1e3 * launched)
-                        took[side].append(1e3 * whole)
-        for side in both:
-            report.add(f"prefill_ms.{side}.{length}", statistics.median(took[side]), "ms", took[side])
-            report.add(f"prefill_host_ms.{side}.{length}", statistics.median(host[side]), "ms", host[side])
-        if {"dense", "sparse"} <= both.keys():
-            ratios = [dense / sparse for dense, sparse in zip(took["dense"], took["sparse"], strict=True)]
-            report.add(f"prefill_over_dense.{length}", statistics.median(ratios), "times", ratios)
-            apart = (max(ratios) - min(ratios)) / statistics.median(ratios)
-            report.add(f"prefill_spread.{length}", apart, "of the ratio, largest less smallest turn")
-        report.part(f"prompt of {length}: device", functools.partial(run_prompt_graphs, report, machine, calls, length))
-        del decoders, calls
-        machine.free()
+        for name, graph in (("prefill", None), ("prefill_eager", False)):
+            decoders = {
+                side: Decoder(parts, capacity=length, steps=machine.steps, graph=graph) for side, parts in both.items()
+            }
+            run_turns(report, machine, decoders, tokens, name, max(repeats, TURNS))
+            if graph is None and machine.cuda:
+                for side, decoder in decoders.items():
+                    report.add(f"prompt_graph_bytes.{side}.{length}", decoder.prompts.held_bytes, "bytes")
+            del decoders
+            machine.free()
 
 
-def run_prompt_graphs(
-    report: Report, machine: Machine, calls: Mapping[str, Callable[[], torch.Tensor]], length: int
+def run_turns(
+    report: Report, machine: Machine, decoders: Mapping[str, Decoder], tokens: torch.Tensor, name: str, turns: int
 ) -> None:
-    """Milliseconds of a prompt as the replay of a CUDA graph, which leaves the host out."""
-    for side, call in calls.items():
-        report.add(f"prefill_device_ms.{side}.{length}", 1e3 * machine.graphed(call), "ms")
-    names = (f"prefill_device_ms.{side}.{length}" for side in ("dense", "sparse"))
-    report.ratio(f"prefill_device_over_dense.{length}", *names)
+    """A prompt's turns on either side, after WARM that are not counted."""
+    length = tokens.shape[1]
+    took: dict[str, list[float]] = {side: [] for side in decoders}
+    host: dict[str, list[float]] = {side: [] for side in decoders}
+    with machine.undisturbed():
+        for turn in range(WARM + turns):
+            for side, decoder in decoders.items():
+                launched, whole = machine.launched(functools.partial(decoder.prefill, tokens))
+                if turn >= WARM:
+                    host[side].append(1e3 * launched)
+                    took[side].append(1e3 * whole)
+    for side in decoders:
+        report.add(f"{name}_ms.{side}.{length}", statistics.median(took[side]), "ms", took[side])
+        report.add(f"{name}_host_ms.{side}.{length}", statistics.median(host[side]), "ms", host[side])
+    if {"dense", "sparse"} <= decoders.keys():
+        ratios = [dense / sparse for dense, sparse in zip(took["dense"], took["sparse"], strict=True)]
+        report.add(f"{name}_over_dense.{length}", statistics.median(ratios), "times", ratios)
+        apart = (max(ratios) - min(ratios)) / statistics.median(ratios)
+        report.add(f"{name}_spread.{length}", apart, "of the ratio, largest less smallest turn")
 
 
 def tune(

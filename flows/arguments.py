@@ -251,7 +251,8 @@ def _add_doctor(commands: Any) -> None:
     )
     doctor.add_argument("--model", help="a known model's name, or the folder of an export or of a Hugging Face model")
     doctor.add_argument("--batch", type=int, default=1, help="rows decoded at a time (default 1)")
-    doctor.add_argument("--context", type=int, default=192, help="tokens before those decoded (default 192)")
+    doctor.add_argument("--context", type=int, help="tokens before those decoded (default 192, or half of the model's)")
+    doctor.add_argument("--prompt", type=int, help="tokens of a prompt (default 2048, or all the model takes)")
     doctor.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="type of the values")
 
 

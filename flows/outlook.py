@@ -14,6 +14,12 @@ from sparseforge_core.errors import ExportError, unknown
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 """What was measured, as committed with the code."""
 
+CONTEXT = 192
+"""Tokens before those decoded, where none are asked for: the middle of 128 behind 128."""
+
+PROMPT = 2048
+"""Tokens of a prompt, where none are asked for."""
+
 WORTH = 1.05
 """Gains below this are called none."""
 
@@ -23,7 +29,9 @@ def outlook(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from sparseforge_core.runtime import prediction
 
     sizes, about = model_named(options.model)
-    prediction.check_request(sizes, options.batch, options.context)
+    context = min(CONTEXT, sizes.positions // 2) if options.context is None else options.context
+    prediction.check_request(sizes, options.batch, context)
+    length = prompt_length(options.prompt, sizes)
     gpu = this_gpu(options.dtype, prediction.product_shapes(sizes), options.batch)
     measured, source = committed(gpu["name"])
     bandwidth = gpu["copy_bandwidth"] or 1e12 * measured["copy_bandwidth"]
@@ -33,17 +41,19 @@ def outlook(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         measured_at=prediction.CONTEXT,
         bandwidth=bandwidth,
         batch=options.batch,
-        context=options.context,
+        context=context,
         tied=about["tied"],
     )
+    prompts = prompts_of(sizes, measured, length)
     body = {
         "model": options.model,
         **dataclasses.asdict(expected),
         "gain": expected.gain,
+        "prompt": prompts,
         "throughput_bytes": expected.sparse_bytes + gpu.pop("extra_bytes") * sizes.layers,
         "gpu": gpu,
         "measured_on": source,
-        "advice": advice(expected, gpu, about),
+        "advice": [*advice(expected, gpu, about), *slow_prompts(prompts["expected"])],
     }
     return body, lines(body)
 
@@ -149,6 +159,51 @@ def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[st
     return found
 
 
+def prompt_length(asked: int | None, sizes: Any) -> int:
+    """Tokens of the prompt that is predicted: PROMPT where none was asked for, or all that the model takes.
+
+    Raises ExportError for a length that cannot be.
+    """
+    if asked is not None and not 1 <= asked <= sizes.positions:
+        raise ExportError(f"a prompt of {asked} tokens: at least 1, and within the model's {sizes.positions}")
+    return min(PROMPT, sizes.positions) if asked is None else asked
+
+
+def prompts_of(sizes: Any, measured: dict[str, float], length: int) -> dict[str, Any]:
+    """What to expect of a prompt in each mode, and the lengths that were measured."""
+    from sparseforge_core.runtime.prompt_prediction import MEASURES, forecast_prompt, measured_lengths
+
+    found = [forecast_prompt(sizes, measured, length, mode) for mode in MEASURES]
+    return {
+        "length": length,
+        "expected": [{**dataclasses.asdict(each), "gain": each.gain} for each in found if each is not None],
+        "measured": {mode: measured_lengths(measured, mode) for mode in MEASURES},
+    }
+
+
+def slow_prompts(expected: list[dict[str, Any]]) -> list[str]:
+    """A note for each mode in which a prompt is expected to take longer than with dense weights."""
+    return [
+        f"a prompt of {found['length']:,} tokens takes {1.0 / found['gain']:.2f} times as long as with dense weights "
+        f"in mode {found['mode']}" + ("; mode throughput holds what prompts need" if found["mode"] == "decode" else "")
+        for found in expected
+        if found["gain"] < 1.0 / WORTH
+    ]
+
+
+def prompt_lines(prompt: dict[str, Any]) -> list[str]:
+    """What to expect of a prompt in each mode that was measured at such lengths, or which lengths those are."""
+    if not prompt["expected"]:
+        known = {mode: lengths for mode, lengths in prompt["measured"].items() if lengths}
+        spans = [f"{lengths[0]:,} to {lengths[-1]:,} tokens in mode {mode}" for mode, lengths in known.items()]
+        return [f"prompt    {prompt['length']:,} tokens: not predicted; measured: {', '.join(spans) or 'none'}"]
+    return [
+        f"prompt    {found['length']:,} tokens in mode {found['mode']}: {1e3 * found['sparse_seconds']:,.1f} ms with "
+        f"2:4, {1e3 * found['dense_seconds']:,.1f} dense: {found['gain']:.2f} times"
+        for found in prompt["expected"]
+    ]
+
+
 def lines(body: dict[str, Any]) -> list[str]:
     """For people."""
     gpu, gib = body["gpu"], 2**30
@@ -162,6 +217,7 @@ def lines(body: dict[str, Any]) -> list[str]:
         f"machine   {here}{refused}",
         f"speed     {body['sparse_tokens_per_second']:,.0f} tokens/s with 2:4, {body['dense_tokens_per_second']:,.0f} "
         f"dense: {body['gain']:.2f} times (predicted from {body['measured_on']})",
+        *prompt_lines(body["prompt"]),
         f"memory    {body['sparse_bytes'] / gib:.2f} GiB with 2:4, {body['dense_bytes'] / gib:.2f} dense, and "
         f"{body['cache_bytes'] / gib:.2f} of cache; {large} with 2:4 in mode throughput",
         *(f"note      {text}" for text in body["advice"]),

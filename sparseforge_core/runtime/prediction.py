@@ -1,14 +1,16 @@
 """How fast a model will decode here, from bytes, this GPU's copy bandwidth and what the benchmarks measured of it.
 
 A product takes floor + bytes / (efficiency x bandwidth): both numbers are fitted, for dense and for 2:4 weights, to the
-products that `benchmarks/decode.py` timed at one row. What a whole step took beyond its products and the reading of its
-cache is divided among the layers. More rows scale the products as the measured steps do. So the prediction of the model
-that was measured is a repetition, and that of another an extrapolation by its shapes.
+products that `benchmarks/decode.py` timed at one row. The cache is read at the share of copy bandwidth at which steps
+grew with the text. What a whole step took beyond both is divided among the layers. More rows scale the products as the
+measured steps do. So the prediction of the model that was measured is a repetition, and that of another an
+extrapolation by its shapes.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +98,15 @@ class Law:
     """Seconds of a layer beyond its products and its cache; below zero where they overlap."""
     growth: Mapping[int, float]
     """Seconds of a step of so many rows over one row, the cache's part left out."""
+    cache: float = 1.0
+    """Share of copy bandwidth at which the cache is read."""
 
     def seconds(self, sizes: Sizes, side: Side, bandwidth: float, *, batch: int = 1, context: int = 0) -> float:
         """Of one decode step behind `context` tokens."""
         layer = sum(self._product(weight_bytes(shape, side), bandwidth) for shape in product_shapes(sizes).values())
         head = weight_bytes(head_shape(sizes), "dense") / (self.head * bandwidth)
         step = (sizes.layers * (layer + self.beside) + head) * interpolated(self.growth, batch)
-        return step + cache_seconds(sizes, batch, context, bandwidth)
+        return step + cache_seconds(sizes, batch, context, self.cache * bandwidth)
 
     def _product(self, nbytes: float, bandwidth: float) -> float:
         return self.floor + nbytes / (self.efficiency * bandwidth)
@@ -125,11 +129,30 @@ def law(results: Mapping[str, float], side: Side, context: int) -> Law:
     head = _value(results, f"product_us.{side}.head") / 1e6
     names = {rows: f"step_ms.{side}.batch_{rows}" for rows in BATCHES}
     steps = {rows: _value(results, n) / 1e3 for rows, n in names.items() if rows == 1 or n in results}
-    inner = {rows: took - cache_seconds(sizes, rows, context, bandwidth) for rows, took in steps.items()}
+    cache = cache_share(results, side, bandwidth)
+    inner = {rows: took - cache_seconds(sizes, rows, context, cache * bandwidth) for rows, took in steps.items()}
     beside = (inner[1] - head - sizes.layers * sum(took for _, took in points)) / sizes.layers
     growth = {rows: took / inner[1] for rows, took in inner.items()}
     share = weight_bytes(head_shape(sizes), "dense") / (head * bandwidth)
-    return Law(floor, 1.0 / (slope * bandwidth), share, beside, growth)
+    return Law(floor, 1.0 / (slope * bandwidth), share, beside, growth, cache)
+
+
+def cache_share(results: Mapping[str, float], side: Side, bandwidth: float) -> float:
+    """Of copy bandwidth, what the growth of steps with the text in front of them says; 1 where one length was measured.
+
+    A pair's rate is that of a step behind its prompt and half of its output.
+    """
+    prefix = {"dense": "dense_", "sparse": ""}[side] + "decode_tokens_per_second."
+    points = []
+    for name, rate in results.items():
+        prompt, _, output = name.removeprefix(prefix).partition("_")
+        if name.startswith(prefix) and prompt.isdigit() and output.isdigit():
+            points.append((int(prompt) + int(output) / 2, 1.0 / rate))
+    if len({context for context, _ in points}) < 2:
+        return 1.0
+    growth = statistics.linear_regression(*zip(*points, strict=True)).slope
+    fastest = cache_seconds(KNOWN[MEASURED], 1, 1, bandwidth)
+    return min(1.0, fastest / growth) if growth > 0.0 else 1.0
 
 
 def line(points: list[tuple[float, float]]) -> tuple[float, float]:

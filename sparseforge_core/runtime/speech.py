@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.models.folders import tokenizer_in
+from sparseforge_core.runtime.decode.prompts import BUDGET
 from sparseforge_core.runtime.generate import CACHES, CacheKind, Speaker
 from sparseforge_core.runtime.kernels.weight import Mode
 from sparseforge_core.runtime.loading import LoadReport, arm, check_device, load_packed
@@ -68,7 +69,9 @@ class Voice:
         return cls(folder, loaded, tokenizer, speaker, report)
 
     def __str__(self) -> str:
-        return f"{self.report}; {self.speaker.cache} cache"
+        graphs = self.speaker.parts is not None and self.model.device.type == "cuda"
+        beside = f", graphs of prompts at most {BUDGET / 2**30:.1f} GiB more" if graphs else ""
+        return f"{self.report}; {self.speaker.cache} cache{beside}"
 
 
 @torch.no_grad()

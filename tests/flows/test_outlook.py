@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows import outlook
-from sparseforge_core.runtime import prediction
-from tests.core.runtime.test_prediction import measured
+from sparseforge_core.runtime import prediction, prompt_prediction
+from tests.core.runtime.test_prediction import measured, prompts
 from tests.flows.test_cli import run
 from tests.tiny import tiny_model
 
@@ -43,6 +43,27 @@ def test_a_known_model(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "a step of more than 64 rows needs mode throughput" in capsys.readouterr().out
 
 
+def test_prompts_are_told_by_mode(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--model", "llama-2-7b") == 0
+    assert "2,048 tokens: not predicted; measured: none" in capsys.readouterr().out
+    rows = json.loads(results.read_text())
+    timed = prompts(2e-15, 1.0)
+    unpacked = {
+        name.replace("prefill_ms", "prompt_ms"): value * (2.0 if "sparse" in name else 1.0)
+        for name, value in timed.items()
+        if "over" not in name
+    }
+    rows += [{"measure": name, "value": value} for name, value in (timed | unpacked).items()]
+    results.write_text(json.dumps(rows))
+    assert run("doctor", "--model", "llama-2-7b") == 0
+    text = capsys.readouterr().out
+    assert "2,048 tokens in mode throughput: 41.4 ms with 2:4, 55.3 dense: 1.33 times" in text
+    assert "2,048 tokens in mode decode: 82.9 ms with 2:4, 55.3 dense: 0.67 times" in text
+    assert "takes 1.50 times as long as with dense weights in mode decode; mode throughput" in text
+    assert run("doctor", "--model", "llama-2-7b", "--prompt", "512") == 0
+    assert "512 tokens: not predicted; measured: 1,024 to 4,096 tokens in mode throughput" in capsys.readouterr().out
+
+
 def test_figures_of_the_same_gpu_are_preferred(results: Path) -> None:
     """A GPU with results of its own is predicted from them, another from those of RESULTS."""
     mine = [{"measure": "copy_bandwidth", "value": 4.2, "hardware": "Some GPU X2, torch 2"}]
@@ -73,11 +94,21 @@ def test_an_h200_is_predicted_from_its_own_measurements() -> None:
     bandwidth = 1e12 * found["copy_bandwidth"]
     sizes = prediction.KNOWN[prediction.MEASURED]
     expected = prediction.forecast(sizes, found, measured_at=prediction.CONTEXT, bandwidth=bandwidth)
-    name = "decode_tokens_per_second.128_128"
-    assert expected.sparse_tokens_per_second == pytest.approx(found[name], rel=0.1)
-    assert expected.dense_tokens_per_second == pytest.approx(found[f"dense_{name}"], rel=0.1)
+    whole, _ = outlook.committed("NVIDIA H100 80GB HBM3")
+    for results, within in ((found, 0.05), (whole, 0.1)):
+        for prompt, output in ((128, 128), (128, 1024), (1024, 128), (1024, 1024)):
+            given = {"measured_at": prediction.CONTEXT, "bandwidth": bandwidth, "context": prompt + output // 2}
+            behind = prediction.forecast(sizes, results, **given)
+            name = f"decode_tokens_per_second.{prompt}_{output}"
+            assert behind.sparse_tokens_per_second == pytest.approx(found[name], rel=within)
+            assert behind.dense_tokens_per_second == pytest.approx(found[f"dense_{name}"], rel=within)
     crowd = prediction.forecast(sizes, found, measured_at=prediction.CONTEXT, bandwidth=bandwidth, batch=64)
     assert 0.95 < crowd.gain < expected.gain
+    for length in (4096, 8192):  # prompts are limited by tensor cores that both GPUs have
+        filled = prompt_prediction.forecast_prompt(sizes, whole, length, "throughput")
+        assert filled is not None
+        assert 1e3 * filled.sparse_seconds == pytest.approx(found[f"prefill_ms.sparse.{length}"], rel=0.1)
+        assert 1e3 * filled.dense_seconds == pytest.approx(found[f"prefill_ms.dense.{length}"], rel=0.1)
     assert outlook.committed("NVIDIA H100 80GB HBM3")[1].startswith("NVIDIA H100 80GB HBM3, ")
 
 
@@ -85,7 +116,7 @@ def test_a_model_that_gains_nothing_is_told_so(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
-    assert run("doctor", "--model", tmp_path / "tiny", "--context", "10") == 0
+    assert run("doctor", "--model", tmp_path / "tiny") == 0
     assert "2:4 will not help at batch 1: 1.0" in capsys.readouterr().out
 
 
@@ -105,6 +136,10 @@ def test_a_model_whose_cache_is_not_ours_is_told_so(
         (["--model", "llama-2-7"], "Did you mean 'llama-2-7b'"),
         (["--model", "llama-2-7b", "--batch", "0"], "batch 0, context 192: at least 1"),
         (["--model", "llama-2-7b", "--context", "4096"], "within the model's 4096"),
+        (
+            ["--model", "llama-2-7b", "--prompt", "4097"],
+            "a prompt of 4097 tokens: at least 1, and within the model's 4096",
+        ),
     ],
 )
 def test_bad_requests_get_a_sentence(

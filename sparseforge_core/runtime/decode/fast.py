@@ -103,12 +103,16 @@ def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tens
 
 
 def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tensor] | None) -> Tensor:
-    """A whole prompt: qkv `[batch, length, qkv]`, changed in place -> `[batch, length, heads * head]`."""
+    """A whole prompt: qkv `[batch, length, qkv]`, changed in place -> `[batch, length, heads * head]`.
+
+    Keys and values of tokens from the cache's position on are zero, as in `plain`.
+    """
     sizes, (batch, length, _) = cache.sizes, qkv.shape
     norms: Any = head_norms or (qkv, qkv)
     several = 16
     _turn[(batch * length, triton.cdiv(sizes.heads + 2 * sizes.kv_heads, several))](
-        qkv, cache.keys[layer], cache.values[layer], cache.cos, cache.sin, *norms, sizes.eps, length, cache.capacity,
+        qkv, cache.keys[layer], cache.values[layer], cache.cos, cache.sin, cache.position, *norms, sizes.eps, length,
+        cache.capacity,
         HEADS=sizes.heads, KV=sizes.kv_heads, HEAD=sizes.head, SEVERAL=several, NORMED=head_norms is not None,
         num_warps=4, **_early(qkv),
     )  # fmt: skip
@@ -216,7 +220,7 @@ def _turned(first, second, cos, sin, scale, eps, HEAD: tl.constexpr, NORMED: tl.
 
 @triton.jit
 def _turn(
-    qkv, keys, values, cos_table, sin_table, q_norm, k_norm, eps, length, capacity,
+    qkv, keys, values, cos_table, sin_table, position, q_norm, k_norm, eps, length, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, SEVERAL: tl.constexpr, NORMED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -226,6 +230,7 @@ def _turn(
     token = tl.program_id(0)
     HALF: tl.constexpr = HEAD // 2
     place = token % length
+    filling = place >= tl.load(position)
     half = tl.arange(0, HALF)
     head = tl.program_id(1) * SEVERAL + tl.arange(0, SEVERAL)[:, None]
     cos = tl.load(cos_table + place * HALF + half)
@@ -241,10 +246,12 @@ def _turn(
     k1, k2 = _turned(first, second, cos, sin, k_norm, eps, HEAD, NORMED)
     batch_row = (token // length).to(tl.int64)
     is_key = (head >= HEADS) & (head < HEADS + KV)
+    k1, k2 = tl.where(filling, 0.0, k1), tl.where(filling, 0.0, k2)
+    v1, v2 = tl.where(filling, 0.0, first), tl.where(filling, 0.0, second)
     kept = ((batch_row * KV + head - HEADS) * capacity + place) * HEAD + half[None, :]
     tl.store(keys + kept, k1.to(keys.dtype.element_ty), mask=is_key)
     tl.store(keys + kept + HALF, k2.to(keys.dtype.element_ty), mask=is_key)
     is_value = (head >= HEADS + KV) & real
     kept = ((batch_row * KV + head - HEADS - KV) * capacity + place) * HEAD + half[None, :]
-    tl.store(values + kept, first.to(values.dtype.element_ty), mask=is_value)
-    tl.store(values + kept + HALF, second.to(values.dtype.element_ty), mask=is_value)
+    tl.store(values + kept, v1.to(values.dtype.element_ty), mask=is_value)
+    tl.store(values + kept + HALF, v2.to(values.dtype.element_ty), mask=is_value)

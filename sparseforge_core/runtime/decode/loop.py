@@ -1,11 +1,14 @@
 """The loop: a prompt fills the cache, then each step is one token a row, on CUDA one graph that is only replayed.
 
 Everything that changes from step to step (tokens, position, what was found) lies on the device, so a step asks nothing
-of the host. Weights dense or sparse take the same way through it.
+of the host, and prompts of one size are one graph whatever their length (`prompts.py`). Weights dense or sparse take
+the same way through it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Collection, Iterator
 from types import ModuleType
 
@@ -18,6 +21,7 @@ from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.admission import refusal
 from sparseforge_core.runtime.decode.cache import Cache
 from sparseforge_core.runtime.decode.parts import Block, Parts
+from sparseforge_core.runtime.decode.prompts import Graphs, Prompts
 
 LOOK = 16
 """Steps between two looks of the host at what was found; text beyond its end is cut off."""
@@ -30,9 +34,24 @@ class Decoder:
     """Decodes `batch` texts of equal length, at most `capacity` tokens each, prompt included."""
 
     def __init__(
-        self, parts: Parts, *, batch: int = 1, capacity: int, steps: ModuleType = plain, graph: bool | None = None
+        self,
+        parts: Parts,
+        *,
+        batch: int = 1,
+        capacity: int,
+        steps: ModuleType = plain,
+        graph: bool | None = None,
+        fill: bool | None = None,
     ) -> None:
-        """`graph`: whether a step is captured; by default on CUDA.
+        """Make the cache.
+
+        Args:
+            parts: the model.
+            batch: texts at a time.
+            capacity: tokens of each, at most.
+            steps: the small operations.
+            graph: whether a step and prompts that come again are captured; by default on CUDA.
+            fill: whether prompts are filled up to sizes that come again; by default where they are captured.
 
         Raises ExportError where it does not fit, or where so many rows need another mode.
         """
@@ -46,10 +65,13 @@ class Decoder:
         device = parts.embedding.device
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
         self.found = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+        self.prompt = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.logits = parts.embedding.new_zeros(batch, parts.sizes.vocabulary)
         self._wanted = device.type == "cuda" if graph is None else graph
         self._graph: torch.cuda.CUDAGraph | None = None
+        recorder = functools.partial(Graphs, device) if self._wanted else None
+        self.prompts = Prompts(parts, batch, capacity, fill=self._wanted if fill is None else fill, recorder=recorder)
 
     @torch.no_grad()
     def prefill(self, prompt: Tensor) -> Tensor:
@@ -59,23 +81,32 @@ class Decoder:
             raise ExportError(
                 f"a prompt of {batch} x {length} tokens does not fit {self.cache.batch} x {self.cache.capacity}"
             )
-        hidden = functional.embedding(prompt, self.parts.embedding)
-        for number, block in enumerate(self.parts.blocks):
-            hidden = self._block(hidden, number, block, self.steps.attend_prompt)
+        size = self.prompts.size(length)
+        self.prompt[:, :length] = prompt
+        self.prompt[:, length:size] = 0
         self.cache.position.fill_(length)
         self.finite.fill_(True)
-        self._head(hidden[:, -1])
+        with on(self.tokens.device):
+            self.prompts.run(size, functools.partial(self._prompt, size))
         return self.logits
+
+    def _prompt(self, size: int) -> None:
+        """Pass the first `size` tokens of `prompt`, of which the cache's position says how many are real."""
+        hidden = functional.embedding(self.prompt[:, :size], self.parts.embedding)
+        for number, block in enumerate(self.parts.blocks):
+            hidden = self._block(hidden, number, block, self.steps.attend_prompt)
+        self._head(hidden.index_select(1, self.cache.position - 1)[:, 0])
 
     def step(self) -> None:
         """The next token of each row: its embedding in, its logits and their likeliest token out."""
-        if not self._wanted:
-            self._step()
-            return
-        if self._graph is None:
-            self._capture()
-        assert self._graph is not None
-        self._graph.replay()
+        with on(self.tokens.device):
+            if not self._wanted:
+                self._step()
+                return
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -129,6 +160,11 @@ class Decoder:
     def _restore(self, kept: list[Tensor]) -> None:
         for tensor, value in zip(self._state, kept, strict=True):
             tensor.copy_(value)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current one, on which Triton launches and graphs are captured; others need nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def decode(

@@ -43,10 +43,16 @@ def attend(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tens
 
 
 def attend_prompt(qkv: Tensor, cache: Cache, layer: int, head_norms: tuple[Tensor, Tensor] | None) -> Tensor:
-    """A whole prompt: qkv `[batch, length, qkv]` -> `[batch, length, heads * head]`; it fills an empty cache."""
+    """A whole prompt: qkv `[batch, length, qkv]` -> `[batch, length, heads * head]`; it fills an empty cache.
+
+    Of tokens at the cache's position and behind it, which fill a prompt up, keys and values are zero: a value that is
+    not finite would spoil a product even where its share is 0.
+    """
     length = qkv.shape[1]
     query, key, value = split_heads(qkv, cache, head_norms)
     query, key = turn(query, cache.cos[:length], cache.sin[:length]), turn(key, cache.cos[:length], cache.sin[:length])
+    real = (torch.arange(length, device=qkv.device) < cache.position)[:, None]
+    key, value = key.where(real, 0.0), value.where(real, 0.0)
     cache.keys[layer][:, :, :length], cache.values[layer][:, :, :length] = key, value
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).reshape(*qkv.shape[:2], -1)

@@ -71,11 +71,12 @@ class Plan:
         """Fill `y [rows, out]`; the workspace is torch's, given back at once."""
         work = torch.empty(max(16, self.workspace), dtype=torch.uint8, device=x.device)
         one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
         a, b, d, w = (ctypes.c_void_p(t.data_ptr()) for t in (compressed, x, y, work))
         streams = ctypes.byref(stream)
         one_, zero_ = ctypes.byref(one), ctypes.byref(zero)
-        _call("Matmul", self._handle, self._plan, one_, a, b, zero_, d, d, w, streams, ctypes.c_int32(1))
+        with torch.cuda.device(x.device):
+            _call("Matmul", self._handle, self._plan, one_, a, b, zero_, d, d, w, streams, ctypes.c_int32(1))
 
 
 @functools.lru_cache(maxsize=512)

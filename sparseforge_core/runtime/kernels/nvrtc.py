@@ -59,9 +59,11 @@ class Kernel:
     threads: int
     shared: int
     """Bytes of dynamic shared memory."""
+    device: int
+    """Where it is loaded."""
 
     def __call__(self, grid: tuple[int, int], *arguments: torch.Tensor | int | None) -> None:
-        """Launch on torch's current stream; tensors pass as pointers, None as a null pointer."""
+        """Launch on torch's current stream of its device; tensors pass as pointers, None as a null pointer."""
         held = [
             ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(0 if a is None else a.data_ptr())
             for a in arguments
@@ -72,11 +74,12 @@ class Kernel:
             grid=(grid[0], grid[1], 1),
             block=(self.threads, 1, 1),
             shared=self.shared,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=torch.cuda.current_stream(self.device).cuda_stream,
             attributes=ctypes.pointer(early),
             count=1,
         )
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+        with torch.cuda.device(self.device):
+            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 
 
 @functools.cache
@@ -97,7 +100,7 @@ def load(file: str, constants: tuple[tuple[str, int], ...], threads: int, shared
         _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, file.encode()))
         _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
-    return Kernel(function, threads, shared)
+    return Kernel(function, threads, shared, device)
 
 
 def source(file: str) -> str:

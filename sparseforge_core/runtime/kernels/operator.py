@@ -67,7 +67,8 @@ def _product(
         from sparseforge_core.runtime.kernels import triton_products  # Triton is there on GPUs alone
 
         y = x.new_empty(rows, out)
-        triton_products.run(x, values, places, bias, y)
+        with torch.cuda.device(x.device):  # Triton launches on the current one
+            triton_products.run(x, values, places, bias, y)
         return y
     return _fastest(x, values, places, bias, dense, compressed, out)
 

@@ -43,14 +43,20 @@ def supported(device: torch.device | str, dtype: torch.dtype, shape: tuple[int, 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
     """Raise ExportError if a CUDA device has less free memory than is needed; other devices are not asked."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
+    free = free_memory(device)
+    if free is not None and needed > free:
         raise ExportError(
             f"{what} needs {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free; ask for fewer tokens "
             "or a smaller batch, or free the device"
         )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still have of a CUDA device: the driver's, and what torch keeps for later use."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _no_kernels_on(device: torch.device) -> str | None:

@@ -225,7 +225,7 @@ for more in (added, None):
 fast.SHORTEST = 16  # so that a short text has several stretches, and the last of them adds up
 for name, fast.CROWDED in (("qwen3", 264), ("llama-grouped", 264), ("qwen3", 0), ("llama-grouped", 0)):
     parts = parts_of(lively(name), reference)
-    sides = [Decoder(parts, batch=2, capacity=40, steps=steps) for steps in (plain, fast)]
+    sides = [Decoder(parts, batch=2, capacity=40, steps=steps, fill=steps is fast) for steps in (plain, fast)]
     prompt = torch.randint(0, 64, (2, 18))
     for turn in range(3):
         for side in sides:
@@ -312,3 +312,21 @@ def test_on_a_gpu_too_large_a_cache_is_refused_before_it_is_made() -> None:
     huge = dataclasses.replace(parts, sizes=dataclasses.replace(parts.sizes, positions=2**40))
     with pytest.raises(ExportError, match="GiB free; ask for fewer tokens"):
         Decoder(huge, capacity=2**40)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices: a model on the second not run")
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["decode", "throughput"])
+def test_on_the_second_gpu_it_says_what_it_says_on_the_first(
+    mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparseforge_core.runtime.loading.LARGE_ROWS", (128,))
+    monkeypatch.setattr("sparseforge_core.runtime.decode.on_kernels.LARGE_ROWS", (128,))
+    folder, prompt = packed_export(wide_model(), tmp_path), tokens(1, 100)
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        speaker = Speaker(load_sparse(folder, device=device, mode=mode))
+        said_by = speaker.speak(prompt.to(device), 40, ends=set())
+        texts.append(list(itertools.chain.from_iterable(said_by)))
+    assert torch.cuda.current_device() == 0
+    assert texts[0] == texts[1]

@@ -24,6 +24,7 @@ from sparseforge_core.runtime.prediction import (
     sizes_in,
     weight_bytes,
 )
+from sparseforge_core.runtime.prompt_prediction import forecast_prompt, measured_lengths, operations
 from tests.tiny import tiny_model
 
 SEVEN = KNOWN["llama-2-7b"]
@@ -120,3 +121,62 @@ def test_bytes_are_those_of_the_parameters(tmp_path: Path) -> None:
     sizes, about = sizes_in(tmp_path)
     assert about == {"tied": True, "why": None}
     assert resident_bytes(sizes, "dense", tied=True) == 2 * sum(p.numel() for p in model.parameters())
+
+
+def prompts(rate: float, growth: float) -> dict[str, float]:
+    """Prompts of which each operation takes `rate` seconds at 1,024 tokens, and `growth` as long at 4,096."""
+    found = {}
+    for side, slower in (("dense", 1.0), ("sparse", 0.75)):
+        for length, times in ((1024, 1.0), (4096, growth)):
+            found[f"prefill_ms.{side}.{length}"] = 1e3 * slower * times * rate * operations(SEVEN, length)
+            found[f"prefill_over_dense.{length}"] = 1 / 0.75
+    return found
+
+
+@given(rate=st.floats(1e-16, 1e-12), growth=st.floats(0.5, 2.0))
+def test_prompts_take_what_was_measured_by_their_operations(rate: float, growth: float) -> None:
+    results, other = prompts(rate, growth), KNOWN["mistral-7b"]
+    for length, times in ((1024, 1.0), (4096, growth), (2048, growth**0.5)):
+        found = forecast_prompt(SEVEN, results, length, "throughput")
+        assert found is not None
+        assert found.dense_seconds == pytest.approx(rate * times * operations(SEVEN, length))
+        assert found.gain == pytest.approx(1 / 0.75)
+        else_ = forecast_prompt(other, results, length, "throughput")
+        assert else_ is not None
+        assert else_.sparse_seconds == pytest.approx(0.75 * rate * times * operations(other, length))
+    for beyond in (1023, 4097):
+        assert forecast_prompt(SEVEN, results, beyond, "throughput") is None
+    assert forecast_prompt(SEVEN, results, 1024, "decode") is None, "that mode was not measured"
+
+
+def test_operations_of_a_prompt() -> None:
+    """Each weight of the layers counts twice a token; attention adds 2 * 32 * 4096 for each token before."""
+    weights = 32 * (12288 * 4096 + 4096 * 4096 + 22016 * 4096 + 4096 * 11008)
+    assert operations(SEVEN, 1) == 2 * weights + 2 * 32 * 4096
+    assert operations(SEVEN, 2048) == 2048 * (2 * weights + 2 * 32 * 4096 * 2048)
+
+
+@given(share=st.floats(0.2, 1.0))
+def test_the_cache_is_read_as_steps_grow(share: float) -> None:
+    """Pairs of a machine whose steps grow with the text at a share of copy bandwidth, and the law of it."""
+    results = measured(1e-6, 0.9, 4e-6, 0.1)
+    assert law(results, "dense", CONTEXT).cache == 1.0, "no pair, no growth"
+    first = 1e-3 * results["step_ms.dense.batch_1"]
+    for prompt, output in ((128, 128), (128, 1024), (1024, 128), (1024, 1024)):
+        more = cache_seconds(SEVEN, 1, prompt + output // 2 - CONTEXT, share * BANDWIDTH)
+        results[f"dense_decode_tokens_per_second.{prompt}_{output}"] = 1.0 / (first + more)
+        results[f"decode_tokens_per_second.{prompt}_{output}"] = 300.0
+    found = law(results, "dense", CONTEXT)
+    assert found.cache == pytest.approx(share)
+    assert found.seconds(SEVEN, "dense", BANDWIDTH, context=CONTEXT) == pytest.approx(first)
+    longer = found.seconds(SEVEN, "dense", BANDWIDTH, context=1536)
+    assert longer == pytest.approx(1.0 / results["dense_decode_tokens_per_second.1024_1024"])
+    assert law(results, "sparse", CONTEXT).cache == 1.0, "steps that do not grow say nothing of the cache"
+
+
+def test_times_that_are_no_pair_are_left_out() -> None:
+    results = prompts(1e-15, 1.0)
+    del results["prefill_over_dense.1024"]
+    assert measured_lengths(results, "throughput") == [4096]
+    del results["prefill_ms.dense.4096"]
+    assert measured_lengths(results, "throughput") == []

@@ -8,6 +8,7 @@ expand(const uint4* __restrict__ values, const uint4* __restrict__ places, u16* 
     const int tile = block / BLOCKS, k = block % BLOCKS;
     const uint4 e = places[block * 32 + lane];
     const u32 words[4] = {e.x, e.y, e.z, e.w};
+    wait_for_previous();  // a kernel in front may still read what lay where the dense weight is written
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         const uint4 a = load_once(values + ((size_t)block * STEPS + s) * 32 + lane);
