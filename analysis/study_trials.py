@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Trial:
 
 
 def trials(results: Results, grid: str) -> dict[str, list[Trial]]:
-    """Every planned trial of a grid, by method, the best first; cells are named there for method and peak rate."""
+    """Every planned trial of a grid, by method, the best first."""
     measured: dict[str, tuple[str, float | None]] = {
         row.cell_key.rpartition("-s")[0]: (row.suite, row.value)
         for row in results.tidy(grid)
@@ -41,10 +42,16 @@ def trials(results: Results, grid: str) -> dict[str, list[Trial]]:
         text, value = measured.get(key, ("", None))
         train = recipe["train"]
         tokens = train["steps"] * train["sequences"] * train["length"]
-        found[variant.rpartition(" ")[0]].append(Trial(_flat(recipe), tokens, text, value, key in measured))
+        found[_method(variant)].append(Trial(_flat(recipe), tokens, text, value, key in measured))
     for tried in found.values():
         tried.sort(key=lambda trial: (trial.settings.get("train.lr.peak", 0.0), repr(sorted(trial.settings.items()))))
     return dict(sorted(found.items(), key=lambda pair: (_least(pair[1]), pair[0])))
+
+
+def _method(variant: str) -> str:
+    """The method of a cell that is named for it, with its peak rate unless another grid has the same cell."""
+    name, _, last = variant.rpartition(" ")
+    return name if re.fullmatch(r"[0-9.e-]+", last) else variant
 
 
 def _least(tried: list[Trial]) -> float:
