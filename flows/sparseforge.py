@@ -43,6 +43,8 @@ from sparseforge_core.store.store import ResultStore
 POLL_SECONDS = 3.0
 MAX_DRAINS = 3
 """Drains of one pool that may fail one after the other without finishing a stage."""
+DRAIN = "drain of"
+"""How the name begins of what a grid starts: it may queue, and `infra/automations.yaml` spares it."""
 RECORD_SECONDS = 15.0
 """How long to wait until Prefect has written the task runs, which it does behind their backs."""
 
@@ -260,7 +262,10 @@ def _summary(grid: str, states: Sequence[StageState]) -> Summary:
 
 def _start_drain(grid: str, pool: str, workers: int | None) -> Any:
     parameters = {"grid": grid, "pool": pool, "workers": workers}
-    return _asked(lambda _: run_deployment(f"sparseforge-cell/{pool}", parameters=parameters, timeout=0))
+    name = f"{DRAIN} {grid} on {pool}"
+    return _asked(
+        lambda _: run_deployment(f"sparseforge-cell/{pool}", flow_run_name=name, parameters=parameters, timeout=0)
+    )
 
 
 def _polling_workers(pool: str) -> int:

@@ -12,6 +12,7 @@ import yaml
 from prefect.events.schemas.automations import AutomationCore
 
 from flows.grids import GRIDS
+from flows.sparseforge import DRAIN
 from infra import register
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,10 +86,13 @@ def test_pools_of_kubernetes_ask_for_their_gpus() -> None:
 def test_automations_are_what_prefect_takes_and_name_what_there_is() -> None:
     bodies = yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text())["automations"]
     automations = {body["name"]: AutomationCore.model_validate(body) for body in bodies}
-    assert set(automations) == {"no-worker-for-grids", "crash-zombies"}
-    late = bodies[0]
-    assert late["trigger"]["match_related"]["prefect.resource.name"] in register.pools()
-    assert "infra/worker.sh grids" in late["actions"][0]["name"], "what --watch prints"
+    assert set(automations) == {"crash-zombies", *(f"no-worker-for-{pool}" for pool in register.pools())}
+    for late in (body for body in bodies if body["name"] != "crash-zombies"):
+        pool = late["trigger"]["match_related"]["prefect.resource.name"]
+        assert late["name"] == f"no-worker-for-{pool}"
+        assert late["actions"][0]["name"].endswith(f"infra/worker.sh {pool}"), "what --watch prints"
+        spared = late["trigger"]["match"].get("prefect.resource.name")
+        assert spared == (None if pool == "grids" else f"!{DRAIN} *"), "what a grid starts may queue"
     worker = (ROOT / "infra" / "worker.sh").read_text()
     assert '[[ "$pool" == grids && -z "${2:-}" ]] ||' in worker, (
         "a full worker would make runs late, and they would fail"

@@ -1,7 +1,7 @@
 """The whole stack from docker-compose.yml's own commands, without containers: PostgreSQL, Prefect, MLflow, workers.
 
 One stack for all tests, brought up by `infra/stack.py` as people do; every process of it is gone when they are over.
-A first run is asked for while nobody polls the pool of grids, which must fail and say what to start; that is started.
+First runs are asked for while nobody polls their pools, which must fail and say what to start; the one for grids is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import pytest
 
 from flows.grids import grid_named
+from flows.sparseforge import DRAIN
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
@@ -123,7 +126,12 @@ def stack() -> Iterator[Stack]:
         wait_until(lambda: "ready after" in said.read_text() or process.poll() is not None, 240)
         assert process.poll() is None, said.read_text()
         running = Stack(home, {**environment, **_exported(home / "stack" / "client.env")})
-        running.refused.append(running.deployment_run("grid=tiny-smoke"))
+        drain = ("deployment", "run", "sparseforge-cell/gpu-8", "-p", f"grid={GRID}")
+        queuing = running.prefect(*drain, "--flow-run-name", f"{DRAIN} {GRID} on gpu-8")
+        assert queuing.returncode == 0, queuing.stdout
+        with ThreadPoolExecutor() as pool:
+            by_hand = pool.submit(running.prefect, *drain, "--watch", "--watch-timeout", "280")
+            running.refused += [running.deployment_run("grid=tiny-smoke"), by_hand.result()]
         starting = {
             **running.environment,
             "PREFECT": f"{sys.executable} -m prefect",
@@ -153,11 +161,19 @@ def _exported(path: Path) -> dict[str, str]:
 
 
 def test_a_run_that_nobody_polls_for_fails_and_says_what_to_start(stack: Stack) -> None:
-    (refused,) = stack.refused
-    assert refused.returncode == 1, refused.stdout
-    said = " ".join(refused.stdout.replace("\n", " ").split())
-    assert "NoWorker; start one with: infra/worker.sh grids" in said, refused.stdout
+    for refused, pool in zip(stack.refused, ("grids", "gpu-8"), strict=True):
+        assert refused.returncode == 1, refused.stdout
+        said = " ".join(refused.stdout.replace("\n", " ").split())
+        assert f"NoWorker; start one with: infra/worker.sh {pool}" in said, refused.stdout
     assert stack.states("tiny-smoke") == [], "nothing ran"
+
+
+def test_what_a_grid_starts_may_queue(stack: Stack) -> None:
+    named = {"flow_runs": {"name": {"like_": f"{DRAIN} {GRID} on gpu-8"}}}
+    assert wait_until(lambda: stack.ask("/flow_runs/filter", named)[0]["state"]["name"] == "Late", 60)
+    time.sleep(2)  # in which the other one was told
+    (waiting,) = stack.ask("/flow_runs/filter", named)
+    assert waiting["state"]["type"] == "SCHEDULED", waiting["state"]
 
 
 def test_the_full_grid_in_miniature_fills_every_table_in_postgresql(stack: Stack) -> None:
@@ -273,7 +289,7 @@ def test_registering_again_changes_nothing(stack: Stack) -> None:
         return stack.prefect("deployment", "ls").stdout, sorted(automation["name"] for automation in automations)
 
     before = registered()
-    assert before[1] == ["crash-zombies", "no-worker-for-grids"]
+    assert before[1] == ["crash-zombies", *(f"no-worker-for-{pool}" for pool in ("cpu", "gpu-1", "gpu-8", "grids"))]
     assert stack.prefect("work-pool", "pause", "gpu-8").returncode == 0
     environment = {**stack.environment, "PYTHON": sys.executable}
     again = subprocess.run(
