@@ -21,7 +21,7 @@ import torch
 
 from sparseforge_core import files, measured
 from sparseforge_core.bundles import Entry
-from sparseforge_core.checkpoint import drop_weights, dropped
+from sparseforge_core.checkpoint import MANIFEST, drop_weights, dropped
 from sparseforge_core.errors import BundleError, CellsFailed, FolderHeld, Interrupted, SparseForgeError, described
 from sparseforge_core.evaluate.suites import Suite, suite_key
 from sparseforge_core.identity import cell_key, required_cells
@@ -244,6 +244,16 @@ def is_trained(folder: Path) -> bool:
     if not (folder / measured.FILE).is_file():
         return False
     return (folder / FINAL).is_dir() or dropped(folder) or divergence(folder) is not None
+
+
+def not_measured(entry: Entry, folder: Path) -> list[str]:
+    """The suites that a trained cell is not measured by; none of one that has no weights of its own."""
+    if not is_trained(folder / TRAIN) or divergence(folder / TRAIN) is not None:
+        return []
+    manifest = folder / TRAIN / FINAL / MANIFEST
+    if manifest.is_file() and not files.read_json(manifest)["files"]:
+        return []
+    return [suite.name for suite in entry.suites if not (folder / suite_key(suite) / measured.FILE).is_file()]
 
 
 def failures(folder: Path) -> dict[Path, str]:

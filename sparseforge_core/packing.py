@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from sparseforge_core import bundles, files, measured
-from sparseforge_core.bundle_run import FAILURES, FINAL, TRAIN, is_trained
-from sparseforge_core.bundles import Entry
+from sparseforge_core.bundle_run import FAILURES, FINAL, TRAIN, not_measured
 from sparseforge_core.checkpoint import MANIFEST
 from sparseforge_core.errors import BundleError
-from sparseforge_core.evaluate.suites import suite_key
 from sparseforge_core.identity import cell_key
-from sparseforge_core.opening import divergence
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ def pack(folder: Path, out: Path, *, part_bytes: int = 15 * MIB, partial: bool =
     found = []
     for entry in bundle.entries:
         own = cells / cell_key(entry.cell)
-        waiting = [] if partial else _not_measured(entry, own)
+        waiting = [] if partial else not_measured(entry, own)
         if waiting:
             log.warning("cell %s stays behind: its model is not sent and not measured yet by %s", own.name, waiting)
         found += list(_failures(own)) if waiting else [*_stages(own), *_failures(own)]
@@ -65,16 +62,6 @@ def pack(folder: Path, out: Path, *, part_bytes: int = 15 * MIB, partial: bool =
         return _split(whole, out, part_bytes)
     finally:
         whole.unlink(missing_ok=True)
-
-
-def _not_measured(entry: Entry, folder: Path) -> list[str]:
-    """The suites that a trained cell is not measured by; none of one that has no weights of its own."""
-    if not is_trained(folder / TRAIN) or divergence(folder / TRAIN) is not None:
-        return []
-    manifest = folder / TRAIN / FINAL / MANIFEST
-    if manifest.is_file() and not files.read_json(manifest)["files"]:
-        return []
-    return [suite.name for suite in entry.suites if not (folder / suite_key(suite) / measured.FILE).is_file()]
 
 
 def _stages(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -30,6 +30,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests here: the model is unpacked once. The last of them damages it."""
+    return tmp_path_factory.mktemp("home")
+
+
 def test_a_packaged_model_is_pruned_saved_and_measured(home: Path) -> None:
     recipe = Recipe(
         model=Packaged(name="smollm2-135m"),
