@@ -3,10 +3,9 @@
 python benchmarks/step_profile.py [--cases frozen following annealing] [--parts attention products] [--out DIR]
 
 Steps are those of the product's own loop on random weights and tokens: SmolLM2-135M's shape, 16 x 1024 tokens, full-
-vocabulary divergence from a dense teacher. Each case is timed as the host starts its kernels, as a recorded CUDA graph
-(`train/recording.py`) and with joined products (`models/joining.py`), which must give the same losses; one window of
-each is profiled. The parts time single operations of the step as they are and as they might be. Rows go to
-step_profile.json in --out or $OUT.
+vocabulary divergence from a dense teacher. Each case is timed as the host starts its kernels and as a recorded CUDA
+graph (`train/recording.py`), which must give the same losses; one window of each is profiled. The parts time single
+operations of the step as they are and as they might be. Rows go to step_profile.json in --out or $OUT.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ CASES: dict[str, tuple[Method, Objective]] = {
 }
 """Name -> method and objective, as the study has them but for the prior."""
 
-HOWS = ("plain", "recorded", "joined+recorded")
-"""Kernels started by the host one by one, as a recorded graph, and that with products of one input joined."""
+HOWS = ("plain", "recorded")
+"""Kernels started by the host one by one, and as a recorded graph."""
 
 WARM, WINDOW, PROFILED = 8, 10, 3
 """Steps before the first that is timed, timed, and profiled."""
@@ -107,9 +106,7 @@ class Steps:
     peak_bytes: int
 
 
-def steps_of(
-    shape: Shape, method: Method, objective: Objective, device: torch.device, *, recorded: bool, joined: bool
-) -> Steps:
+def steps_of(shape: Shape, method: Method, objective: Objective, device: torch.device, *, recorded: bool) -> Steps:
     """Time and profile steps of the product's loop."""
     began = time.perf_counter()
     on_gpu = device.type == "cuda"
@@ -137,7 +134,7 @@ def steps_of(
         torch.cuda.reset_peak_memory_stats(device)
     losses = _Losses()
     with tempfile.TemporaryDirectory() as folder:
-        made = bench(shape, method, device, compiled=on_gpu, folder=Path(folder), objective=objective, joined=joined)
+        made = bench(shape, method, device, compiled=on_gpu, folder=Path(folder), objective=objective)
         run = dataclasses.replace(made.run, tracker=losses, log_every=10)
         if recorded:
             run = dataclasses.replace(run, recording=Recording(made.run.model, made.teacher))
@@ -171,12 +168,13 @@ def kernels_of(events: list[Any], *, on_gpu: bool) -> list[tuple[str, float, flo
 
 def totals(spans: list[tuple[str, float, float]]) -> dict[str, tuple[float, int]]:
     """Seconds and starts of each kernel a step, the longest first."""
-    seconds: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
     starts: collections.Counter[str] = collections.Counter()
     for name, begin, end in spans:
-        seconds[name] += end - begin  # type: ignore[assignment]
+        seconds[name] += end - begin
         starts[name] += 1
-    return {name: (s / PROFILED, round(starts[name] / PROFILED)) for name, s in seconds.most_common()}
+    longest_first = sorted(seconds.items(), key=lambda pair: -pair[1])
+    return {name: (s / PROFILED, round(starts[name] / PROFILED)) for name, s in longest_first}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -198,11 +196,10 @@ def case(name: str, shape: Shape, device: torch.device, hows: list[str]) -> Iter
     method, objective = CASES[name]
     found: dict[str, Steps] = {}
     for how in hows if device.type == "cuda" else ("plain",):
-        asked = {"recorded": "recorded" in how, "joined": "joined" in how}
-        steps = found[how] = steps_of(shape, method, objective, device, **asked)
-        roles: collections.Counter[str] = collections.Counter()
+        steps = found[how] = steps_of(shape, method, objective, device, recorded=how == "recorded")
+        roles: dict[str, float] = collections.defaultdict(float)
         for kernel, (seconds, _) in steps.kernels.items():
-            roles[role(kernel)] += seconds  # type: ignore[assignment]
+            roles[role(kernel)] += seconds
         yield {
             "case": name,
             "how": how,
@@ -211,7 +208,7 @@ def case(name: str, shape: Shape, device: torch.device, hows: list[str]) -> Iter
                 "step": 1e3 * steps.seconds,
                 "device_busy": 1e3 * steps.busy,
                 "host": 1e3 * steps.host,
-                **{part: 1e3 * seconds for part, seconds in roles.most_common()},
+                **{part: 1e3 * seconds for part, seconds in sorted(roles.items(), key=lambda pair: -pair[1])},
             },
             "starts": sum(count for _, count in steps.kernels.values()),
             "warm_up_s": steps.warm_up,

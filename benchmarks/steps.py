@@ -126,7 +126,6 @@ def bench(
     compiled: bool,
     folder: Path,
     objective: Objective | None = None,
-    joined: bool = False,
 ) -> Bench:
     """A run of `shape`: dense distillation without a method, to 2:4 with one; by `Distill()` unless told otherwise."""
     objective = objective or Distill()
@@ -152,7 +151,7 @@ def bench(
     around = Surroundings(model=model, sites=sites, slorb=None, steps=STEPS, calibration=lambda n, length: [])
     track = recipe.method.start(around)
     plain = forwards(model, teacher)
-    forward, taught = faster(*plain, compiled=compiled, joined=joined)
+    forward, taught = faster(*plain, compiled=compiled)
     run = Run(
         recipe=recipe,
         model=model,

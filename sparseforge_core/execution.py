@@ -35,8 +35,6 @@ class Execution:
     """How ranks share the work: everything on each of them, or a part of each weight; by itself what fits."""
     recompute: bool = False
     """Whether activations of a block are computed again in backward instead of kept."""
-    joined: bool = False
-    """Whether compiled blocks multiply an input by all its matrices at once (`models/joining.py`)."""
     recorded: bool = False
     """Whether forward and backward of a step are recorded as a CUDA graph and started at once: one process on a GPU."""
     deterministic: bool = False

@@ -109,13 +109,11 @@ class Prepared:
         if compiled is None:
             matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
             compiled = self.device.type == "cuda" and plan.steps >= COMPILED_FROM and not matched
-        if execution.joined and not (compiled and self.sharding != "shard"):
-            log.warning("--join: this cell's blocks are not compiled, so nothing in them is joined")
         plain = forwards(self.model, self.teacher)
         if self.sharding == "shard":
             forward, teacher = plain  # FSDP2's hooks run between blocks, and the head's matrix is in shards
         else:
-            forward, teacher = faster(*plain, compiled=compiled, joined=execution.joined)
+            forward, teacher = faster(*plain, compiled=compiled)
         whole: Any = self.model
         if execution.recompute:
             recompute_activations(self.model)

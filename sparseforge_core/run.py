@@ -267,9 +267,6 @@ def main(arguments: list[str] | None = None) -> int:
             "--recompute", action="store_true", help="compute activations again instead of keeping them"
         )
         command.add_argument(
-            "--join", action="store_true", help="compiled blocks multiply an input by all its matrices at once"
-        )
-        command.add_argument(
             "--record", action="store_true", help="start a step's kernels by one call (a CUDA graph); one process a GPU"
         )
         command.add_argument("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
@@ -327,7 +324,7 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
     execution = Execution(options.micro_batch, options.compile, options.sharding, options.recompute)
     if options.command == "train":
         execution = replace(execution, heartbeat=options.heartbeat)
-    execution = replace(execution, joined=options.join, recorded=options.record, deterministic=options.deterministic)
+    execution = replace(execution, recorded=options.record, deterministic=options.deterministic)
     if options.command == "bundle":
         home = options.home or options.folder / bundles.HOME
         return run_bundle(

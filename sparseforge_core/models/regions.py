@@ -27,24 +27,15 @@ _made_before = 0
 """Graphs that this process had compiled when it last forgot them."""
 
 
-def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = False, joined: bool = False) -> Any:
-    """`model` with its blocks compiled, the model as a whole where it has no list of equal blocks.
-
-    With `joined` the products of one input become one (`joining.py`), by the backend "inductor" alone.
-    """
+def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = False) -> Any:
+    """`model` with its blocks compiled, the model as a whole where it has no list of equal blocks."""
     _make_room()
     configuration = torch._dynamo.config
     configuration.recompile_limit = max(configuration.recompile_limit, KEPT)
     configuration.accumulated_recompile_limit = max(configuration.accumulated_recompile_limit, 4 * KEPT)
     configuration.fail_on_recompile_limit_hit = True
-    options: dict[str, Any] | None = None
-    if joined:
-        from sparseforge_core.models.joining import Join  # loads the compiler, which others do without
-
-        # Its way to lay slopes side by side computes each of them for the whole width: half as slow again on an H200.
-        options = {"joint_custom_pre_pass": Join(), "max_pointwise_cat_inputs": 1}
     path = blocks_path(model)
-    how: dict[str, Any] = {"backend": backend, "fullgraph": fullgraph, "dynamic": False, "options": options}
+    how: dict[str, Any] = {"backend": backend, "fullgraph": fullgraph, "dynamic": False}
     if path is None:
         return torch.compile(model, **how)
     made: list[Any] = [torch.compile(block, **how) for block in model.get_submodule(path)]

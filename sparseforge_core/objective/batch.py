@@ -63,16 +63,14 @@ def forwards(model: Any, teacher: Any | None) -> tuple[Any, Any | None]:
     return found[0], found[1]
 
 
-def faster(student: Any, teacher: Any | None, *, compiled: bool, joined: bool = False) -> tuple[Any, Any | None]:
+def faster(student: Any, teacher: Any | None, *, compiled: bool) -> tuple[Any, Any | None]:
     """What `forwards` gave, for steps: a GPU may make the losses' gradient in the forward pass; blocks are compiled.
-
-    Compiled blocks may have the products of one input joined.
 
     There is no second derivative of these forms.
     """
     found = [dataclasses.replace(p, fused=True) if isinstance(p, Split) else p for p in (student, teacher)]
     if compiled:
-        found = [_compiled(part, joined) for part in found]
+        found = [_compiled(part) for part in found]
     return found[0], found[1]
 
 
@@ -198,7 +196,7 @@ def _uncached_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
 
 
-def _compiled(part: Any | None, joined: bool) -> Any | None:
+def _compiled(part: Any | None) -> Any | None:
     if isinstance(part, Split):
-        return dataclasses.replace(part, body=compiled_blocks(part.body, joined=joined))
-    return None if part is None else compiled_blocks(part, joined=joined)
+        return dataclasses.replace(part, body=compiled_blocks(part.body))
+    return None if part is None else compiled_blocks(part)
