@@ -13,6 +13,7 @@ from sparseforge_core.methods.base import MaskedTrack, Surroundings
 from sparseforge_core.methods.one_shot import Solution, one_shot_solution
 from sparseforge_core.methods.phases import Phases
 from sparseforge_core.methods.shards import all_whole, each_part, each_whole
+from sparseforge_core.methods.together import Together
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
 from sparseforge_core.observe.blocks import stream_blocks
@@ -22,7 +23,7 @@ from sparseforge_core.observe.input_gram import inverse_gram_diagonals
 from sparseforge_core.sparsity.arriving import Arriving
 from sparseforge_core.sparsity.compensation import Compensation, compensate
 from sparseforge_core.sparsity.criteria import HessianOBD, Magnitude, not_finite, observed, standardize
-from sparseforge_core.sparsity.fused import Entry, Way, refusal, update_masks
+from sparseforge_core.sparsity.fused import Entry, Way, refusal
 from sparseforge_core.sparsity.gate import AnnealPoint, hard_target, project, update_mask
 from sparseforge_core.sparsity.masking import set_softness
 
@@ -47,6 +48,7 @@ class SparseForgeTrack(MaskedTrack):
         """What the last update gathered of each site (`criteria.observed`), float64 `[sites, 3]`, in their order."""
         self.seen: dict[str, float] | None = None
         """What is worth logging of the masks since the last update, where the kernels said it."""
+        self.together = Together(self._refusal, self._kept, self._entry)
         self.places = {site.name: place for place, site in enumerate(self.sites)}
         self.phases = Phases.of(method, around.steps)
         self.slorb = around.slorb
@@ -115,7 +117,7 @@ class SparseForgeTrack(MaskedTrack):
             with all_whole(sites):
                 reports += self._update_sites(sites, way, step, gathered)
         self.known = gathered
-        self.reported = Arriving(torch.cat(reports))
+        self.reported = Arriving(reports[0] if len(reports) == 1 else torch.cat(reports))
         if first:
             self._start_branches("first-mask")
 
@@ -125,9 +127,7 @@ class SparseForgeTrack(MaskedTrack):
 
     def _update_sites(self, sites: list[Site], way: Way, step: int, gathered: Tensor | None) -> list[Tensor]:
         """Lines 8-13 for some sites, by the fused kernels where these can; what is to be read of them later."""
-        together = [site for site in sites if self._refusal(site) is None]
-        names = {site.name for site in together}
-        alone = [site for site in sites if site.name not in names]
+        together, alone = self.together.split(sites)
         reports = [self._update_together(together, way, gathered)] if together else []
         for site in alone:
             flipped = self._update_site(site, way, gathered)
@@ -139,16 +139,15 @@ class SparseForgeTrack(MaskedTrack):
 
     def _update_together(self, sites: list[Site], way: Way, gathered: Tensor | None) -> Tensor:
         """Lines 8-13 for sites that the fused kernels cover."""
-        entries = [self._entry(site) for site in sites]
         if gathered is None:
-            return update_masks(entries, way)
+            return self.together.update(sites, way)
         everything = len(sites) == len(self.sites)
         places = [self.places[site.name] for site in sites]
         known = self.known if self.known is None or everything else self.known[places]
         found = gathered if everything else gathered[places]
-        report = update_masks(entries, way, known=known, gathered=found)
-        for i, (site, entry) in enumerate(zip(sites, entries, strict=True)):
-            if entry.scores is not None and self.curvature is not None:  # which the kernels were given no curvature of
+        report = self.together.update(sites, way, known=known, gathered=found)
+        if self.curvature is not None and not isinstance(self.method.criterion, HessianOBD):
+            for i, site in enumerate(sites):  # the kernels were given scores, and no curvature
                 found[i, 0] = gathered_whole(self.curvature.of(site)).mean()
         if not everything:
             gathered[places] = found
@@ -178,14 +177,19 @@ class SparseForgeTrack(MaskedTrack):
             return "its view is scaled by rows"
         return refusal(site.weight, site.mask, site.pattern, self.method.form)
 
-    def _entry(self, site: Site) -> Entry:
-        """The site for the fused kernels: with its statistic as it is kept, or with scores."""
+    def _kept(self, site: Site) -> tuple[Tensor | None, float]:
+        """The curvature that the fused kernels are given, and what it is to be multiplied by."""
+        if self.curvature is None or not isinstance(self.method.criterion, HessianOBD):
+            return None, 1.0
+        statistic, scale = self.curvature.kept(site)
+        return gathered_whole(statistic), scale
+
+    def _entry(self, site: Site, kept: tuple[Tensor | None, float] | None = None) -> Entry:
+        """The site for the fused kernels: with its statistic as `kept` (asked for unless given), or with scores."""
         known: dict[str, Any] = {"weight": site.weight.detach(), "soft": site.mask, "pattern": site.pattern}
-        if isinstance(self.method.criterion, Magnitude):
-            return Entry(**known)
-        if isinstance(self.method.criterion, HessianOBD) and self.curvature is not None:
-            statistic, scale = self.curvature.kept(site)
-            return Entry(**known, statistic=gathered_whole(statistic), scale=scale)
+        statistic, scale = kept or self._kept(site)
+        if statistic is not None or isinstance(self.method.criterion, Magnitude):
+            return Entry(**known, statistic=statistic, scale=scale)
         return Entry(**known, scores=site.matrix(self._scores(site, self._statistic(site))).contiguous())
 
     def _update_site(self, site: Site, way: Way, gathered: Tensor | None = None) -> Tensor:
@@ -307,6 +311,7 @@ class SparseForgeTrack(MaskedTrack):
 
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         self._settle()
+        self.together.forget()
         super().freeze(optimizer)
 
     def summary(self) -> dict[str, float]:

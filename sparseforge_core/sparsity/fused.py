@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,13 +40,16 @@ ADDED, ADDING_WARPS = 2048, 16
 ALIGNED = 64
 """Bytes: 16 entries of float32, of which a thread reads four at once."""
 
+SETTINGS = 8
+"""Numbers of an update that the kernels read from the device (`fused_kernels.SETTINGS`)."""
+
 ROW = 16
 """Entries of which a stored row must hold a multiple."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Entry:
-    """One site as the kernels see it; tensors in the stored layout."""
+    """One site as the kernels see it; tensors in the stored layout. All but `scale` stays what it is."""
 
     weight: Tensor
     soft: SoftMask
@@ -74,6 +77,11 @@ class Way:
     quench_view: Literal["top-n", "threshold"] = "top-n"
     rows: int = 1
     """The statistics of a layer are those of every n-th stored row."""
+
+    def kind(self) -> tuple[Any, ...]:
+        """All of it that the launches depend on: updates that agree in this differ in numbers alone."""
+        choices = self.fixed_target, self.margin > 0.0, self.project_on, self.quench_view
+        return self.form, self.log, self.criterion, *choices, self.rows
 
 
 @functools.cache
@@ -116,19 +124,116 @@ def update_masks(
             update's passes find.
         gathered: where this update's own such numbers are written, over all rows; None: nowhere.
     """
-    batches: dict[tuple[Any, ...], list[int]] = {}
-    for place, entry in enumerate(entries):
-        batches.setdefault(_kind(entry), []).append(place)
-    if len(batches) == 1:
-        return _update_batch(list(entries), way, known, gathered)
-    found = torch.empty(len(entries), 3, device=entries[0].weight.device)
-    for places in batches.values():
-        some = None if known is None else known[places]
-        new = None if gathered is None else torch.empty_like(gathered[places])
-        found[places] = _update_batch([entries[place] for place in places], way, some, new).to(found.device)
-        if gathered is not None and new is not None:
-            gathered[places] = new
-    return found
+    update = _Update(entries, way, known, gathered)
+    update.set(way)
+    update.run()
+    return update.found
+
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Turns work into what does it again with the tensors of the first time; on a GPU `on_gpu`."""
+
+
+class Updater:
+    """`update_masks` of the same entries again and again, whose launches the host starts by one call.
+
+    A kernel costs a slow host more time than the device needs for it. The second update of a kind is recorded as a CUDA
+    graph, which holds the very launches of the first one. It holds addresses too, so the caller gives the same entries
+    (the same list) as long as their tensors lie where they lay, and others once one has moved. What changes from
+    update to update is read by the kernels from the device: temperature, mix, rates, softness, scales.
+    """
+
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = capture or on_gpu
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the entries, and of what was recorded."""
+        self._entries: Sequence[Entry] | None = None
+        self._kind: tuple[Any, ...] = ()
+        self._update: _Update | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(
+        self, entries: Sequence[Entry], way: Way, *, known: Tensor | None = None, gathered: Tensor | None = None
+    ) -> Tensor:
+        """What `update_masks` does and raises; what it returns is overwritten by the next call."""
+        kind = (*way.kind(), known is None, gathered is None)
+        if entries is not self._entries or kind != self._kind or not self._scaled_as_recorded():
+            self.forget()
+            self._entries, self._kind = entries, kind
+            # As launches of its own: what is compiled or loaded at first use must not be recorded.
+            return update_masks(entries, way, known=known, gathered=gathered)
+        if self._update is None or self._replay is None:
+            rooms = (None if room is None else torch.empty_like(room) for room in (known, gathered))
+            self._update = _Update(entries, way, *rooms)
+            self._replay = self._capture(self._update.run)
+        self._update.set(way)
+        if known is not None and self._update.known is not None:
+            self._update.known.copy_(known)
+        self._replay()
+        if gathered is not None and self._update.gathered is not None:
+            gathered.copy_(self._update.gathered)
+        return self._update.found
+
+    def _scaled_as_recorded(self) -> bool:
+        """Whether entries that share a launch still share their scale."""
+        return self._update is None or all(
+            entry.scale == batch.entries[0].scale for batch in self._update.batches for entry in batch.entries
+        )
+
+
+def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph of the current device. Its tensors stay in memory as long as what is returned."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    # Not by torch.cuda.graph: that waits for the device and gives back memory that training asks for again at once.
+    with torch.cuda.stream(side):
+        # Threads that load batches call the driver meanwhile; that is none of the recording's business.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    replay: Any = graph.replay
+    return replay  # type: ignore[no-any-return]
+
+
+class _Update:
+    """The launches of one kind of update of some entries, and all the memory that they need beside the entries'."""
+
+    def __init__(self, entries: Sequence[Entry], way: Way, known: Tensor | None, gathered: Tensor | None) -> None:
+        places: dict[tuple[Any, ...], list[int]] = {}
+        for place, entry in enumerate(entries):
+            places.setdefault(_kind(entry), []).append(place)
+        device = entries[0].weight.device
+        self.known, self.gathered = known, gathered
+        self.found = torch.empty(len(entries), 3, device=device)
+        self.batches = [_Batch([entries[place] for place in some], way) for some in places.values()]
+        self.settings = torch.empty(len(places), SETTINGS, device=device)
+        self.places: list[Tensor] = []
+        if len(places) > 1:
+            self.places = [_host(some, torch.int64, device).to(device) for some in places.values()]
+
+    def set(self, way: Way) -> None:
+        """Write what `run` reads besides tensors of the entries and `known`."""
+        numbers = [batch.settings(way) for batch in self.batches]
+        self.settings.copy_(_host(numbers, torch.float32, self.settings.device), non_blocking=True)
+
+    def run(self) -> None:
+        """Launch: entries move, `found` and `gathered` are written."""
+        if not self.places:
+            self.batches[0].launch(self.settings[0], self.known, self.gathered, self.found)
+            return
+        for batch, settings, places in zip(self.batches, self.settings, self.places, strict=True):
+            known = None if self.known is None else self.known.index_select(0, places)
+            gathered = None if self.gathered is None else torch.empty_like(self.gathered[: len(places)])
+            found = torch.empty_like(self.found[: len(places)])
+            batch.launch(settings, known, gathered, found)
+            self.found.index_copy_(0, places, found)
+            if self.gathered is not None and gathered is not None:
+                self.gathered.index_copy_(0, places, gathered)
 
 
 def _kind(entry: Entry) -> tuple[Any, ...]:
@@ -140,63 +245,73 @@ def _kind(entry: Entry) -> tuple[Any, ...]:
     return entry.weight.device, entry.pattern, entry.soft.transposed, packed, dtype, entry.scale, entry.scores is None
 
 
-def _update_batch(entries: list[Entry], way: Way, known: Tensor | None, gathered: Tensor | None) -> Tensor:
-    import triton
+class _Batch:
+    """The launches of entries that share them."""
 
-    from sparseforge_core.sparsity import fused_kernels as kernels
-    from sparseforge_core.sparsity import statistics_kernels as statistics
+    def __init__(self, entries: list[Entry], way: Way) -> None:
+        from sparseforge_core.sparsity import fused_kernels as kernels
 
-    first, pattern = entries[0], entries[0].pattern
-    assert isinstance(pattern, GroupPattern)
-    device, sites = first.weight.device, (len(entries),)
-    obd = first.scores is None and isinstance(way.criterion, HessianOBD)
-    if first.scores is None and not isinstance(way.criterion, (HessianOBD, Magnitude)):
-        raise ValueError(f"{type(way.criterion).__name__}: the kernels need its scores")
-    criterion = kernels.OBD if obd else kernels.MAGNITUDE if first.scores is None else kernels.GIVEN
-    eps = way.criterion.relative_eps if obd and isinstance(way.criterion, HessianOBD) else 0.0
-    plan, anchors = _plan_of(entries, way.rows), _anchors(first)
-    table, packed = plan.table, isinstance(first.soft, PackedMask)
+        first = entries[0]
+        if first.scores is None and not isinstance(way.criterion, (HessianOBD, Magnitude)):
+            raise ValueError(f"{type(way.criterion).__name__}: the kernels need its scores")
+        obd = first.scores is None and isinstance(way.criterion, HessianOBD)
+        self.criterion = kernels.OBD if obd else kernels.MAGNITUDE if first.scores is None else kernels.GIVEN
+        self.entries, self.way = entries, way
+        self.plan, self.anchors = _plan_of(entries, way.rows), _anchors(first)
+        device, programs = first.weight.device, max(len(self.plan.owner), len(self.plan.looked))
+        self.partial = torch.empty(programs, kernels.SUMS.value, device=device)
+        self.standard = torch.empty(len(entries), kernels.CONSTANTS.value, device=device)
+        self.found = torch.empty(len(entries), 3, dtype=torch.float64, device=device)
+        """What this update's own passes find of each site."""
 
-    partial = torch.empty(max(len(plan.owner), len(plan.looked)), kernels.SUMS.value, device=device)
-    standard = torch.empty(len(entries), kernels.CONSTANTS.value, device=device)
-    by = {"CRITERION": criterion, "LOG": way.log}
-    if known is None:
-        known = torch.empty(len(entries), statistics.KNOWN.value, dtype=torch.float64, device=device)
-        adding = {
-            "LOG": way.log,
-            "MOST": triton.next_power_of_2(plan.most_looked),
-            "BLOCK": ADDED,
-            "num_warps": ADDING_WARPS,
-        }
-        looked, of = (len(plan.looked),), (table, plan.looked, *anchors[:2])
-        statistics.sum_scores[looked](*of, partial, CRITERION=criterion, BLOCK=LOOK, num_warps=4)
-        bounds = plan.looked_bounds
-        statistics.site_means[sites](
-            table, bounds, partial, known, standard, first.scale, eps, CRITERION=criterion, **adding
-        )
-        statistics.sum_logs[looked](*of, standard, partial, **by, BLOCK=LOOK, num_warps=4)
-        statistics.site_spreads[sites](table, bounds, partial, known, standard, **adding)
-    else:
-        statistics.site_constants[sites](known, standard, first.scale, eps, **by, num_warps=1)
-    at, form = way.at, way.form
-    kernels.update[(len(plan.owner),)](
-        table, plan.owner, *anchors, standard, partial,
-        1.0 / at.temperature, float(at.structure_mix), float(at.mid_push), float(at.mask_rate),
-        float(way.margin), float(way.softness), **by,
-        KEEP=pattern.keep, M=pattern.cols, TRANSPOSED=first.soft.transposed,
-        MIDPOINT=form.threshold == "midpoint", BLEND=form.order == "blend-then-push",
-        PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
-        HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
-        ABOVE_HALF=way.quench_view == "threshold", PACKED=packed, HALF=anchors[1].dtype == torch.bfloat16,
-        EVEN=plan.even, GATHER=gathered is not None, REPEAT=REPEAT, BLOCK=TILE // pattern.cols, num_warps=WARPS,
-    )  # fmt: skip
-    shares = torch.empty(len(entries), 3, device=device)
-    statistics.site_reports[sites](
-        table, plan.bounds, partial, shares, known, known if gathered is None else gathered, first.scale,
-        LOG=way.log, GATHER=gathered is not None, MOST=triton.next_power_of_2(plan.most), BLOCK=ADDED,
-        num_warps=ADDING_WARPS,
-    )  # fmt: skip
-    return shares
+    def settings(self, way: Way) -> list[float]:
+        """The numbers of an update, by their places in `fused_kernels.SETTINGS`."""
+        at = way.at
+        eps = way.criterion.relative_eps if isinstance(way.criterion, HessianOBD) else 0.0
+        numbers = [1.0 / at.temperature, at.structure_mix, at.mid_push, at.mask_rate, way.margin, way.softness]
+        return [float(number) for number in (*numbers, self.entries[0].scale, eps)]
+
+    def launch(self, settings: Tensor, known: Tensor | None, gathered: Tensor | None, shares: Tensor) -> None:
+        """Move the entries; `settings` has this batch's numbers, `shares` takes its report."""
+        import triton
+
+        from sparseforge_core.sparsity import fused_kernels as kernels
+        from sparseforge_core.sparsity import statistics_kernels as statistics
+
+        first, way, plan, table = self.entries[0], self.way, self.plan, self.plan.table
+        anchors, partial, standard, sites = self.anchors, self.partial, self.standard, (len(self.entries),)
+        assert isinstance(first.pattern, GroupPattern)
+        by = {"CRITERION": self.criterion, "LOG": way.log}
+        if known is None:
+            known = self.found
+            most = triton.next_power_of_2(plan.most_looked)
+            adding = {"LOG": way.log, "MOST": most, "BLOCK": ADDED, "num_warps": ADDING_WARPS}
+            looked, of = (len(plan.looked),), (table, plan.looked, *anchors[:2])
+            statistics.sum_scores[looked](*of, partial, CRITERION=self.criterion, BLOCK=LOOK, num_warps=4)
+            bounds = plan.looked_bounds
+            statistics.site_means[sites](
+                table, bounds, partial, known, standard, settings, CRITERION=self.criterion, **adding
+            )
+            statistics.sum_logs[looked](*of, standard, partial, **by, BLOCK=LOOK, num_warps=4)
+            statistics.site_spreads[sites](table, bounds, partial, known, standard, **adding)
+        else:
+            statistics.site_constants[sites](known, standard, settings, **by, num_warps=1)
+        form = way.form
+        kernels.update[(len(plan.owner),)](
+            table, plan.owner, *anchors, standard, partial, settings, **by,
+            KEEP=first.pattern.keep, M=first.pattern.cols, TRANSPOSED=first.soft.transposed,
+            MIDPOINT=form.threshold == "midpoint", BLEND=form.order == "blend-then-push",
+            PULL_GATE=form.push_target == "gate", FIXED=way.fixed_target,
+            HYSTERESIS=way.margin > 0.0 and not way.fixed_target, BY_SCORES=way.project_on == "scores",
+            ABOVE_HALF=way.quench_view == "threshold", PACKED=isinstance(first.soft, PackedMask),
+            HALF=anchors[1].dtype == torch.bfloat16, EVEN=plan.even, GATHER=gathered is not None,
+            REPEAT=REPEAT, BLOCK=TILE // first.pattern.cols, num_warps=WARPS,
+        )  # fmt: skip
+        statistics.site_reports[sites](
+            table, plan.bounds, partial, shares, known, known if gathered is None else gathered, settings,
+            LOG=way.log, GATHER=gathered is not None, MOST=triton.next_power_of_2(plan.most), BLOCK=ADDED,
+            num_warps=ADDING_WARPS,
+        )  # fmt: skip
 
 
 def _anchors(entry: Entry) -> list[Tensor]:

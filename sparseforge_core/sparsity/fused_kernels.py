@@ -45,6 +45,12 @@ CONSTANTS: tl.constexpr = tl.constexpr(4)
 """Of each site: what multiplies the statistic, what is added to it or multiplies what is given, what is added to
 the score, and the gate's exponent per y at T = 1."""
 
+SCALE: tl.constexpr = tl.constexpr(6)
+RELATIVE_EPS: tl.constexpr = tl.constexpr(7)
+"""Places in `settings`, the numbers of an update, float32: 1/T, beta, kappa, alpha, the margin of hysteresis, the
+view's softness; what a kept statistic is multiplied by, and eps relative to the mean curvature. On the device, so that
+a recorded update (`fused.Updater`) finds those of its turn."""
+
 
 @triton.jit
 def scored(w, h, constants, CRITERION: tl.constexpr):
@@ -60,8 +66,7 @@ def scored(w, h, constants, CRITERION: tl.constexpr):
 
 @triton.jit
 def update(
-    table, owner, weights, statistics, masks, hards, views, standard, partial,
-    steepness, structure_mix, mid_push, mask_rate, margin, softness,
+    table, owner, weights, statistics, masks, hards, views, standard, partial, settings,
     KEEP: tl.constexpr, M: tl.constexpr, TRANSPOSED: tl.constexpr, CRITERION: tl.constexpr, LOG: tl.constexpr,
     MIDPOINT: tl.constexpr, BLEND: tl.constexpr, PULL_GATE: tl.constexpr, FIXED: tl.constexpr,
     HYSTERESIS: tl.constexpr, BY_SCORES: tl.constexpr, ABOVE_HALF: tl.constexpr, PACKED: tl.constexpr,
@@ -74,6 +79,8 @@ def update(
     is left as it is, and its program reports NaN flips.
     """
     program = tl.program_id(0)
+    steepness, structure_mix, mid_push = tl.load(settings), tl.load(settings + 1), tl.load(settings + 2)
+    mask_rate, margin, softness = tl.load(settings + 3), tl.load(settings + 4), tl.load(settings + 5)
     site = tl.load(owner + program).to(tl.int64)
     row_of, about = table + site * FIELDS, standard + site * CONSTANTS
     constants = (tl.load(about), tl.load(about + 1), tl.load(about + 2))

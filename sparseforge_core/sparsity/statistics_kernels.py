@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparseforge_core.sparsity.fused_kernels import CONSTANTS, MAGNITUDE, OBD, SUMS, scored
+from sparseforge_core.sparsity.fused_kernels import CONSTANTS, MAGNITUDE, OBD, RELATIVE_EPS, SCALE, SUMS, scored
 from sparseforge_core.sparsity.group_kernels import FIELDS, address, log2
 
 KNOWN: tl.constexpr = tl.constexpr(3)
@@ -127,11 +127,12 @@ def _deviation(total, squares, count, score, LOG: tl.constexpr):
 
 @triton.jit
 def site_means(
-    table, bounds, partial, known, standard, scale, relative_eps,
+    table, bounds, partial, known, standard, settings,
     CRITERION: tl.constexpr, LOG: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean curvature and mean score of each site, from `sum_scores`."""
     site = tl.program_id(0)
+    scale, relative_eps = tl.load(settings + SCALE), tl.load(settings + RELATIVE_EPS)
     totals = _totals(partial, tl.load(bounds + site), tl.load(bounds + site + 1), MOST, BLOCK)
     count = tl.load(table + site * FIELDS + 13).to(tl.float64)
     score, curvature = _at(totals, 0) / count, 0.0 * count
@@ -155,9 +156,10 @@ def site_spreads(table, bounds, partial, known, standard, LOG: tl.constexpr, MOS
 
 
 @triton.jit
-def site_constants(known, standard, scale, relative_eps, CRITERION: tl.constexpr, LOG: tl.constexpr):
+def site_constants(known, standard, settings, CRITERION: tl.constexpr, LOG: tl.constexpr):
     """The constants of each site from what an earlier update knew of it."""
     site = tl.program_id(0)
+    scale, relative_eps = tl.load(settings + SCALE), tl.load(settings + RELATIVE_EPS)
     about = known + site * KNOWN
     curvature, score, deviation = tl.load(about), tl.load(about + 1), tl.load(about + 2)
     _scale(standard + site * CONSTANTS, curvature, score, scale, relative_eps, CRITERION, LOG)
@@ -166,7 +168,7 @@ def site_constants(known, standard, scale, relative_eps, CRITERION: tl.constexpr
 
 @triton.jit
 def site_reports(
-    table, bounds, partial, shares, known, following, scale,
+    table, bounds, partial, shares, known, following, settings,
     LOG: tl.constexpr, GATHER: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the update reports of each site, as means over its entries; with GATHER, what is known for the next one."""
@@ -177,7 +179,7 @@ def site_reports(
     tl.store(shares + site * 3 + 1, (_at(totals, 1) / count).to(tl.float32))
     tl.store(shares + site * 3 + 2, (_at(totals, 2) / count).to(tl.float32))
     if GATHER:
-        score = tl.load(known + site * KNOWN + 1)
+        score, scale = tl.load(known + site * KNOWN + 1), tl.load(settings + SCALE)
         deviation = _deviation(_at(totals, 5), _at(totals, 6), count, score, LOG)
         tl.store(following + site * KNOWN, scale * _at(totals, 3) / count)
         tl.store(following + site * KNOWN + 1, _at(totals, 4) / count * (score + LEAST))
