@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from sparseforge_core.distributed import is_sharded
 from sparseforge_core.distributed import whole as gathered_whole
 from sparseforge_core.methods.base import MaskedTrack, Surroundings
 from sparseforge_core.methods.one_shot import Solution, one_shot_solution
 from sparseforge_core.methods.phases import Phases
-from sparseforge_core.methods.shards import all_whole, each_part, each_whole
+from sparseforge_core.methods.shards import each_part, each_whole, whole
 from sparseforge_core.methods.together import Together
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.activations import input_norms
@@ -112,10 +113,13 @@ class SparseForgeTrack(MaskedTrack):
         reports: list[Tensor] = []
         self._order = []
         gathered = self._unknown() if self.method.statistics_of == "last-update" else None
-        # Shards: one site at a time is whole, and what is done to it is what is done to all of them on one rank.
-        for sites in [[site] for site in self.sites] if self.sharded else [self.sites]:
-            with all_whole(sites):
-                reports += self._update_sites(sites, way, step, gathered)
+        if self.sharded:
+            # One site at a time is whole, and what is done to it is what is done to all of them on one rank.
+            for site in self.sites:
+                with whole(site):
+                    reports += self._update_sites([site], way, step, gathered)
+        else:
+            reports += self._update_sites(self.sites, way, step, gathered)
         self.known = gathered
         self.reported = Arriving(reports[0] if len(reports) == 1 else torch.cat(reports))
         if first:
@@ -182,7 +186,7 @@ class SparseForgeTrack(MaskedTrack):
         if self.curvature is None or not isinstance(self.method.criterion, HessianOBD):
             return None, 1.0
         statistic, scale = self.curvature.kept(site)
-        return gathered_whole(statistic), scale
+        return gathered_whole(statistic) if is_sharded(statistic) else statistic, scale
 
     def _entry(self, site: Site, kept: tuple[Tensor | None, float] | None = None) -> Entry:
         """The site for the fused kernels: with its statistic as `kept` (asked for unless given), or with scores."""

@@ -65,15 +65,6 @@ def each_part(sites: Iterable[Site]) -> Iterator[Site]:
 
 
 @contextlib.contextmanager
-def all_whole(sites: Iterable[Site]) -> Iterator[None]:
-    """Within: everything of these sites is whole, all at once."""
-    with contextlib.ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(whole(site))
-        yield
-
-
-@contextlib.contextmanager
 def whole(site: Site) -> Iterator[None]:
     """Within: everything of the site is whole. Collective; the memory of one full site is needed."""
     if not is_sharded(site.weight):

@@ -45,6 +45,12 @@ def _between(bits: int, device: torch.device) -> Tensor:
     return 0.5 * (values[1:] + values[:-1])
 
 
+@functools.cache
+def _bounds(bits: int, device: torch.device) -> Tensor:
+    """`_between` of codes, with an infinity at both ends: code c is right from the c-th of these to the next."""
+    return nn.functional.pad(nn.functional.pad(_between(bits, device), (1, 0), value=-math.inf), (0, 1), value=math.inf)
+
+
 def _in_blocks(x: Tensor) -> Tensor:
     """`[blocks, BLOCK]` of a tensor, zeros behind its end."""
     flat = x.flatten()
@@ -137,7 +143,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         tiny = torch.finfo(torch.float32).tiny
         kernels.move[(-(-size // (BLOCK * ROWS)),)](
             parameter, gradient, *(state[f"{name}_{what}"] for name, _ in MOMENTS for what in ("codes", "scales")),
-            state["step"], magnitudes(7, device), _between(7, device), magnitudes(8, device), _between(8, device), size,
+            state["step"], magnitudes(7, device), _bounds(7, device), magnitudes(8, device), _bounds(8, device), size,
             rate, 1.0 - rate * group["weight_decay"], first_decay, 1.0 - first_decay, second_decay, 1.0 - second_decay,
             *(math.log(max(decay, tiny)) for decay in group["betas"]), group["eps"], tiny,
             ROWS=ROWS, BLOCK=BLOCK, num_warps=8,

@@ -12,14 +12,14 @@ import triton.language as tl
 @triton.jit
 def move(
     weight, gradient, first_codes, first_scales, second_codes, second_scales, step,
-    signed, signed_between, unsigned, unsigned_between, size,
+    signed, signed_bounds, unsigned, unsigned_bounds, size,
     rate, kept, first_decay, first_rest, second_decay, second_rest, log_first, log_second, eps, least,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS blocks of entries that share their scales.
 
     `kept` is 1 - lr wd, `*_rest` 1 - beta, `log_*` ln beta, `least` what a scale of 0 is divided by; `signed` and
-    `unsigned` are the magnitudes of the codes, `*_between` what lies midway between them.
+    `unsigned` are the magnitudes of the codes, `*_bounds` what lies midway between them, between -inf and inf.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -37,12 +37,12 @@ def move(
     second = second * second_decay + second_rest * g * g
     top = tl.max(tl.abs(first), 1)
     share = tl.div_rn(tl.abs(first), tl.maximum(top, least)[:, None])
-    code = _below(share, signed_between, 7)
+    code = _nearest(share, signed_bounds, 7)
     tl.store(first_codes + place, tl.where(first < 0, -code, code).to(tl.int8), mask=there)
     tl.store(first_scales + rows, top, mask=begun)
     top = tl.max(second, 1)
     share = tl.div_rn(second, tl.maximum(top, least)[:, None])
-    code = _below(share, unsigned_between, 8)
+    code = _nearest(share, unsigned_bounds, 8)
     tl.store(second_codes + place, tl.where(second > 0, tl.maximum(code, 1), code).to(tl.uint8), mask=there)
     tl.store(second_scales + rows, top, mask=begun)
     count = tl.load(step)
@@ -53,10 +53,17 @@ def move(
 
 
 @triton.jit
-def _below(x, bounds, BITS: tl.constexpr):
-    """How many of the 2^BITS - 1 ascending bounds are below x: the code of the nearest magnitude."""
-    found = tl.zeros_like(x).to(tl.int32)
-    for bit in tl.static_range(BITS):
-        width: tl.constexpr = 1 << (BITS - 1 - bit)
-        found += tl.where(tl.load(bounds + found + (width - 1)) < x, width, 0)
-    return found
+def _nearest(x, bounds, BITS: tl.constexpr):
+    """The code of the magnitude that is nearest to x in [0, 1].
+
+    `bounds` are -inf, what lies midway between neighbouring magnitudes, and inf: code c stands between the c-th and
+    the next. Of a decade with n = 2^(BITS - 1 - zeros) codes these are n to 2n - 1, evenly spaced; rounding puts x at most
+    one code beside its own, which two bounds tell. A search among all of them would read BITS of them, one after another.
+    """
+    zeros = tl.floor(-0.30102999566 * tl.log2(tl.maximum(x, 1e-30)))
+    zeros = tl.minimum(tl.maximum(zeros, 0.0), BITS - 1.0)
+    count = tl.exp2(BITS - 1.0 - zeros)
+    place = (x * tl.exp2(3.32192809489 * zeros) - 0.1) * (count / 0.9)
+    code = (count + tl.minimum(tl.maximum(tl.floor(place), 0.0), count - 1.0)).to(tl.int32)
+    above = tl.where(tl.load(bounds + code + 1) < x, 1, 0)
+    return code + above - tl.where(tl.load(bounds + code) >= x, 1, 0)
