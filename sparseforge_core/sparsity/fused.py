@@ -214,12 +214,12 @@ class _Update:
         self.settings = torch.empty(len(places), SETTINGS, device=device)
         self.places: list[Tensor] = []
         if len(places) > 1:
-            self.places = [_host(some, torch.int64, device).to(device) for some in places.values()]
+            self.places = [on_host(some, torch.int64, device).to(device) for some in places.values()]
 
     def set(self, way: Way) -> None:
         """Write what `run` reads besides tensors of the entries and `known`."""
         numbers = [batch.settings(way) for batch in self.batches]
-        self.settings.copy_(_host(numbers, torch.float32, self.settings.device), non_blocking=True)
+        self.settings.copy_(on_host(numbers, torch.float32, self.settings.device), non_blocking=True)
 
     def run(self) -> None:
         """Launch: entries move, `found` and `gathered` are written."""
@@ -323,7 +323,7 @@ def _anchors(entry: Entry) -> list[Tensor]:
     return [source, statistic, *entry.soft.stored()]
 
 
-def _distances(tensors: list[Tensor], anchors: list[Tensor]) -> list[int]:
+def distances(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[int]:
     """How many entries each tensor begins after its anchor."""
     pairs = zip(tensors, anchors, strict=True)
     return [(tensor.data_ptr() - anchor.data_ptr()) // tensor.element_size() for tensor, anchor in pairs]
@@ -350,7 +350,7 @@ class _Plan:
 def _plan_of(entries: list[Entry], every: int) -> _Plan:
     """The plan of these entries, made anew when a tensor or a shape is another."""
     anchors = _anchors(entries[0])
-    places = tuple((*_distances(_anchors(entry), anchors), *entry.weight.shape) for entry in entries)
+    places = tuple((*distances(_anchors(entry), anchors), *entry.weight.shape) for entry in entries)
     pattern = entries[0].pattern
     assert isinstance(pattern, GroupPattern)
     return _plan(
@@ -379,20 +379,20 @@ def _plan(
         looks.append(looks[-1] + kept * math.ceil(length / look))
     counts, looked = ([b - a for a, b in itertools.pairwise(ends)] for ends in (programs, looks))
     table, bounds, looked_bounds = (
-        _host(values, torch.int64, device).to(device, non_blocking=True) for values in (rows, programs, looks)
+        on_host(values, torch.int64, device).to(device, non_blocking=True) for values in (rows, programs, looks)
     )
-    owner, owner_of_looks = _owners(tuple(counts), device), _owners(tuple(looked), device)
+    owner, owner_of_looks = owners(tuple(counts), device), owners(tuple(looked), device)
     return _Plan(table, owner, bounds, owner_of_looks, looked_bounds, max(counts), max(looked), even)
 
 
-def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A host tensor that can travel while the host goes on."""
     made = torch.tensor(values, dtype=dtype)
     return made.pin_memory() if device.type == "cuda" else made
 
 
 @functools.lru_cache(maxsize=64)
-def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
+def owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """Whose each tile is; kept, for a model asks for the same again and again."""
     return torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles)).to(device)
 
@@ -426,10 +426,10 @@ def average_squares(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> Non
     tiles = [math.ceil(average.numel() / LOOK) for average, _ in pairs]
     first = [0, *itertools.accumulate(tiles)]
     rows = [
-        [*_distances([average, gradient], [averages, gradients]), first[i], average.numel()]
+        [*distances([average, gradient], [averages, gradients]), first[i], average.numel()]
         for i, (average, gradient) in enumerate(pairs)
     ]
     device = averages.device
-    table = _host(rows, torch.int64, device).to(device, non_blocking=True)
-    owner = _owners(tuple(tiles), device)
+    table = on_host(rows, torch.int64, device).to(device, non_blocking=True)
+    owner = owners(tuple(tiles), device)
     kernels.average_squares[(len(owner),)](table, owner, averages, gradients, decay, BLOCK=LOOK, num_warps=4)

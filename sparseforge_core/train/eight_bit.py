@@ -9,13 +9,15 @@ and keeps them rounded. Small tensors and embeddings keep float32, as the paper 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from sparseforge_core.sparsity.fused import available
+from sparseforge_core.sparsity.fused import ALIGNED, ROW, available, distances, on_host, owners
 
 BLOCK = 256
 """Entries that share a scale."""
@@ -85,16 +87,21 @@ def restored(codes: Tensor, scales: Tensor) -> Tensor:
     return found.flatten()[: codes.numel()].view(codes.shape)
 
 
-ROWS = 8
-"""Blocks that a program of the kernel works on at once."""
+ROWS, WARPS = 4, 8
+"""Blocks that a program of the kernel works on at once, and its warps."""
 
 
-def refusal(weight: Tensor, gradient: Tensor, *, on: str = "cuda") -> str | None:
-    """Why this weight's step is not one for the kernel, or None. `on` is the kind of device that it runs on."""
+def refusal(weight: Tensor, gradient: Tensor, *kept: Tensor, on: str = "cuda") -> str | None:
+    """Why the step of a weight of which this is `kept` is not one for the kernel, or None.
+
+    `on` is the kind of device that it runs on.
+    """
     if weight.device.type != on:
         return f"it is on {weight.device.type}"
     if any(type(x.data) is not Tensor or x.dtype != torch.float32 or not x.is_contiguous() for x in (weight, gradient)):
         return "weight or gradient is sharded, strided or not float32"
+    if weight.numel() % ROW or any(x.data_ptr() % ALIGNED for x in (weight, gradient, *kept)):
+        return f"it has no multiple of {ROW} entries, or something of it begins at no multiple of {ALIGNED} bytes"
     return None if available() else "Triton is not installed"
 
 
@@ -125,37 +132,84 @@ class EightBitAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moving:
                 if not self.state[parameter]:
                     self._begin(parameter, self.state[parameter])
-                self.state[parameter]["step"] += 1
-                fits = self.in_eight_bits(parameter) and refusal(parameter, parameter.grad) is None
-                (self._move_fused if fits else self._move)(parameter, parameter.grad, group)
+            small = [parameter for parameter in moving if not self.in_eight_bits(parameter)]
+            coded = [parameter for parameter in moving if self.in_eight_bits(parameter)]
+            if small:
+                self._move_wide(small, group)
+            if coded:
+                torch._foreach_add_([self.state[parameter]["step"] for parameter in coded], 1.0)
+            together = [
+                parameter
+                for parameter in coded
+                if refusal(parameter, parameter.grad, *self.state[parameter].values()) is None
+            ]
+            if together:
+                self._move_together(together, group)
+            ids = {id(parameter) for parameter in together}
+            for parameter in coded:
+                if id(parameter) not in ids:
+                    self._move(parameter, parameter.grad, group)
 
-    def _move_fused(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        """`_move` in one kernel."""
+    def _move_wide(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """AdamW, torch's own, of parameters whose moments are float32."""
+        states = [self.state[parameter] for parameter in parameters]
+        (first, _), (second, _) = MOMENTS
+        first_decay, second_decay = group["betas"]
+        adamw(
+            [*parameters],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            exp_avgs=[state[first] for state in states],
+            exp_avg_sqs=[state[second] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=first_decay,
+            beta2=second_decay,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _move_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """`_move` of all of them in one launch."""
         from sparseforge_core.train import eight_bit_kernels as kernels
 
         (first_decay, second_decay), rate = group["betas"], group["lr"]
-        state, size, device = self.state[parameter], parameter.numel(), parameter.device
-        tiny = torch.finfo(torch.float32).tiny
-        kernels.move[(-(-size // (BLOCK * ROWS)),)](
-            parameter, gradient, *(state[f"{name}_{what}"] for name, _ in MOMENTS for what in ("codes", "scales")),
-            state["step"], magnitudes(7, device), _bounds(7, device), magnitudes(8, device), _bounds(8, device), size,
+        names = [f"{name}_{what}" for name, _ in MOMENTS for what in ("codes", "scales")] + ["step"]
+        tensors = [(p, p.grad, *(self.state[p][name] for name in names)) for p in parameters]
+        anchors, device = tensors[0], parameters[0].device
+        programs = [-(-parameter.numel() // (BLOCK * ROWS)) for parameter in parameters]
+        begin = [0, *itertools.accumulate(programs)]
+        rows = tuple(
+            (*distances(of, anchors), begin[i], parameters[i].numel())  # type: ignore[arg-type]
+            for i, of in enumerate(tensors)
+        )
+        owner, tiny = owners(tuple(programs), device), torch.finfo(torch.float32).tiny
+        kernels.move[(len(owner),)](
+            _table(rows, device), owner, *anchors,
+            magnitudes(7, device), _bounds(7, device), magnitudes(8, device), _bounds(8, device),
             rate, 1.0 - rate * group["weight_decay"], first_decay, 1.0 - first_decay, second_decay, 1.0 - second_decay,
             *(math.log(max(decay, tiny)) for decay in group["betas"]), group["eps"], tiny,
-            ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+            ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
     def _move(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """A step of a parameter whose moments are codes, in plain torch: what the kernel does."""
         first_decay, second_decay = group["betas"]
         state = self.state[parameter]
-        first, second = (self._read(state, name) for name, _ in MOMENTS)
+        first, second = (restored(state[f"{name}_codes"], state[f"{name}_scales"]) for name, _ in MOMENTS)
         first.lerp_(gradient, 1.0 - first_decay)
         second.mul_(second_decay).addcmul_(gradient, gradient, value=1.0 - second_decay)
-        self._write(state, (first, second))
+        for (name, signed), moment in zip(MOMENTS, (first, second), strict=True):
+            codes, scales = quantised(moment, signed=signed)
+            state[f"{name}_codes"].copy_(codes)
+            state[f"{name}_scales"].copy_(scales)
         # On the device: a host that asked for the step would wait for it.
         rate = group["lr"] / (1.0 - first_decay ** state["step"])
         size = second.sqrt_().div_((1.0 - second_decay ** state["step"]).sqrt()).add_(group["eps"])
@@ -170,19 +224,8 @@ class EightBitAdamW(torch.optim.Optimizer):
             else:
                 state[name] = zeros
 
-    @staticmethod
-    def _read(state: dict[str, Any], name: str) -> Tensor:
-        if name in state:
-            kept: Tensor = state[name]
-            return kept.clone()
-        return restored(state[f"{name}_codes"], state[f"{name}_scales"])
 
-    @staticmethod
-    def _write(state: dict[str, Any], moments: tuple[Tensor, Tensor]) -> None:
-        for (name, signed), moment in zip(MOMENTS, moments, strict=True):
-            if name in state:
-                state[name].copy_(moment)
-                continue
-            codes, scales = quantised(moment, signed=signed)
-            state[f"{name}_codes"].copy_(codes)
-            state[f"{name}_scales"].copy_(scales)
+@functools.lru_cache(maxsize=64)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Where everything lies, on the device; kept, for gradients mostly come to lie where they lay."""
+    return on_host(rows, torch.int64, device).to(device, non_blocking=True)

@@ -36,7 +36,7 @@ SHAPES = [(16, 32), (16, 16)]
 
 
 class Counted:
-    """Records, and counts how often; without a GPU what is recorded is done again, with the tensors of the first time."""
+    """Records, and counts how often; without a GPU it is done again, with the tensors of the first time."""
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0
@@ -118,9 +118,9 @@ def schedules() -> None:
         pair.update(range(10, 6000, 1200))
         # The first two go by launches: entries are kept from the second on, and what is recorded has run before.
         assert (pair.recorder.recordings, pair.recorder.replays) == (1, 3)
-        assert not all(
-            torch.equal(a, site.mask.hard) for a, site in zip(before, pair.tracks[0].sites, strict=True)
-        ), "nothing moved"
+        assert not all(torch.equal(a, site.mask.hard) for a, site in zip(before, pair.tracks[0].sites, strict=True)), (
+            "nothing moved"
+        )
 
 
 def kinds() -> None:

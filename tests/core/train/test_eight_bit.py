@@ -122,6 +122,17 @@ def test_the_kernel_does_what_plain_torch_does() -> None:
     assert_agreement(Path(__file__).with_name("eight_bit_cases.py"))
 
 
+def test_what_the_kernel_does_not_cover_is_said() -> None:
+    weight, gradient = torch.zeros(64, 80), torch.zeros(64, 80)
+    last = None if available() else "Triton is not installed"
+    assert eight_bit.refusal(weight, gradient, on="cpu") == last
+    assert "on cpu" in str(eight_bit.refusal(weight, gradient))
+    assert "not float32" in str(eight_bit.refusal(weight.double(), gradient, on="cpu"))
+    assert "strided" in str(eight_bit.refusal(weight, torch.zeros(80, 64).t(), on="cpu"))
+    assert "multiple of 16 entries" in str(eight_bit.refusal(torch.zeros(7, 9), torch.zeros(7, 9), on="cpu"))
+    assert "at no multiple of 64 bytes" in str(eight_bit.refusal(weight, gradient, torch.zeros(9)[1:], on="cpu"))
+
+
 def _around() -> tuple[nn.Module, list[Site], Surroundings]:
     model = tiny_model("llama")
     sites = assign_patterns(sites_of(model), nm(2, 4))
