@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from sparseforge_core.ranks import HEARTBEAT, own_device
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.train.parallel import Sharding
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -35,8 +38,9 @@ class Execution:
     """How ranks share the work: everything on each of them, or a part of each weight; by itself what fits."""
     recompute: bool = False
     """Whether activations of a block are computed again in backward instead of kept."""
-    recorded: bool = False
-    """Whether forward and backward of a step are recorded as a CUDA graph and started at once: one process on a GPU."""
+    recorded: bool | None = None
+    """Whether forward and backward of a step are recorded as a CUDA graph and started by one call. None: in runs of
+    RECORDED_FROM steps or more, unless `unrecorded` says why not."""
     deterministic: bool = False
     """Whether GPUs use only algorithms that give the same bits each time, where there are any; slower."""
     companions: int | None = None
@@ -57,10 +61,12 @@ def device_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_recording(recipe: Recipe, execution: Execution, device: torch.device) -> None:
-    """Raise RecipeError if steps are to be recorded that cannot be."""
-    if not execution.recorded or not recipe.method.trains:
-        return
+RECORDED_FROM = 60
+"""Steps from which on a run earns back the second or so that recording a step takes, once for each kind of step."""
+
+
+def unrecorded(recipe: Recipe, execution: Execution, device: torch.device) -> str | None:
+    """Why the steps of a cell that is executed so cannot be recorded, or None."""
     sequences = recipe.train.sequences
     for why, holds in (
         ("steps are recorded on a GPU, and this is none", device.type != "cuda"),
@@ -69,7 +75,27 @@ def check_recording(recipe: Recipe, execution: Execution, device: torch.device) 
         ("a step is recorded whole; leave out --micro-batch", (execution.micro_batch or sequences) < sequences),
     ):
         if holds:
-            raise RecipeError(f"--record: {why}")
+            return why
+    return None
+
+
+def check_recording(recipe: Recipe, execution: Execution, device: torch.device) -> None:
+    """Raise RecipeError if steps are to be recorded that cannot be."""
+    why = unrecorded(recipe, execution, device)
+    if execution.recorded and recipe.method.trains and why is not None:
+        raise RecipeError(f"--record: {why}")
+
+
+def records(recipe: Recipe, execution: Execution, device: torch.device) -> bool:
+    """Whether the steps of a cell are recorded; where a long run's are not and nobody said so, the log says why."""
+    if execution.recorded is not None:
+        return execution.recorded
+    if recipe.train.steps < RECORDED_FROM:
+        return False
+    why = unrecorded(recipe, execution, device)
+    if why is not None and device.type == "cuda":
+        log.info("steps are not recorded: %s", why)
+    return why is None
 
 
 def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: float) -> None:

@@ -15,7 +15,7 @@ from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
 from sparseforge_core.errors import DataError
-from sparseforge_core.execution import Execution
+from sparseforge_core.execution import Execution, records
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.sites import Site, assign_patterns, coverage, find_sites
@@ -117,6 +117,7 @@ class Prepared:
         whole: Any = self.model
         if execution.recompute:
             recompute_activations(self.model)
+        recorded = records(self.cell.recipe, execution, self.device)
         ranks = Ranks(beats)
         if self.sharding == "shard":
             root = shard(self.model, self.sites, self.device)
@@ -138,7 +139,7 @@ class Prepared:
             ranks=ranks,
             track=track,
             correction=self._correction(),
-            recording=Recording(self.model, self.teacher) if execution.recorded else None,
+            recording=Recording(self.model, self.teacher, required=bool(execution.recorded)) if recorded else None,
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
             checkpoints=checkpoints,

@@ -267,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
             "--recompute", action="store_true", help="compute activations again instead of keeping them"
         )
         command.add_argument(
-            "--record", action="store_true", help="start a step's kernels by one call (a CUDA graph); one process a GPU"
+            "--record",
+            action=choice,
+            help="start the kernels of a step by one call (a CUDA graph); in long runs unless told",
         )
         command.add_argument("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
         command.add_argument(

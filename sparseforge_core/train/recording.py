@@ -7,9 +7,10 @@ reads must stay where it is, and is recorded anew where it has moved or where an
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 WARM = 3
 """Plain steps of a kind before it is recorded: what is compiled, loaded or tuned at first use must not be recorded."""
+
+ASKED = "synchronizing CUDA operation"
+"""What torch says of an operation that makes the host wait."""
 
 Losses = dict[str, Tensor]
 Passes = Callable[[Tensor], Losses]
@@ -47,13 +51,31 @@ def unrecordable(objective: Objective, masks: Iterable[SoftMask]) -> str | None:
 class Recording:
     """The passes of a step of `model` and its teacher, recorded once for each kind of step."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, *, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        capture: Capture | None = None,
+        required: bool = True,
+        strict: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the student.
+            teacher: what teaches it, if anything does.
+            capture: what records; a CUDA graph unless told.
+            required: whether a step whose host asks the device for numbers (a router's choice of experts) is an error
+                when it is recorded. Otherwise steps of this model stay plain, and the log says so.
+            strict: a context in which such a question raises RuntimeError; `host_ahead` unless told.
+        """
         modules = [module for module in (model, teacher) if module is not None]
         # Found once: a step has no time to look for a thousand. Their optimizer holds on to them just so.
         self.parameters = [parameter for module in modules for parameter in module.parameters()]
         self.tensors = [*self.parameters, *(buffer for module in modules for buffer in module.buffers())]
         self.masks = [part for part in model.modules() if isinstance(part, SoftMask)]
-        self._capture = capture or on_gpu
+        self._capture, self._strict = capture or on_gpu, strict or host_ahead
+        self._required, self._never = required, False
         self._kind: Hashable = None
         self._plain = 0
         self._replay: Callable[[], None] | None = None
@@ -66,6 +88,8 @@ class Recording:
 
         Losses and gradients of a recorded step are overwritten by the next one.
         """
+        if self._never:
+            return passes(tokens)
         why = unrecordable(objective, self.masks)
         if why is not None:
             if self._kind != why:
@@ -79,7 +103,7 @@ class Recording:
             self._kind = kind
         if self._replay is None and self._plain < WARM:
             self._plain += 1
-            return passes(tokens)
+            return passes(tokens) if self._required or self._plain < WARM else self._tried(tokens, passes)
         if self._replay is None:
             self._record(tokens, passes)
         assert self._replay is not None
@@ -89,6 +113,21 @@ class Recording:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return self._losses
+
+    def _tried(self, tokens: Tensor, passes: Passes) -> Losses:
+        """A plain step, done again as one if its host asked the device something: then no step is ever recorded."""
+        try:
+            with self._strict():
+                return passes(tokens)
+        except RuntimeError as error:
+            if ASKED not in str(error):
+                raise
+            log.warning("steps are not recorded: the host asks the device for numbers in each (%s)", error)
+        self.forget()
+        self._never = True
+        for parameter in self.parameters:
+            parameter.grad = None
+        return passes(tokens)
 
     def forget(self) -> None:
         """Give the recording and its memory back."""
@@ -113,8 +152,24 @@ class Recording:
 def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a CUDA graph of the current device. Its tensors stay in memory as long as what is returned."""
     graph = torch.cuda.CUDAGraph()
-    # Threads that load batches call the driver meanwhile; that is none of the recording's business.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
+    try:
+        # Threads that load batches call the driver meanwhile; that is none of the recording's business.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"a step could not be recorded as a CUDA graph; run with --no-record: {error}") from error
     replay: Any = graph.replay
     return replay  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def host_ahead() -> Iterator[None]:
+    """Within: what makes the host wait for a GPU raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

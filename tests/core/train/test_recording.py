@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.steps import Shape, bench
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.execution import Execution, check_recording
+from sparseforge_core.execution import RECORDED_FROM, Execution, check_recording, records
 from sparseforge_core.methods import FrozenMask, MagnitudePruning, Method, SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
@@ -171,6 +172,19 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is_loaded(tmp_path: 
     assert not (tmp_path / "train").exists()
 
 
+def test_long_runs_on_a_gpu_are_recorded_unless_told_or_impossible(caplog: pytest.LogCaptureFixture) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    long, short = (cell(steps=steps).recipe for steps in (RECORDED_FROM, RECORDED_FROM - 1))
+    assert records(long, Execution(), gpu)
+    assert not records(short, Execution(), gpu)
+    assert records(short, Execution(recorded=True), gpu)
+    assert not records(long, Execution(recorded=False), gpu)
+    assert not records(long, Execution(), cpu)
+    with caplog.at_level("INFO"):
+        assert not records(long, Execution(micro_batch=1), gpu)
+    assert "leave out --micro-batch" in caplog.text
+
+
 def test_a_method_of_its_own_is_trained_plain(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     model.soft = SoftMask(torch.ones(4, 4), transposed=False, slorb=None)
@@ -180,6 +194,69 @@ def test_a_method_of_its_own_is_trained_plain(tmp_path: Path) -> None:
     for _ in range(WARM + 2):
         assert recording(Distill(), torch.ones(1, 2), lambda tokens: {"loss": tokens.sum()})["loss"] == 2.0
     assert recorder.recordings == 0
+
+
+class _Asking(nn.Module):
+    """A layer whose host asks the device which way to go, as a router's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.asked = 0
+
+    def passes(self, tokens: Tensor) -> dict[str, Tensor]:
+        self.asked += 1
+        loss = (self.weight * tokens).sum()
+        loss.backward()
+        return {"loss": loss.detach() if loss.item() > 0 else -loss.detach()}
+
+
+def test_steps_whose_host_asks_stay_plain_unless_recording_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    layer = _Asking()
+
+    @contextlib.contextmanager
+    def strict() -> Iterator[None]:
+        yield
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    recorder = DoneAgain([layer])
+    recording = Recording(layer, None, capture=recorder, required=False, strict=strict)
+    for step in range(1, 2 * WARM + 2):
+        layer.weight.grad = None
+        tokens = torch.full((3,), float(step))
+        assert recording(Distill(), tokens, layer.passes)["loss"] == 3.0 * step
+        assert layer.weight.grad is not None
+        assert torch.equal(layer.weight.grad, tokens), "the step that was tried left no gradient behind"
+    assert recorder.recordings == 0
+    assert layer.asked == 2 * WARM + 2, "one step was done twice"
+    assert caplog.text.count("steps are not recorded") == 1
+
+
+def test_another_error_of_a_tried_step_is_none_of_recordings(tmp_path: Path) -> None:
+    def passes(tokens: Tensor) -> dict[str, Tensor]:
+        if recording._plain == WARM:
+            raise RuntimeError("shapes do not fit")
+        return {}
+
+    recording = Recording(nn.Linear(2, 2), None, required=False, strict=contextlib.nullcontext)
+    for _ in range(WARM - 1):
+        recording(Distill(), torch.ones(1, 2), passes)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        recording(Distill(), torch.ones(1, 2), passes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_questions_are_noticed_on_a_gpu() -> None:
+    layer = _Asking().cuda()
+    recording = Recording(layer, None, required=False)
+    for step in range(1, 2 * WARM):
+        layer.weight.grad = None
+        tokens = torch.full((3,), float(step), device="cuda")
+        assert float(recording(Distill(), tokens, layer.passes)["loss"]) == 3.0 * step
+        assert layer.weight.grad is not None
+        assert torch.equal(layer.weight.grad, tokens)
+    assert recording._never
+    assert torch.cuda.get_sync_debug_mode() == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
