@@ -1,15 +1,18 @@
 """Several GPUs against one: the same training, how much faster, resumed after a kill, and a 7B shape against its plan.
 
-python benchmarks/ranks.py [--out DIR] [--small]
+python benchmarks/ranks.py [--out DIR] [--small] [--quick] [--lost]
 
-It starts itself: one process a GPU for what one GPU does, then torchrun on two GPUs. Every part is measured for itself;
-one that fails prints its traceback and the others go on. DIR gets `ranks.json` (measures) and `placement.json` (rates
-that `sparseforge plan --memory` reads). `--small` is the same on the CPU with tiny shapes, to see that all of it runs.
+With `--lost` it only kills a rank of a running training and says how soon the launcher is back. Otherwise it starts
+itself: one process a GPU for what one GPU does, then torchrun on two GPUs. Every part is measured for itself; one that
+fails prints its traceback and the others go on. DIR gets `ranks.json` (measures) and `placement.json` (rates that
+`sparseforge plan --memory` reads). `--small` is the same on the CPU with tiny shapes, to see that all of it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -34,9 +37,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.train import commit
+from flows.launching import launch
 from sparseforge_core import distributed, memory, ranks
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.execution import Execution
+from sparseforge_core.identity import dumps
 from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.models.families import family_of
@@ -458,6 +464,41 @@ def start(parts: list[str], folder: Path, options: argparse.Namespace, *, gpu: i
     return subprocess.Popen(command, env=environment)
 
 
+def drive_lost(options: argparse.Namespace) -> int:
+    """Kill rank 1 of a training under the product's launcher, and write how long the launcher then takes to be back."""
+    sizes = SMALL if options.small else LARGE
+    made = cell(sizes, "lost")
+    plan = dataclasses.replace(made.recipe.train, steps=20_000)
+    made = dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, train=plan))
+    killed: list[float] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "cell.json").write_text(dumps(made))
+        journal = folder / "train" / "journal.jsonl"
+
+        def tick() -> None:
+            if not killed and journal.is_file() and len(journal.read_text().splitlines()) >= 5:
+                pid = json.loads((folder / "ranks" / "endings" / "rank-1.json").read_text())["pid"]
+                killed.append(time.monotonic())
+                os.kill(pid, signal.SIGKILL)
+
+        over = STARTED + options.seconds
+        program = ["sparseforge_core.run", "--home", str(folder / "home"), "train"]
+        program += [str(folder / "cell.json"), str(folder / "train"), "--sharding", "shard"]
+        ending = launch(
+            program, GPUS, folder / "ranks", lambda: time.perf_counter() > over, tick=tick, stop_seconds=5.0
+        )
+        back = time.monotonic()
+        if not killed or ending.done:
+            print(ending.log.read_text()[-3000:], flush=True)
+            return 1
+    rows = [
+        ("lost_rank_seconds", back - killed[0], "s from the kill of one of 2 ranks until the launcher is back", 15.0)
+    ]
+    show(put(rows, options, "--lost"))
+    return 0
+
+
 def drive(options: argparse.Namespace) -> int:
     """Start everything in order and write what was found, as it is found."""
     began = STARTED
@@ -474,7 +515,7 @@ def drive(options: argparse.Namespace) -> int:
         # Starting takes as long as many a part: the next launch gets ready while the one before it is at work.
         following = start(launches[0], folder, options, gpu=None, label="two0")
         for process in alone:
-            _wait(process, began, options.seconds)
+            _wait(process, began, options.seconds, lambda: write(folder, options))
         for number, parts in enumerate(launches):
             process = following
             (folder / f"two{number}.go").touch()
@@ -483,7 +524,8 @@ def drive(options: argparse.Namespace) -> int:
                 _wait_for(folder / f"two{number}.{parts[len(parts) // 2 - 1].replace(':', '.')}.json", process)
                 following = start(launches[number + 1], folder, options, gpu=None, label=f"two{number + 1}")
             # The last launch resumes what was killed in the ones before it: it gets its share of the time.
-            _wait(process, began, options.seconds if last else options.seconds - LAST_SECONDS)
+            until = options.seconds if last else options.seconds - LAST_SECONDS
+            _wait(process, began, until, lambda: write(folder, options))
             show(write(folder, options))
             print(f"-- {time.perf_counter() - began:.0f} s so far", flush=True)
         show(write(folder, options))
@@ -502,13 +544,17 @@ def _wait_for(path: Path, process: Any) -> None:
         time.sleep(0.1)
 
 
-def _wait(process: Any, began: float, seconds: float) -> None:
-    """Wait for a process until so much time has passed since the beginning."""
-    try:
-        process.wait(max(1.0, seconds - (time.perf_counter() - began)))
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its ranks
-        print("-- out of time", flush=True)
+def _wait(process: Any, began: float, seconds: float, meanwhile: Callable[[], object]) -> None:
+    """Wait for a process until so much time has passed since the beginning; every few seconds do something else."""
+    while process.poll() is None:
+        left = seconds - (time.perf_counter() - began)
+        if left <= 0:
+            process.terminate()  # torchrun then ends its ranks
+            print("-- out of time", flush=True)
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(left, 3.0))
+        meanwhile()
 
 
 def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -543,10 +589,8 @@ def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         add("one_gpu_tokens_per_second", one["tokens_per_second"], "tokens/s")
     if "seven" in found:
         rows += _seven(found["seven"], LARGE if not options.small else SMALL)
-    context = {"hardware": hardware(), "command": "python benchmarks/ranks.py", "commit": options.commit}
-    listed = [{"measure": m, "value": v, "unit": u, "bar": b, **context} for m, v, u, b in rows]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ranks.json").write_text(json.dumps(listed, indent=1) + "\n")
+    listed = put(rows, options, "--quick" if options.quick else "")
+    context = {name: listed[0][name] for name in ("hardware", "command", "commit")} if listed else {}
     rates = {name: value for name, value in found.get("costs", {}).items() if isinstance(value, float)}
     if "gathering" in found:
         rates["gather_bytes_per_second"] = found["gathering"]
@@ -554,6 +598,18 @@ def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     if told:
         (options.out / "placement.json").write_text(json.dumps(told, indent=1) + "\n")
     return listed + told
+
+
+def put(
+    rows: list[tuple[str, float, str, float | None]], options: argparse.Namespace, how: str
+) -> list[dict[str, Any]]:
+    """The measures as they are kept, also written to the output folder."""
+    command = f"python benchmarks/ranks.py {how}".strip()
+    context = {"hardware": hardware(), "command": command, "commit": options.commit or commit()}
+    listed = [{"measure": m, "value": v, "unit": u, "bar": b, **context} for m, v, u, b in rows]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "ranks.json").write_text(json.dumps(listed, indent=1) + "\n")
+    return listed
 
 
 def finished(folder: Path) -> bool:
@@ -595,6 +651,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "ranks-out")))
     parser.add_argument("--small", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--quick", action="store_true", help="what two minutes hold: no rates, one kind of resume")
+    parser.add_argument("--lost", action="store_true", help="only how soon a training ends once a rank is killed")
     parser.add_argument("--seconds", type=float, default=140.0, help="no part starts or goes on after that")
     parser.add_argument("--commit", default="", help="what the results are to say")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
@@ -604,7 +661,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.work:
         return work(options.work, options.folder, SMALL if options.small else LARGE, options.label, options.after)
-    return drive(options)
+    return drive_lost(options) if options.lost else drive(options)
 
 
 if __name__ == "__main__":

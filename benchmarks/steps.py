@@ -126,6 +126,7 @@ def bench(
     compiled: bool,
     folder: Path,
     objective: Objective | None = None,
+    steps: int = STEPS,
 ) -> Bench:
     """A run of `shape`: dense distillation without a method, to 2:4 with one; by `Distill()` unless told otherwise."""
     objective = objective or Distill()
@@ -137,7 +138,7 @@ def bench(
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype == "bfloat16" and not follows:
         teacher = teacher.to(torch.bfloat16)
-    plan = TrainPlan(steps=STEPS, sequences=shape.sequences, length=shape.length, compute_dtype=dtype)
+    plan = TrainPlan(steps=steps, sequences=shape.sequences, length=shape.length, compute_dtype=dtype)
     corpus = Synthetic(documents_count=10)
     recipe = Recipe(
         model=Tiny(architecture="llama", tokenizer=TrainedBPE(corpus=corpus, size=300)),  # names the run, no more
@@ -148,7 +149,7 @@ def bench(
         train=plan,
     )
     sites = assign_patterns(find_sites(model, family_of("llama")), nm(2, 4)) if method else []
-    around = Surroundings(model=model, sites=sites, slorb=None, steps=STEPS, calibration=lambda n, length: [])
+    around = Surroundings(model=model, sites=sites, slorb=None, steps=steps, calibration=lambda n, length: [])
     track = recipe.method.start(around)
     plain = forwards(model, teacher)
     forward, taught = faster(*plain, compiled=compiled)
@@ -165,8 +166,8 @@ def bench(
         checkpoints=Checkpoints(folder, "bench"),
         tracker=NullTracker(),
         device=device,
-        save_every=STEPS + 1,
-        histogram_every=STEPS + 1,
+        save_every=steps + 1,
+        histogram_every=steps + 1,
     )
     return Bench(run, sites, track, teacher)
 
