@@ -590,7 +590,7 @@ def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     if "seven" in found:
         rows += _seven(found["seven"], LARGE if not options.small else SMALL)
     listed = put(rows, options, "--quick" if options.quick else "")
-    context = {name: listed[0][name] for name in ("hardware", "command", "commit")} if listed else {}
+    context = context_of(options, "--quick" if options.quick else "")
     rates = {name: value for name, value in found.get("costs", {}).items() if isinstance(value, float)}
     if "gathering" in found:
         rates["gather_bytes_per_second"] = found["gathering"]
@@ -604,12 +604,17 @@ def put(
     rows: list[tuple[str, float, str, float | None]], options: argparse.Namespace, how: str
 ) -> list[dict[str, Any]]:
     """The measures as they are kept, also written to the output folder."""
-    command = f"python benchmarks/ranks.py {how}".strip()
-    context = {"hardware": hardware(), "command": command, "commit": options.commit or commit()}
+    context = context_of(options, how)
     listed = [{"measure": m, "value": v, "unit": u, "bar": b, **context} for m, v, u, b in rows]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ranks.json").write_text(json.dumps(listed, indent=1) + "\n")
     return listed
+
+
+def context_of(options: argparse.Namespace, how: str) -> dict[str, str]:
+    """What every measure says of how it was made."""
+    command = f"python benchmarks/ranks.py {how}".strip()
+    return {"hardware": hardware(), "command": command, "commit": options.commit or commit()}
 
 
 def finished(folder: Path) -> bool:
