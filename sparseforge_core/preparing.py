@@ -18,6 +18,7 @@ from sparseforge_core.errors import DataError
 from sparseforge_core.execution import Execution, records
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
+from sparseforge_core.models.regions import blocks_path, compile_blocks
 from sparseforge_core.models.sites import Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import faster, forwards
@@ -38,6 +39,7 @@ from sparseforge_core.train.parallel import (
     inside,
     recompute_activations,
     shard,
+    uncompiled_shards,
 )
 from sparseforge_core.train.recording import Recording
 
@@ -107,13 +109,14 @@ class Prepared:
         stream = TokenStream(self.tokens, seed=self.cell.seed, sequences=plan.sequences, length=plan.length)
         compiled = execution.compiled
         if compiled is None:
-            matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
-            compiled = self.device.type == "cuda" and plan.steps >= COMPILED_FROM and not matched
+            compiled = self.device.type == "cuda" and plan.steps >= COMPILED_FROM and self._uncompiled() is None
         plain = forwards(self.model, self.teacher)
-        if self.sharding == "shard":
-            forward, teacher = plain  # FSDP2's hooks run between blocks, and the head's matrix is in shards
-        else:
-            forward, teacher = faster(*plain, compiled=compiled)
+        # Sharded blocks are compiled as they are: FSDP2's hooks are theirs, and run between what is compiled.
+        forward, teacher = faster(*plain, compiled=compiled and self.sharding != "shard")
+        if compiled and self.sharding == "shard":
+            for model in (self.model, self.teacher):
+                if model is not None:
+                    compile_blocks(model)
         whole: Any = self.model
         if execution.recompute:
             recompute_activations(self.model)
@@ -121,10 +124,11 @@ class Prepared:
         ranks = Ranks(beats)
         if self.sharding == "shard":
             root = shard(self.model, self.sites, self.device)
+            plain = inside(root, plain[0]), plain[1]
             forward, whole = inside(root, forward), inside(root, self.model)
             if teacher is not None and self.teacher is not None:
-                teacher = inside(shard(self.teacher, [], self.device), teacher)
-            plain = (forward, teacher)
+                root = shard(self.teacher, [], self.device)
+                plain, teacher = (plain[0], inside(root, plain[1])), inside(root, teacher)
             track.placed()
             ranks = Shards(beats)
         elif self.sharding == "replicate":
@@ -151,6 +155,15 @@ class Prepared:
             save_every=max(50, plan.steps // 10),
             histogram_every=max(1, plan.steps // 5),
         )
+
+    def _uncompiled(self) -> str | None:
+        """Why blocks are not compiled unless somebody asks for it, or None."""
+        recipe = self.cell.recipe
+        if self.sharding == "shard":
+            alone = any(model is not None and blocks_path(model) is None for model in (self.model, self.teacher))
+            return "there is no list of equal blocks" if alone else uncompiled_shards(recipe)
+        matched = any(recipe.objective.at(share).matching for share in (0.0, 1.0))
+        return "compiled blocks do not show the hidden states that are matched" if matched else None
 
     def _teacher(self) -> Any | None:
         objective = self.cell.recipe.objective

@@ -34,8 +34,14 @@ class Split:
     """Number of logits of a position."""
     matrix: nn.Parameter | None = None
     """`[vocabulary, width]` where logits are its product with the hidden states, and nothing else is done to them."""
+    gathered: Callable[[], Tensor] | None = None
+    """Where the matrix is kept in shards: what gives all of it, once the body has run and until its backward has."""
     fused: bool = False
     """Whether losses may be computed by `objective/fused.py`, which has no second derivative."""
+
+    def whole_matrix(self) -> Tensor | None:
+        """`matrix`, or what it is gathered to at this moment."""
+        return self.matrix if self.gathered is None else self.gathered()
 
 
 def split(model: Any) -> Split:

@@ -29,17 +29,36 @@ _made_before = 0
 
 def compiled_blocks(model: Any, *, backend: str = "inductor", fullgraph: bool = False) -> Any:
     """`model` with its blocks compiled, the model as a whole where it has no list of equal blocks."""
-    _make_room()
-    configuration = torch._dynamo.config
-    configuration.recompile_limit = max(configuration.recompile_limit, KEPT)
-    configuration.accumulated_recompile_limit = max(configuration.accumulated_recompile_limit, 4 * KEPT)
-    configuration.fail_on_recompile_limit_hit = True
+    _begin()
     path = blocks_path(model)
     how: dict[str, Any] = {"backend": backend, "fullgraph": fullgraph, "dynamic": False}
     if path is None:
         return torch.compile(model, **how)
     made: list[Any] = [torch.compile(block, **how) for block in model.get_submodule(path)]
     return replaced(model, path, nn.ModuleList(made))
+
+
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile the forwards of the blocks of `model` itself; hooks on the blocks stay outside, and run as they are.
+
+    Raises NotCompilable if the model has no list of equal blocks.
+    """
+    _begin()
+    path = blocks_path(model)
+    if path is None:
+        raise NotCompilable(f"compile: {type(model).__name__} has no list of equal blocks; run without --compile")
+    blocks: Any = model.get_submodule(path)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+
+
+def _begin() -> None:
+    """Before anything is compiled: room for its forms, and an error where they are too many."""
+    _make_room()
+    configuration = torch._dynamo.config
+    configuration.recompile_limit = max(configuration.recompile_limit, KEPT)
+    configuration.accumulated_recompile_limit = max(configuration.accumulated_recompile_limit, 4 * KEPT)
+    configuration.fail_on_recompile_limit_hit = True
 
 
 def _make_room() -> None:

@@ -31,12 +31,12 @@ def refusal(model: Split, teacher: Split | None, objective: Objective, *, on: st
         return "a second derivative may be asked for"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    heads = [model] if teacher is None else [model, teacher]
-    if any(part.matrix is None for part in heads):
+    matrices = [part.whole_matrix() for part in (model, teacher) if part is not None]
+    if any(matrix is None for matrix in matrices):
         return "a head is more than a matrix"
-    if any(part.matrix is not None and part.matrix.device.type != on for part in heads):
+    if any(matrix is not None and matrix.device.type != on for matrix in matrices):
         return f"a head is not on {on}"
-    if any(part.matrix is not None and type(part.matrix.data) is not Tensor for part in heads):
+    if any(matrix is not None and type(matrix.data) is not Tensor for matrix in matrices):
         return "a head is sharded"
     if objective.weights is None or (objective.distills and not isinstance(objective.taught, Full)):
         return "the objective is no weighted sum over whole distributions"
@@ -47,17 +47,18 @@ def fused_losses(
     model: Split, teacher: Split | None, objective: Objective, hidden: Tensor, taught: Tensor | None, labels: Tensor
 ) -> Losses:
     """Losses of hidden states `[positions, width]` that predict `labels`; `taught` are the teacher's hidden states."""
-    assert model.matrix is not None
+    matrix = model.whole_matrix()
+    assert matrix is not None
     assert objective.weights is not None
     task_weight, kl_weight, temperature = objective.weights
     count = len(labels)
     factors = (task_weight / count, temperature**2 * kl_weight / count, 1.0 / temperature)
-    theirs = None if teacher is None else teacher.matrix
+    theirs = None if teacher is None else teacher.whole_matrix()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     else:
         dtype = hidden.dtype
-    total, task, kl = _Fused.apply(hidden, model.matrix, taught, theirs, labels, factors, dtype)  # type: ignore[no-untyped-call]
+    total, task, kl = _Fused.apply(hidden, matrix, taught, theirs, labels, factors, dtype)  # type: ignore[no-untyped-call]
     return Losses(total, task / count, None if teacher is None else temperature**2 * kl / count)
 
 

@@ -155,14 +155,28 @@ def refuse(recipe: Recipe, sharding: Sharding, ranks: int, *, compiled: bool = F
             f"sharding shard: train.moments={recipe.train.moments!r} keeps a scale for each 256 entries of a whole "
             "tensor, and a rank has a part of each; use replicate"
         )
-    if compiled and sharding == "shard" and ranks > 1:
-        raise RecipeError("compile: sharded blocks are not compiled; leave --compile out, or use replicate")
+    why = uncompiled_shards(recipe) if compiled and sharding == "shard" and ranks > 1 else None
+    if why:
+        raise RecipeError(f"compile: {why}; leave --compile out, or use replicate")
     curvature = getattr(method, "curvature", None)
     if recompute and curvature is not None and method.criterion.needs == "curvature" and curvature.looks_again:  # type: ignore[attr-defined]
         raise RecipeError(
             f"recompute: curvature {type(curvature).__name__} needs the effective weights of one forward, which "
             "recomputed activations make anew; use Fisher or AdamSecondMoment, or a smaller micro-batch"
         )
+
+
+def uncompiled_shards(recipe: Recipe) -> str | None:
+    """Why the blocks of a model cannot be compiled where they are sharded, or None.
+
+    They are compiled as they are, since FSDP2's hooks are theirs; whoever looks at them again finds them compiled.
+    """
+    if any(recipe.objective.at(share).matching for share in (0.0, 1.0)):
+        return "compiled blocks do not show the hidden states that are matched"
+    curvature = getattr(recipe.method, "curvature", None)
+    if curvature is not None and recipe.method.criterion.needs == "curvature" and curvature.looks_again:  # type: ignore[attr-defined]
+        return f"curvature {type(curvature).__name__} looks again at the effective weights, which compiled blocks hide"
+    return None
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -252,10 +266,13 @@ def shard(model: nn.Module, sites: list[Site], device: torch.device) -> Inside:
 
 def inside(root: Inside, forward: Any) -> Any:
     """What the objective calls, a model or its split form, as part of a sharded model."""
-    if isinstance(forward, Split):
-        # The matrix that it was split with is the whole one, of which no rank has more than its rows now.
-        return dataclasses.replace(forward, body=Part(root, forward.body), matrix=None, fused=False)
-    return Part(root, forward)
+    if not isinstance(forward, Split):
+        return Part(root, forward)
+    # The matrix that it was split with is the whole one, of which no rank has more than its rows now. The root's
+    # weights, the head's among them, are gathered for its forward and stay so until its backward.
+    model: Any = root.model
+    gathered = None if forward.matrix is None else lambda: model.get_output_embeddings().weight
+    return dataclasses.replace(forward, body=Part(root, forward.body), matrix=None, gathered=gathered)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import socket
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sparseforge_core import distributed, ranks, run
+from sparseforge_core import distributed, preparing, ranks, run
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.execution import Execution
 from sparseforge_core.methods import METHODS
 from sparseforge_core.methods.base import Method
+from sparseforge_core.models.regions import compile_blocks
 from sparseforge_core.objective import Distill, batch
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
 from sparseforge_core.schedules import WarmupLinear
@@ -66,11 +68,13 @@ def cell(
 def trained(what: Cell, folder: Path, *, stop_after: int | None = None, chunks: bool = False, **execution: Any) -> str:
     """Train a cell in `folder`; what came of it: 'done', or the error's class and sentence.
 
-    `chunks` applies the head to chunks of positions, as with a large vocabulary.
+    `chunks` applies the head to chunks of positions, as with a large vocabulary. What is compiled is traced as for a
+    GPU, and run without a compiler's minute.
     """
     seen: list[int] = []
     usual = batch.SPLIT_FROM
     batch.SPLIT_FROM = 1 if chunks else usual
+    preparing.compile_blocks = functools.partial(compile_blocks, backend="aot_eager")  # type: ignore[assignment]
     try:
         run.train_cell(
             what,

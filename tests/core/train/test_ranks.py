@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sparseforge_core import ranks
+from sparseforge_core import distributed, ranks
 from sparseforge_core.identity import dumps
 from sparseforge_core.methods.ast import AST
 from sparseforge_core.methods.cast import CAST
@@ -21,9 +23,12 @@ from sparseforge_core.methods.frozen_mask import FrozenMask
 from sparseforge_core.methods.maskllm import MaskLLM
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.methods.sparsegpt import SparseGPT
+from sparseforge_core.models.heads import split
 from sparseforge_core.observe.curvature import MicroBatchFisher
+from sparseforge_core.sparsity.fused import available
 from sparseforge_core.sparsity.patterns import BLOCK_16
 from sparseforge_core.sparsity.slorb import SLoRB
+from sparseforge_core.train.parallel import inside, shard
 from tests.core.train.team import (
     agreement,
     at_step,
@@ -36,6 +41,8 @@ from tests.core.train.team import (
     team,
     trained,
 )
+from tests.interpreted import assert_agreement
+from tests.tiny import tiny_model, tokens
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +54,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "replicas": (cell(), {"sharding": "replicate", "micro_batch": 1}),
     "shards": (cell(), {"sharding": "shard", "recompute": True}),
     "shards-in-chunks": (cell(), {"sharding": "shard", "chunks": True}),
+    "shards-compiled": (cell(), {"sharding": "shard", "compiled": True, "chunks": True}),
+    "shards-compiled-again": (cell(), {"sharding": "shard", "compiled": True, "recompute": True}),
     # GPT-2 stores [in, out]: its shards cut the inputs, and with them every group, tile, row and block mean.
     "shards-across-groups": (
         cell(
@@ -78,6 +87,43 @@ def test_two_ranks_train_what_one_trains(tmp_path: Path) -> None:
         one, two = alone[str(what)], tmp_path / name
         assert curve(two) == pytest.approx(curve(one), rel=1e-5), name
         assert agreement(one, two) >= 0.999, name
+
+
+def gathered_head(steps: int) -> list[bool]:
+    """Of a sharded model after its body has run: whether the head's matrix is all there, and gets the mean gradient."""
+    model = tiny_model("llama")
+    wanted = model.get_output_embeddings().weight.detach().clone()
+    whole = split_of(model)
+    root = shard(model, [], torch.device("cpu"))
+    part = inside(root, whole)
+    found = []
+    for _ in range(steps):
+        part.body(input_ids=tokens(), use_cache=False).last_hidden_state.sum().mul(0.0).backward()
+        model.zero_grad()
+        hidden = part.body(input_ids=tokens(), use_cache=False).last_hidden_state
+        matrix = part.whole_matrix()
+        assert matrix is not None
+        found.append(type(matrix.data) is torch.Tensor and torch.equal(matrix, wanted))
+        factor = 1.0 + distributed.rank()
+        (hidden.sum() * 0.0 + factor * matrix.sum()).backward()
+        gradient = distributed.whole(model.get_output_embeddings().weight.grad)
+        found.append(torch.equal(gradient, torch.full_like(gradient, 1.5)))
+    return found
+
+
+def split_of(model: Any) -> Any:
+    """A model's split form, whatever its vocabulary."""
+    return dataclasses.replace(split(model), fused=True)
+
+
+def test_a_sharded_head_is_whole_while_its_losses_are_computed() -> None:
+    for (found,) in team(2, [functools.partial(gathered_head, 2)]):
+        assert found == [True] * 4
+
+
+@pytest.mark.skipif(not available(), reason="Triton is not installed: there is nothing to compare")
+def test_fused_losses_of_a_sharded_head_are_those_of_one_process() -> None:
+    assert_agreement(Path(__file__).with_name("shard_cases.py"))
 
 
 def test_interrupted_ranks_go_on_to_the_bit_and_on_other_numbers_of_ranks(tmp_path: Path) -> None:

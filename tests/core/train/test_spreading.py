@@ -12,7 +12,9 @@ from sparseforge_core import distributed
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods import METHODS
 from sparseforge_core.methods.sparseforge import SparseForge
-from sparseforge_core.observe.curvature import FiniteDifference, Hutchinson
+from sparseforge_core.objective import Distill
+from sparseforge_core.objective.hidden import HiddenMatch
+from sparseforge_core.observe.curvature import FiniteDifference, Hutchinson, MicroBatchFisher
 from sparseforge_core.ranks import _Others
 from sparseforge_core.sparsity.compensation import Compensation
 from sparseforge_core.train.parallel import Ranks, blocks_of, recompute_activations, refuse, refuse_lists_of_experts
@@ -45,8 +47,14 @@ def test_methods_and_options_that_need_one_process_or_one_forward() -> None:
     looks_again = cell(SparseForge(curvature=FiniteDifference())).recipe
     with pytest.raises(RecipeError, match="recompute: curvature FiniteDifference"):
         refuse(looks_again, "auto", 1, recompute=True)
-    with pytest.raises(RecipeError, match="compile: sharded blocks"):
-        refuse(cell().recipe, "shard", 2, compiled=True)
+    watched = cell(SparseForge(curvature=MicroBatchFisher())).recipe
+    with pytest.raises(RecipeError, match="compile: curvature MicroBatchFisher looks again"):
+        refuse(watched, "shard", 2, compiled=True)
+    refuse(watched, "replicate", 2, compiled=True)
+    matched = replace(cell().recipe, objective=Distill(hidden=HiddenMatch()))
+    with pytest.raises(RecipeError, match="compile: compiled blocks do not show the hidden states"):
+        refuse(matched, "shard", 2, compiled=True)
+    refuse(cell().recipe, "shard", 2, compiled=True)
     muon = replace(cell().recipe, train=replace(cell().recipe.train, rule="muon"))
     with pytest.raises(RecipeError, match=r"train\.rule='muon' makes the singular values"):
         refuse(muon, "shard", 2)
