@@ -1,6 +1,6 @@
 """Several GPUs against one: the same training, how much faster, resumed after a kill, and a 7B shape against its plan.
 
-python benchmarks/ranks.py [--out DIR] [--small] [--quick] [--lost]
+python benchmarks/ranks.py [--out DIR] [--small] [--quick] [--only {agreement,speed}] [--lost]
 
 With `--lost` it only kills a rank of a running training and says how soon the launcher is back. Otherwise it starts
 itself: one process a GPU for what one GPU does, then torchrun on two GPUs. Every part is measured for itself; one that
@@ -47,9 +47,10 @@ from sparseforge_core.methods.base import Surroundings
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.models.families import family_of
 from sparseforge_core.models.hub import from_config
+from sparseforge_core.models.regions import compile_blocks
 from sparseforge_core.models.sites import assign_patterns, find_sites
 from sparseforge_core.models.sources import Tiny, TrainedBPE
-from sparseforge_core.objective import Distill, forwards
+from sparseforge_core.objective import Distill, faster, forwards
 from sparseforge_core.objective import batch as objective_batch
 from sparseforge_core.rank_checkpoint import RankCheckpoints
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
@@ -80,6 +81,9 @@ QUICK = [
     ["train:shard-cut", "train:shard-few"],
 ]
 """Parts by launch on two GPUs; a launch ends with the death of a rank, but for the last."""
+AGREEMENT = [["train:replicate-few", "train:shard-whole", "kill:shard-cut"], ["train:shard-cut", "train:shard-few"]]
+SPEED = [["speed:replicate", "speed:shard", "speed:shard-plain", "seven", "seven:plain"]]
+"""The same for `--only agreement` and `--only speed`."""
 LAST_SECONDS = 8.0
 """What the last launch needs once it is there."""
 
@@ -176,9 +180,18 @@ class RandomStream:
 
 
 def loop(
-    config: dict[str, Any], batch: tuple[int, int], sharding: str, steps: int, *, recompute: bool = False
+    config: dict[str, Any],
+    batch: tuple[int, int],
+    sharding: str,
+    steps: int,
+    *,
+    recompute: bool = False,
+    plain: bool = False,
 ) -> dict[str, float]:
-    """Seconds of a step in the heat of an annealing, after ten to warm up, and the peak of memory after placement."""
+    """Seconds of a step in the heat of an annealing, after ten to warm up, and the peak of memory after placement.
+
+    Blocks are compiled and the head's losses fused, as a long run's are on a GPU, unless `plain`.
+    """
     import transformers
 
     device, world = ranks.own_device(), distributed.world()
@@ -199,6 +212,11 @@ def loop(
     )
     track = method.start(Surroundings(model=model, sites=sites, slorb=None, steps=steps, calibration=lambda n, m: []))
     forward, taught = forwards(model, teacher)
+    if device.type == "cuda" and not plain:
+        forward, taught = faster(forward, taught, compiled=sharding != "shard")
+        if sharding == "shard":
+            compile_blocks(model)
+            compile_blocks(teacher)
     if recompute:
         parallel.recompute_activations(model)
     how = parallel.Ranks()
@@ -405,13 +423,15 @@ class Work:
         home = self.folder / "home"
         train_cell(cell(self.sizes, where), self.folder / where, home, execution=execution, on_step=deadly)
 
-    def speed(self, sharding: str) -> dict[str, float]:
-        """The small model's step."""
-        return loop(self.sizes.speed, self.sizes.speed_batch, sharding, 32)
+    def speed(self, way: str) -> dict[str, float]:
+        """The small model's step, spread as the way begins."""
+        sharding, _, how = way.partition("-")
+        return loop(self.sizes.speed, self.sizes.speed_batch, sharding, 32, plain=how == "plain")
 
-    def seven(self) -> dict[str, float]:
+    def seven(self, how: str = "") -> dict[str, float]:
         """The 7B shape, sharded."""
-        return loop(self.sizes.seven, self.sizes.seven_batch, "shard", self.sizes.seven_steps, recompute=True)
+        sizes = self.sizes
+        return loop(sizes.seven, sizes.seven_batch, "shard", sizes.seven_steps, recompute=True, plain=how == "plain")
 
     def costs(self) -> dict[str, float]:
         """Rates of one GPU."""
@@ -459,7 +479,7 @@ def start(parts: list[str], folder: Path, options: argparse.Namespace, *, gpu: i
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={GPUS}", *program]
         environment["OMP_NUM_THREADS"] = "1" if options.small else "8"
     elif not options.small:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[gpu]
     print(f"-- {label}: {' '.join(parts)}", flush=True)
     return subprocess.Popen(command, env=environment)
 
@@ -506,12 +526,13 @@ def drive(options: argparse.Namespace) -> int:
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > ROOM and not options.small
     with tempfile.TemporaryDirectory(dir=shared if roomy else None) as temporary:
         folder = Path(temporary)
-        one = ["speed:none"] if options.quick else ["speed:none", "costs"]
-        alone = [
-            start(one, folder, options, gpu=0, label="one"),
-            start(["train:none-few", "train:none-whole"], folder, options, gpu=1, label="one"),
-        ]
-        launches = QUICK if options.quick else ALL
+        one = ["speed:none"] if options.quick or options.only else ["speed:none", "costs"]
+        alone = []
+        if options.only != "agreement":
+            alone.append(start(one, folder, options, gpu=0, label="one"))
+        if options.only != "speed":
+            alone.append(start(["train:none-few", "train:none-whole"], folder, options, gpu=1, label="one"))
+        launches = {"agreement": AGREEMENT, "speed": SPEED}.get(options.only, QUICK if options.quick else ALL)
         # Starting takes as long as many a part: the next launch gets ready while the one before it is at work.
         following = start(launches[0], folder, options, gpu=None, label="two0")
         for process in alone:
@@ -570,12 +591,16 @@ def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append((measure, value, unit, bar))
 
     one = found.get("speed.none")
+    plain = found.get("speed.shard-plain")
+    if plain:
+        add("two_gpu_tokens_per_second.shard.plain", plain["tokens_per_second"], "tokens/s, neither compiled nor fused")
     for sharding in ("replicate", "shard"):
         two = found.get(f"speed.{sharding}")
         if one and two:
             ratio = two["tokens_per_second"] / one["tokens_per_second"]
             add("two_gpu_speedup" if sharding == "replicate" else "two_gpu_speedup.shard", ratio, "ratio", 1.9)
             add(f"two_gpu_tokens_per_second.{sharding}", two["tokens_per_second"], "tokens/s")
+            add(f"two_gpu_peak_gib.{sharding}", two["peak_bytes"] / memory.GIB, "GiB allocated on one GPU")
         whole, cut = folder / f"{sharding}-whole", folder / f"{sharding}-cut"
         for name in ("few", "whole"):
             ours, theirs = folder / f"none-{name}", folder / f"{sharding}-{name}"
@@ -589,8 +614,12 @@ def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         add("one_gpu_tokens_per_second", one["tokens_per_second"], "tokens/s")
     if "seven" in found:
         rows += _seven(found["seven"], LARGE if not options.small else SMALL)
-    listed = put(rows, options, "--quick" if options.quick else "")
-    context = context_of(options, "--quick" if options.quick else "")
+    if "seven.plain" in found:
+        slow = found["seven.plain"]
+        add("seven_b_shape.step_seconds.plain", slow["seconds"], "s, neither compiled nor fused")
+        add("seven_b_shape.peak_gib.plain", slow["peak_bytes"] / memory.GIB, "GiB, neither compiled nor fused")
+    how = f"--only {options.only}" if options.only else "--quick" if options.quick else ""
+    listed, context = put(rows, options, how), context_of(options, how)
     rates = {name: value for name, value in found.get("costs", {}).items() if isinstance(value, float)}
     if "gathering" in found:
         rates["gather_bytes_per_second"] = found["gathering"]
@@ -656,6 +685,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "ranks-out")))
     parser.add_argument("--small", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--quick", action="store_true", help="what two minutes hold: no rates, one kind of resume")
+    parser.add_argument("--only", choices=["agreement", "speed"], help="what two GPUs agree on, or how fast they are")
     parser.add_argument("--lost", action="store_true", help="only how soon a training ends once a rank is killed")
     parser.add_argument("--seconds", type=float, default=140.0, help="no part starts or goes on after that")
     parser.add_argument("--commit", default="", help="what the results are to say")

@@ -101,7 +101,7 @@ def test_ranks_measures_the_rates_that_the_plan_reads(tmp_path: Path) -> None:
     assert all(value > 0 for value in found.values())
     (tmp_path / "one.costs.json").write_text(json.dumps({"result": found}))
     (tmp_path / "two1.seven.json").write_text(json.dumps({"error": "it failed"}))
-    options = argparse.Namespace(out=tmp_path / "out", small=True, quick=False, commit="abc")
+    options = argparse.Namespace(out=tmp_path / "out", small=True, quick=False, only=None, commit="abc")
     rows = {row["measure"]: row["value"] for row in ranks.write(tmp_path, options)}
     assert rows == found, "what failed is left out"
     assert rates(tmp_path / "out" / "placement.json").values == {**ASSUMED, **found}
