@@ -7,6 +7,7 @@ How processes find each other, and how they part, is in `ranks.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -36,12 +37,21 @@ def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
     return isinstance(x, DTensor)
 
 
-@torch.no_grad()
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them `is_sharded`."""
+    return _running() and any(is_sharded(x) for x in tensors)
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Mean of the ranks' tensors, equal on all of them. Collective: every rank must call it with the same shape.
 
     A DTensor is one tensor over all ranks already: only sums still pending are carried out.
     """
+    return _mean_over_ranks(x) if _running() else x
+
+
+@torch.no_grad()
+def _mean_over_ranks(x: Tensor) -> Tensor:
     if is_sharded(x):
         from torch.distributed.tensor import Partial, Replicate
 

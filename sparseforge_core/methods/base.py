@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sparseforge_core.distributed import is_sharded, part, sums_over_ranks
+from sparseforge_core.distributed import any_sharded, part, sums_over_ranks
 from sparseforge_core.errors import PatternViolation
 from sparseforge_core.methods.shards import whole
 from sparseforge_core.models.sites import Site
@@ -165,7 +165,7 @@ class MaskedTrack(MaskTrack):
     def sharded(self) -> bool:
         """Whether this rank holds but a part of each mask."""
         # Asked of the weight, beside whose shards those of the mask lie: a packed mask would be unpacked to answer.
-        return any(is_sharded(site.weight) for site in self.sites)
+        return any_sharded(site.weight for site in self.sites)
 
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Project: fix every hard mask, zero pruned weights and their optimizer moments."""

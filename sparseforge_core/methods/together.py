@@ -49,8 +49,11 @@ class Together:
 
     def split(self, sites: list[Site]) -> tuple[list[Site], list[Site]]:
         """(the sites that the kernels cover, all others), each in the order of `sites`."""
-        parts = (part for site in sites for part in (site.weight, *site.mask._parameters.values()) if part is not None)
-        if not self._of_sites.hold(list(parts)):
+        parts: list[Tensor] = []
+        for site in sites:
+            parts.append(site.weight)
+            parts += [part for part in site.mask._parameters.values() if part is not None]
+        if not self._of_sites.hold(parts):
             refused = [self._refusal(site) is not None for site in sites]
             covered = [site for site, no in zip(sites, refused, strict=True) if not no]
             self._split = covered, [site for site, no in zip(sites, refused, strict=True) if no]
@@ -82,16 +85,17 @@ class _Places:
     """Where some tensors lay when they were last asked about; it keeps none of them in memory."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[weakref.ref[Tensor], int]] = []
+        self._seen: list[weakref.ref[Tensor]] = []
+        self._addresses: list[int] = []
         self.held = False
         """The last answer of `hold`."""
 
     def hold(self, tensors: list[Tensor]) -> bool:
         """Whether these are the tensors of the last question, each where it was."""
-        self.held = len(tensors) == len(self._seen) and all(
-            ref() is tensor and place == tensor.data_ptr()
-            for tensor, (ref, place) in zip(tensors, self._seen, strict=True)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        self.held = addresses == self._addresses and all(
+            ref() is tensor for ref, tensor in zip(self._seen, tensors, strict=True)
         )
         if not self.held:
-            self._seen = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
+            self._seen, self._addresses = [weakref.ref(tensor) for tensor in tensors], addresses
         return self.held

@@ -387,8 +387,7 @@ def _plan(
 
 def on_host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A host tensor that can travel while the host goes on."""
-    made = torch.tensor(values, dtype=dtype)
-    return made.pin_memory() if device.type == "cuda" else made
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 @functools.lru_cache(maxsize=64)

@@ -131,8 +131,12 @@ class Recording:
 
     def forget(self) -> None:
         """Give the recording and its memory back."""
+        recorded = self._replay is not None
         self._replay, self._tokens, self._losses, self._gradients = None, None, {}, []
         self._kind, self._plain = None, 0
+        if recorded and torch.cuda.is_initialized():
+            # A graph's memory is a pool of its own: plain steps find none of it until the driver has it back.
+            torch.cuda.empty_cache()
 
     def _state(self) -> tuple[Hashable, ...]:
         """All that the passes depend on besides the values in tensors: where these lie, and what masks are."""
