@@ -48,9 +48,9 @@ def _between(bits: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _bounds(bits: int, device: torch.device) -> Tensor:
-    """`_between` of codes, with an infinity at both ends: code c is right from the c-th of these to the next."""
-    return nn.functional.pad(nn.functional.pad(_between(bits, device), (1, 0), value=-math.inf), (0, 1), value=math.inf)
+def _powers(bits: int, device: torch.device) -> Tensor:
+    """The power of ten of a decade, by the logarithm to base 2 of how many codes it has."""
+    return torch.tensor([10.0 ** (log - bits + 1) for log in range(bits)], dtype=torch.float32, device=device)
 
 
 def _in_blocks(x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         owner, tiny = owners(tuple(programs), device), torch.finfo(torch.float32).tiny
         kernels.move[(len(owner),)](
             _table(rows, device), owner, *anchors,
-            magnitudes(7, device), _bounds(7, device), magnitudes(8, device), _bounds(8, device),
+            _powers(7, device), _powers(8, device),
             rate, 1.0 - rate * group["weight_decay"], first_decay, 1.0 - first_decay, second_decay, 1.0 - second_decay,
             *(math.log(max(decay, tiny)) for decay in group["betas"]), group["eps"], tiny,
             ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
