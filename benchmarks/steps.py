@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import statistics
@@ -32,6 +33,7 @@ from sparseforge_core.tracking.tracker import NullTracker
 from sparseforge_core.train.correction import Correction
 from sparseforge_core.train.loop import Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
+from sparseforge_core.train.recording import Recording
 
 PERIOD = 10
 """Steps of a window: one mask update, the curvature of each step, and one line of the journal lie in it."""
@@ -193,10 +195,15 @@ def timed(
     device: torch.device,
     *,
     compiled: bool = True,
+    recorded: bool | None = None,
     windows: int = 3,
     warm: int = 11,
 ) -> Times:
-    """Seconds a step of the product's loop, over windows of PERIOD steps after `warm` steps."""
+    """Seconds a step of the product's loop, over windows of PERIOD steps after `warm` steps.
+
+    Steps are recorded on a GPU, as those of a long run are, unless told otherwise.
+    """
+    recorded = device.type == "cuda" if recorded is None else recorded
     began = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -211,12 +218,13 @@ def timed(
 
     with tempfile.TemporaryDirectory() as folder:
         made = bench(shape, method, device, compiled=compiled, folder=Path(folder))
+        recording = Recording(made.run.model, made.teacher, required=False) if recorded else None
         try:
-            train(made.run, on_step=on_step)
+            train(dataclasses.replace(made.run, recording=recording), on_step=on_step)
         except _EnoughError:
             seconds = [(after - before) / PERIOD for before, after in itertools.pairwise(marks)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    del made
+    del made, recording
     release(device)
     return Times(statistics.median(seconds), marks[0] - began, peak)
 

@@ -225,14 +225,14 @@ def middle(options: argparse.Namespace, device: torch.device) -> Iterator[Figure
 
 def _ratio(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[Figure]:
     shape = options.shapes[name]
-    annealed = timed(shape, LEAN, device, windows=2)
+    annealed = timed(shape, LEAN, device, recorded=options.record, windows=2)
     note = f"{1e3 * annealed.step:.1f} ms, warm-up {annealed.warm_up:.0f} s, {annealed.peak_bytes / 2**30:.1f} GiB"
     if name == "135m":
         options.step_135m = annealed.step
         yield Figure("smollm2_tokens_per_second", shape.tokens / annealed.step, note)
     share = shape.flops / annealed.step / PEAK_FLOPS
     yield Figure("mfu_7b_layer" if name == "7b_layer" else f"mfu.{name}", share, note)
-    dense = timed(shape, None, device, windows=2)
+    dense = timed(shape, None, device, recorded=options.record, windows=2)
     note = f"dense {1e3 * dense.step:.1f} ms, warm-up {dense.warm_up:.0f} s, {dense.peak_bytes / 2**30:.1f} GiB"
     yield Figure(f"annealing_over_dense_distillation.{name}", annealed.step / dense.step, note)
 
@@ -243,7 +243,7 @@ def cudnn(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]
     kinds = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     torch.compiler.reset()  # the kind of attention is chosen when a block is compiled
     with sdpa_kernel(kinds, set_priority=True):
-        annealed = timed(shape, LEAN, device, windows=1)
+        annealed = timed(shape, LEAN, device, recorded=options.record, windows=1)
     torch.compiler.reset()
     note = f"{1e3 * annealed.step:.1f} ms, warm-up {annealed.warm_up:.0f} s"
     yield Figure("smollm2_tokens_per_second.cudnn", shape.tokens / annealed.step, note)
@@ -252,7 +252,7 @@ def cudnn(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]
 def published(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]:
     """Our step against the published code's, at SmolLM2-135M's shape."""
     shape = options.shapes["135m"]
-    ours = options.step_135m or timed(shape, LEAN, device, windows=1).step
+    ours = options.step_135m or timed(shape, LEAN, device, recorded=options.record, windows=1).step
     step = PublishedStep(shape, device, micro_batch=options.published_micro_batch)
     seconds = [_seconds(lambda turn=turn: step(turn + 1), device) for turn in range(3)]
     theirs = statistics.median(seconds[1:])
@@ -348,6 +348,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument(
+        "--record", action=argparse.BooleanOptionalAction, help="steps as CUDA graphs; on a GPU unless told otherwise"
+    )
+    parser.add_argument(
         "--published-micro-batch", type=int, default=4, help="sequences that its second derivative sees"
     )
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for train.json; $OUT if set")
@@ -382,7 +385,9 @@ def _measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
             for figure in part(options, device):
                 bar, unit = BARS.get(figure.measure, (None, ""))
                 print(f"{figure.measure:46}{figure.value:>14,.3f}  bar {bar}  {figure.note}", flush=True)
-                command = f"sparseforge bench train --parts {name}"
+                command = f"sparseforge bench train --parts {name}" + (
+                    " --no-record" if options.record is False else ""
+                )
                 rows.append({"measure": figure.measure, "value": figure.value, "unit": unit, "bar": bar,
                              "hardware": hardware(device), "command": command, "commit": commit()})  # fmt: skip
                 write(options.out, rows)
