@@ -11,7 +11,11 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 from torch import Tensor
