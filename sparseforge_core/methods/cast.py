@@ -59,6 +59,9 @@ class CAST(Method):
 class RowScale(nn.Module):
     """The effective weight A W, A constant on column blocks: `[..., out, blocks]`, ones at first."""
 
+    of_tensors: ClassVar[bool] = True
+    """Whether all that it depends on is in tensors that change in place: a recorded step then follows it."""
+
     def __init__(self, site: Site, blocks: int) -> None:
         super().__init__()
         matrix = site.matrix(site.weight.detach())

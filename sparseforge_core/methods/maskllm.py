@@ -74,6 +74,9 @@ class PatternLogits(nn.Module):
     tensors, so that a compiled forward is compiled once, for all sites of a shape.
     """
 
+    of_tensors: ClassVar[bool] = True
+    """Whether all that it depends on is in tensors that change in place: a recorded step then follows it."""
+
     def __init__(self, site: Site, seed: int, spread: float) -> None:
         super().__init__()
         self.seed, self.pattern, self.transposed = seed, site.pattern, site.transposed

@@ -57,6 +57,9 @@ class _ThroughThreshold(torch.autograd.Function):
 class SoftThreshold(nn.Module):
     """The effective weight beta S(W) of one site."""
 
+    of_tensors: ClassVar[bool] = True
+    """Whether all that it depends on is in tensors that change in place: a recorded step then follows it."""
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site

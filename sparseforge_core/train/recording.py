@@ -37,13 +37,14 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 def unrecordable(objective: Objective, masks: Iterable[SoftMask]) -> str | None:
     """Why a step's passes are not the same kernels each time, or None.
 
-    What is not on the device's side alone is refused: draws of the step, a method's own law with numbers of its own.
+    What is not on the device's side alone is refused: draws of the step, a method's own law that does not say that all
+    its numbers are in tensors which change in place (`of_tensors`).
     """
     if objective.taught.samples:
         return "the teacher's logits are drawn by the host"
     if objective.matching is not None:
         return "hidden states are matched"
-    if any(soft.law is not None for soft in masks):
+    if any(soft.law is not None and not getattr(soft.law, "of_tensors", False) for soft in masks):
         return "the method has a way of its own from weight to effective weight"
     return None
 
@@ -74,6 +75,8 @@ class Recording:
         self.parameters = [parameter for module in modules for parameter in module.parameters()]
         self.tensors = [*self.parameters, *(buffer for module in modules for buffer in module.buffers())]
         self.masks = [part for part in model.modules() if isinstance(part, SoftMask)]
+        laws = [soft.law for soft in self.masks if soft.law is not None]
+        self.tensors += [own for law in laws for own in vars(law).values() if isinstance(own, Tensor)]
         self._capture, self._strict = capture or on_gpu, strict or host_ahead
         self._required, self._never = required, False
         self._kind: Hashable = None
@@ -140,7 +143,7 @@ class Recording:
 
     def _state(self) -> tuple[Hashable, ...]:
         """All that the passes depend on besides the values in tensors: where these lie, and what masks are."""
-        switches = tuple((soft.frozen, soft.branch_on) for soft in self.masks)
+        switches = tuple((soft.frozen, soft.branch_on, soft.law is None) for soft in self.masks)
         return switches, tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in self.tensors)
 
     def _record(self, tokens: Tensor, passes: Passes) -> None:

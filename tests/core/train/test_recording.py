@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from benchmarks.steps import Shape, bench
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.execution import RECORDED_FROM, Execution, check_recording, records
-from sparseforge_core.methods import FrozenMask, MagnitudePruning, Method, SparseForge
+from sparseforge_core.methods import (
+    AST,
+    CAST,
+    SRSTE,
+    SSTE,
+    FrozenMask,
+    MagnitudePruning,
+    MaskLLM,
+    Method,
+    SparseForge,
+)
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
@@ -85,7 +95,21 @@ def trained(
 
 
 @pytest.mark.parametrize("objective", [Distill(), FOLLOWING])
-@pytest.mark.parametrize("method", [FROZEN, SparseForge(update_every=2), SparseForge(mask_storage="int16")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(
+            FROZEN,
+            SparseForge(update_every=2),
+            SparseForge(mask_storage="int16"),
+            CAST(refresh_every=2),
+            AST(),
+            SRSTE(),
+        ),
+        *(SSTE(), MaskLLM(prior=None)),
+    ],
+    ids=lambda method: type(method).__name__,
+)
 def test_recorded_steps_train_as_plain_ones_do(tmp_path: Path, method: Method, objective: Distill) -> None:
     plain, _ = trained(tmp_path / "plain", method, objective, recorded=False)
     recorded, recorder = trained(tmp_path / "recorded", method, objective, recorded=True)
@@ -152,6 +176,8 @@ def test_what_the_host_takes_part_in_stays_plain() -> None:
     assert "hidden states" in str(unrecordable(Distill(hidden=HiddenMatch()), [soft]))
     soft.law = nn.Identity()
     assert "a way of its own" in str(unrecordable(Distill(), [soft]))
+    soft.law.of_tensors = True  # type: ignore[assignment]
+    assert unrecordable(Distill(), [soft]) is None
 
 
 def test_what_cannot_be_recorded_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
