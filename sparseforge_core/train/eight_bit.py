@@ -48,9 +48,25 @@ def _between(bits: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _powers(bits: int, device: torch.device) -> Tensor:
-    """The power of ten of a decade, by the logarithm to base 2 of how many codes it has."""
-    return torch.tensor([10.0 ** (log - bits + 1) for log in range(bits)], dtype=torch.float32, device=device)
+def decades(bits: int, device: torch.device) -> Tensor:
+    """The numbers that the kernel computes codes and magnitudes with, `[64]`: six rows, of 8 or 16 places each.
+
+    The decade below 10^-z has n = 2^(bits - 1 - z) codes, from n on. In four rows by z: what multiplies a magnitude and
+    what is added to make it a code with its fraction; the least of these that is not nearer to the code before n, and
+    one that stands for that code. In two rows by 1 + log2 n, at 0 for code 0: what multiplies a code and what is added
+    to make it a magnitude.
+    """
+    found = torch.zeros(64, dtype=torch.float64)
+    for zeros in range(bits):
+        count = 2.0 ** (bits - 1 - zeros)
+        ten = 10.0**-zeros
+        found[zeros] = count / 0.9 / ten
+        found[8 + zeros] = count * 8.0 / 9.0
+        found[16 + zeros] = count + (0.2 if count > 1.0 else 0.175 / 0.9)
+        found[24 + zeros] = count - 0.5
+        found[32 + bits - zeros] = ten * 0.9 / count
+        found[48 + bits - zeros] = ten * (0.45 / count - 0.8)
+    return found.to(device, torch.float32)
 
 
 def _in_blocks(x: Tensor) -> Tensor:
@@ -87,8 +103,8 @@ def restored(codes: Tensor, scales: Tensor) -> Tensor:
     return found.flatten()[: codes.numel()].view(codes.shape)
 
 
-ROWS, WARPS = 4, 8
-"""Blocks that a program of the kernel works on at once, and its warps."""
+REPEAT = 4
+"""Blocks that a program of the kernel, which is one warp, works on one after another."""
 
 
 def refusal(weight: Tensor, gradient: Tensor, *kept: Tensor, on: str = "cuda") -> str | None:
@@ -184,7 +200,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         names = [f"{name}_{what}" for name, _ in MOMENTS for what in ("codes", "scales")] + ["step"]
         tensors = [(p, p.grad, *(self.state[p][name] for name in names)) for p in parameters]
         anchors, device = tensors[0], parameters[0].device
-        programs = [-(-parameter.numel() // (BLOCK * ROWS)) for parameter in parameters]
+        programs = [-(-parameter.numel() // (BLOCK * REPEAT)) for parameter in parameters]
         begin = [0, *itertools.accumulate(programs)]
         rows = tuple(
             (*distances(of, anchors), begin[i], parameters[i].numel())  # type: ignore[arg-type]
@@ -193,10 +209,11 @@ class EightBitAdamW(torch.optim.Optimizer):
         owner, tiny = owners(tuple(programs), device), torch.finfo(torch.float32).tiny
         kernels.move[(len(owner),)](
             _table(rows, device), owner, *anchors,
-            _powers(7, device), _powers(8, device),
-            rate, 1.0 - rate * group["weight_decay"], first_decay, 1.0 - first_decay, second_decay, 1.0 - second_decay,
+            decades(7, device), decades(8, device),
+            rate, 1.0 - rate * group["weight_decay"], 1.0 - first_decay, second_decay, 1.0 - second_decay,
             *(math.log(max(decay, tiny)) for decay in group["betas"]), group["eps"], tiny,
-            ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
+            EVEN=all(parameter.numel() % (BLOCK * REPEAT) == 0 for parameter in parameters),
+            REPEAT=REPEAT, BLOCK=BLOCK, num_warps=1,
         )  # fmt: skip
 
     def _move(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:

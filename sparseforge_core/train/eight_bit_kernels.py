@@ -1,6 +1,8 @@
 """Triton kernel of AdamW with moments in 8 bits: everything of all weights is read and written once, in one launch.
 
-What is computed is said by `EightBitAdamW._move`; `eight_bit.py` decides what comes here.
+What is computed is said by `EightBitAdamW._move`; `eight_bit.py` decides what comes here. A warp works on a block of
+entries that share their scales, four at a time: their codes are one word. Codes and what they stand for are computed
+in few instructions with the numbers of their decade, from a table of `DECADES` that lies in one line of the cache.
 """
 
 from __future__ import annotations
@@ -8,16 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparseforge_core.sparsity.group_kernels import bytes_of, load, log2, store
+
 FIELDS: tl.constexpr = tl.constexpr(9)
 """Columns of the table of weights: where weight, gradient, codes and scales of both moments and the count of steps
 begin, as distances from the first weight's; the weight's first program; its number of entries."""
 
-
 MAGIC: tl.constexpr = tl.constexpr(8388608.0)
 MAGIC_BITS: tl.constexpr = tl.constexpr(0x4B000000)
-SIGNED_MAGIC: tl.constexpr = tl.constexpr(12582912.0)
-"""2^23, its bits, and 1.5 times as much: a sum with a whole number has that number in its low bits, with its sign for
-the last. A GPU adds eight times as fast as it converts."""
+"""2^23 and its bits: a sum with a number below it has its whole part in its low bits. A GPU adds eight times as fast as
+it converts."""
 
 
 @triton.jit
@@ -28,14 +30,14 @@ def _begin(row_of, field: tl.constexpr, anchor):
 @triton.jit
 def move(
     table, owner, weights, gradients, first_codes, first_scales, second_codes, second_scales, steps,
-    first_powers, second_powers,
-    rate, kept, first_decay, first_rest, second_decay, second_rest, log_first, log_second, eps, least,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    first_decades, second_decades,
+    rate, kept, first_rest, second_decay, second_rest, log_first, log_second, eps, least,
+    EVEN: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks, of entries that share their scales, of one weight.
+    """REPEAT blocks of one weight.
 
-    `kept` is 1 - lr wd, `*_rest` 1 - beta, `log_*` ln beta, `least` what a scale of 0 is divided by; `*_powers` are
-    the powers of ten of a code's decades, by the logarithm of how many codes these have.
+    `kept` is 1 - lr wd, `*_rest` 1 - beta, `log_*` ln beta, `least` what a scale of 0 is divided by; `*_decades` are
+    `eight_bit.decades` of each moment. With EVEN all blocks of all programs exist, and are full.
     """
     program = tl.program_id(0)
     row_of = table + tl.load(owner + program).to(tl.int64) * FIELDS
@@ -43,72 +45,98 @@ def move(
     first_codes, first_scales = _begin(row_of, 2, first_codes), _begin(row_of, 3, first_scales)
     second_codes, second_scales = _begin(row_of, 4, second_codes), _begin(row_of, 5, second_scales)
     size = tl.multiple_of(tl.load(row_of + 8), 16)
-    rows = (program - tl.load(row_of + 7)) * ROWS + tl.arange(0, ROWS)
-    place = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    there = place < size
-    begun = rows * BLOCK < size
-    g = tl.load(gradient + place, mask=there, other=0.0)
-    code = tl.load(first_codes + place, mask=there, other=0).to(tl.int32)
-    scale = tl.load(first_scales + rows, mask=begun, other=0.0)[:, None]
-    magnitude = _magnitude(tl.abs(code), first_powers, 7) * scale
-    first = tl.where(code < 0, -magnitude, magnitude)
-    code = tl.load(second_codes + place, mask=there, other=0).to(tl.int32)
-    scale = tl.load(second_scales + rows, mask=begun, other=0.0)[:, None]
-    second = _magnitude(code, second_powers, 8) * scale
-    first += first_rest * (g - first)
-    second = second * second_decay + second_rest * g * g
-    top = tl.max(tl.abs(first), 1)
-    code = _code(tl.abs(first) * (1.0 / tl.maximum(top, least))[:, None], 7)
-    code = tl.where(first < 0, -code, code)
-    tl.store(first_codes + place, (code + SIGNED_MAGIC).to(tl.int32, bitcast=True).to(tl.int8), mask=there)
-    tl.store(first_scales + rows, top, mask=begun)
-    top = tl.max(second, 1)
-    code = _code(second * (1.0 / tl.maximum(top, least))[:, None], 8)
-    code = tl.where(second > 0, tl.maximum(code, 1.0), code)
-    tl.store(second_codes + place, (code + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8), mask=there)
-    tl.store(second_scales + rows, top, mask=begun)
+    first_block = (program - tl.load(row_of + 7)) * REPEAT
     count = tl.load(_begin(row_of, 6, steps))
     slope = rate / (1.0 - tl.exp(count * log_first))
-    root = tl.sqrt(second) / tl.sqrt(1.0 - tl.exp(count * log_second)) + eps
-    w = tl.load(weight + place, mask=there, other=0.0)
-    tl.store(weight + place, w * kept - first / root * slope, mask=there)
+    widening = 1.0 / tl.sqrt(1.0 - tl.exp(count * log_second))
+    fours: tl.constexpr = BLOCK // 4
+    for turn in range(REPEAT):
+        block = first_block + turn
+        place = tl.multiple_of(block * BLOCK, BLOCK)
+        there = place + 4 * tl.arange(0, fours) < size
+        begun = place < size
+        g = load(gradient, place, 0, there, fours, 4, False, EVEN)
+        w = load(weight, place, 0, there, fours, 4, False, EVEN)
+        words = (first_codes + place).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, fours)
+        firsts = tl.load(words) if EVEN else tl.load(words, mask=there, other=0)
+        scale = tl.load(first_scales + block, mask=begun, other=0.0)
+        first = ()
+        for j in tl.static_range(4):
+            code = (firsts << (24 - 8 * j)) >> 24
+            magnitude = _magnitude(tl.abs(code), first_decades, 7)
+            old = ((magnitude.to(tl.int32, bitcast=True)) | (code & -2147483648)).to(tl.float32, bitcast=True) * scale
+            new = old + first_rest * (g[j] - old)
+            first = first + (new,)
+            if j == 0:
+                most = tl.abs(new)
+            else:
+                most = tl.maximum(most, tl.abs(new))
+        top = tl.max(most)
+        tl.store(first_scales + block, top, mask=begun)
+        share = 1.0 / tl.maximum(top, least)
+        codes = ()
+        for j in tl.static_range(4):
+            code = (_code(tl.abs(first[j]) * share, first_decades, 7) + (MAGIC - 0.5)).to(tl.int32, bitcast=True)
+            codes = codes + (tl.where(first[j] < 0, -code, code),)
+        word = _word(codes)
+        if EVEN:
+            tl.store(words, word)
+        else:
+            tl.store(words, word, mask=there)
+
+        words = (second_codes + place).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, fours)
+        seconds = tl.load(words) if EVEN else tl.load(words, mask=there, other=0)
+        scale = tl.load(second_scales + block, mask=begun, other=0.0)
+        second = ()
+        for j in tl.static_range(4):
+            old = _magnitude((seconds >> (8 * j)) & 255, second_decades, 8) * scale
+            new = old * second_decay + second_rest * g[j] * g[j]
+            second = second + (new,)
+            if j == 0:
+                most = new
+            else:
+                most = tl.maximum(most, new)
+        top = tl.max(most)
+        tl.store(second_scales + block, top, mask=begun)
+        share = 1.0 / tl.maximum(top, least)
+        codes, moved = (), ()
+        for j in tl.static_range(4):
+            code = tl.maximum(_code(second[j] * share, second_decades, 8), tl.where(second[j] > 0, 1.5, 0.5))
+            codes = codes + ((code + (MAGIC - 0.5)).to(tl.int32, bitcast=True),)
+            root = tl.sqrt(second[j]) * widening + eps
+            moved = moved + (w[j] * kept - first[j] / root * slope,)
+        word = _word(codes)
+        if EVEN:
+            tl.store(words, word)
+        else:
+            tl.store(words, word, mask=there)
+        store(weight, place, 0, there, moved, fours, 4, False, EVEN)
 
 
 @triton.jit
-def _magnitude(code, powers, BITS: tl.constexpr):
-    """What a code without its sign stands for, in [0, 1]: computed, for entries of a table are had one after another.
+def _word(codes):
+    """The low bytes of four words, as one."""
+    return bytes_of(bytes_of(codes[0], codes[1], 0x0040), bytes_of(codes[2], codes[3], 0x0040), 0x5410)
 
-    With n the power of two at or below the code, it is the (code - n)-th of n in its decade (`eight_bit.magnitudes`).
-    """
-    last: tl.constexpr = 2**BITS - 1
+
+@triton.jit
+def _magnitude(code, decades, BITS: tl.constexpr):
+    """What a code without its sign stands for, in [0, 1]: in its decade a multiple and a sum; the last code's is 1."""
     number = (code | MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
-    bits = number.to(tl.int32, bitcast=True) & 0x7F800000
-    count = bits.to(tl.float32, bitcast=True)
-    each = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # 1 / n
-    power = tl.load(powers + tl.maximum((bits >> 23) - 127, 0))
-    found = power * (0.1 + 0.9 * each * (number - count + 0.5))
-    return tl.where(code == 0, 0.0, tl.where(code == last, 1.0, found))
+    decade = decades + tl.maximum((number.to(tl.int32, bitcast=True) >> 23) - 126, 0)
+    found = number * tl.load(decade + 32) + tl.load(decade + 48)
+    return tl.where(code == 2**BITS - 1, 1.0, found)
 
 
 @triton.jit
-def _code(x, BITS: tl.constexpr):
-    """The code, as a float, of the magnitude nearest to x in [0, 1]: `quantised`'s, to the rounding of a tie.
+def _code(x, decades, BITS: tl.constexpr):
+    """The code, and a fraction, of the magnitude nearest to x in [0, 1]: that of `quantised`, to the rounding of a tie.
 
-    A decade's n codes are evenly spaced, so that the place in it says the code, but for its ends: what is nearest to
-    the last of the decade below, and the largest code of all, which stands for 1 itself.
+    In a decade the code is a multiple of x and a sum, but for its ends: what is nearest to the last code of the decade
+    below, and the largest code of all, which stands for 1 itself.
     """
-    most: tl.constexpr = 1.0 * 2 ** (BITS - 1)
-    count = tl.full(x.shape, most, tl.float32)
-    small = x < 1e-4
-    x, count = tl.where(small, x * 1e4, x), tl.where(small, count * 0.0625, count)
-    small = x < 1e-2
-    x, count = tl.where(small, x * 1e2, x), tl.where(small, count * 0.25, count)
-    small = (x < 0.1) & (count > 1.0)
-    x, count = tl.where(small, x * 10.0, x), tl.where(small, count * 0.5, count)
-    place = (x - 0.1) * (count * (1.0 / 0.9))
-    whole = (place + MAGIC) - MAGIC
-    whole = tl.where(whole > place, whole - 1.0, whole)
-    whole = tl.minimum(tl.maximum(whole, 0.0), count - 1.0)
-    below = place < tl.where(count == 1.0, 0.175 / 0.9, 0.2)
-    below = below | ((count == most) & (whole == most - 1.0) & (place < most - 0.75))
-    return count + whole - tl.where(below, 1.0, 0.0)
+    zeros = (log2(x) * -0.30102999566398120 + (MAGIC - 0.5)).to(tl.int32, bitcast=True) - MAGIC_BITS
+    decade = decades + tl.minimum(tl.maximum(zeros, 0), BITS - 1)
+    found = x * tl.load(decade) + tl.load(decade + 8)
+    found = tl.where(found < tl.load(decade + 16), tl.load(decade + 24), found)
+    return found - tl.where(found >= 2**BITS - 1, 0.25, 0.0)
