@@ -225,9 +225,9 @@ def averages() -> None:
 def losses() -> None:
     """Losses and gradients of the head against those of the chunks that compute logits twice."""
     losses_fused.BLOCK, losses_fused.CHUNK = 16, 64 * 10
-    model, teacher = tiny_model("llama"), tiny_model("llama", seed=1).requires_grad_(False)
+    model, teacher = tiny_model("llama").to(DEVICE), tiny_model("llama", seed=1).requires_grad_(False).to(DEVICE)
     asked = batch.refusal
-    batch.refusal = lambda *given: asked(*given, on="cpu")
+    batch.refusal = lambda *given: asked(*given, on=DEVICE.type)
     taught = split(teacher)
     for objective in (Distill(), Distill(temperature=2.0, task_weight=1.0, kl_weight=0.7), TaskOnly()):
         found = []
@@ -235,7 +235,7 @@ def losses() -> None:
             parts = dataclasses.replace(split(model), fused=fused_too)
             assert (batch.refusal(parts, taught, objective) is None) is fused_too
             model.zero_grad()
-            got = batch_losses(parts, taught, objective, tokens())
+            got = batch_losses(parts, taught, objective, tokens().to(DEVICE))
             (0.5 * got.total).backward()
             found.append((got, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
         (plain, expected), (ours, gradients) = found
