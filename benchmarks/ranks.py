@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -374,6 +375,7 @@ def curve(folder: Path) -> dict[int, float]:
     return {row["step"]: row["scalars"]["loss/total"] for row in rows if "scalars" in row}
 
 
+@functools.cache  # of cells that are finished, which are asked for again and again
 def compared(one: Path, other: Path) -> dict[str, float]:
     """Greatest relative difference of losses, share of mask entries that agree, and whether all weights are equal."""
     from safetensors.torch import load_file
