@@ -186,6 +186,8 @@ class PackedMask(SoftMask):
         self.state = nn.Parameter(ones, requires_grad=False)
         # A tensor, so that a compiled forward sees it change; of one dimension, because scalars cannot be sharded.
         self.softness = nn.Parameter(weight.new_ones(1), requires_grad=False)
+        self.shown: tuple[float, int] | None = None
+        """What `set_softness` last wrote, and the version of the tensor that this made."""
 
     @property
     def mask(self) -> Tensor:  # type: ignore[override]
@@ -236,10 +238,17 @@ class PackedMask(SoftMask):
 
 @torch.no_grad()
 def set_softness(masks: Sequence[SoftMask], softness: float) -> None:
-    """`set_view` of many packed masks at once."""
-    shown = [soft.softness for soft in masks if isinstance(soft, PackedMask)]
+    """`set_view` of many packed masks at once; those that show it already, all through heating, are left alone."""
+    others = [
+        soft for soft in masks if isinstance(soft, PackedMask) and soft.shown != (softness, soft.softness._version)
+    ]
+    if not others:
+        return
+    shown = [soft.softness for soft in others]
     torch._foreach_zero_(shown)
     torch._foreach_add_(shown, softness)
+    for soft in others:
+        soft.shown = (softness, soft.softness._version)
 
 
 class StraightThroughPacked(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 
 from sparseforge_core.sparsity import fused
 from sparseforge_core.sparsity.gate import GateForm
-from sparseforge_core.sparsity.masking import PackedMask, SoftMask
+from sparseforge_core.sparsity.masking import PackedMask, SoftMask, set_softness
 from sparseforge_core.sparsity.patterns import BLOCK_16, Pattern, Unstructured, nm
 from tests.interpreted import assert_agreement
 
@@ -66,6 +66,20 @@ def test_a_packed_mask_reads_what_was_written() -> None:
     for softness in (1.0, 0.25, 0.0):
         soft.set_view(softness)
         assert torch.allclose(soft.view, softness * soft.mask + (1 - softness) * hard.float(), atol=1e-7)
+
+
+def test_softness_that_is_shown_already_is_not_written_again() -> None:
+    masks = [PackedMask(torch.zeros(4, 16), transposed=False, slorb=None) for _ in range(2)]
+    set_softness(masks, 0.5)
+    versions = [soft.softness._version for soft in masks]
+    set_softness(masks, 0.5)
+    assert [soft.softness._version for soft in masks] == versions
+    masks[0].softness.fill_(1.0)  # as a checkpoint that is taken up does
+    set_softness(masks, 0.5)
+    assert [float(soft.softness) for soft in masks] == [0.5, 0.5]
+    assert masks[1].softness._version == versions[1]
+    set_softness(masks, 0.25)
+    assert [float(soft.softness) for soft in masks] == [0.25, 0.25]
 
 
 def test_a_packed_mask_keeps_small_steps_that_bfloat16_would_lose() -> None:
