@@ -33,7 +33,8 @@ class Execution:
     """Sequences per forward; None takes the whole batch."""
     compiled: bool | None = None
     """Whether the blocks go through torch.compile: half a minute for the first cell of a shape in a process, then
-    faster steps. None: on a GPU, in runs of COMPILED_FROM steps or more, unless hidden states are matched."""
+    faster steps. None: on a GPU, in runs of COMPILED_FROM steps or more, unless hidden states are matched or the blocks
+    are sharded."""
     sharding: Sharding = "auto"
     """How ranks share the work: everything on each of them, or a part of each weight; by itself what fits."""
     recompute: bool = False

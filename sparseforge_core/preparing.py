@@ -14,11 +14,12 @@ from sparseforge_core import specs
 from sparseforge_core.checkpoint import Checkpoints
 from sparseforge_core.data.calibration import calibration_batches
 from sparseforge_core.data.tokens import TokenFile, TokenStream, check_vocabulary, tokenize_once
+from sparseforge_core.distributed import world
 from sparseforge_core.errors import DataError
 from sparseforge_core.execution import Execution, records
 from sparseforge_core.methods.base import MaskTrack, Surroundings
 from sparseforge_core.models.families.automatic import AUTOMATIC
-from sparseforge_core.models.regions import blocks_path, compile_blocks
+from sparseforge_core.models.regions import compile_blocks
 from sparseforge_core.models.sites import Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import faster, forwards
@@ -38,8 +39,8 @@ from sparseforge_core.train.parallel import (
     chosen_sharding,
     inside,
     recompute_activations,
+    refuse,
     shard,
-    uncompiled_shards,
 )
 from sparseforge_core.train.recording import Recording
 
@@ -114,6 +115,7 @@ class Prepared:
         # Sharded blocks are compiled as they are: FSDP2's hooks are theirs, and run between what is compiled.
         forward, teacher = faster(*plain, compiled=compiled and self.sharding != "shard")
         if compiled and self.sharding == "shard":
+            refuse(self.cell.recipe, "shard", world(), compiled=True)  # which 'auto' has only now turned out to be
             for model in (self.model, self.teacher):
                 if model is not None:
                     compile_blocks(model)
@@ -158,11 +160,9 @@ class Prepared:
 
     def _uncompiled(self) -> str | None:
         """Why blocks are not compiled unless somebody asks for it, or None."""
-        recipe = self.cell.recipe
         if self.sharding == "shard":
-            alone = any(model is not None and blocks_path(model) is None for model in (self.model, self.teacher))
-            return "there is no list of equal blocks" if alone else uncompiled_shards(recipe)
-        matched = any(recipe.objective.at(share).matching for share in (0.0, 1.0))
+            return "sharded blocks have been compiled on CPUs alone so far"
+        matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
         return "compiled blocks do not show the hidden states that are matched" if matched else None
 
     def _teacher(self) -> Any | None:
