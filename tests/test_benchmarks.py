@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curvature, grid, packed, published_step, ranks, steps, train
+from benchmarks import curvature, grid, packed, published_step, ranks, recorded_cells, steps, train
 from flows import cli
 from flows.memory import ASSUMED, rates
 from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
@@ -63,6 +63,16 @@ def test_train_times_steps_of_the_product_and_of_the_published_code() -> None:
     assert not torch.equal(before, step.masked[0].weight)
     assert len(step.masked) == 7 * shape.layers
     assert shape.masked == sum(layer.weight.numel() for layer in step.masked)
+
+
+def test_recorded_cells_train_to_the_end_and_compare(tmp_path: Path) -> None:
+    given = ["--tiny", "--device", "cpu", "--steps", "20", "--cases", "annealing", "--out", str(tmp_path)]
+    assert recorded_cells.main(given) == 0
+    plain, again, between = json.loads((tmp_path / "recorded_cells.json").read_text())["rows"]
+    assert (plain["how"], again["how"]) == ("plain", "plain again")
+    assert plain["finite"]
+    assert between["losses_apart"] == 0.0, "a CPU adds in one order"
+    assert between["masks_alike"] == 1.0
 
 
 def test_grid_plans_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
