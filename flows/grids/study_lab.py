@@ -1,4 +1,5 @@
-"""Ideas for the study's method, tried one at a time (docs/lab-log.md): 6 M tokens, seed 0, text of no result."""
+"""Ideas for the study's method, tried one at a time (docs/lab-log.md): 6 M tokens and seed 0 unless said, text of no
+result."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flows.grids.planned import Grid, Planned
-from flows.grids.study import CALIBRATION, LENGTH, MILLION, SPARSEGPT, TRIED_ON, Contender, contenders, rate
+from flows.grids.study import CALIBRATION, FORGE, LENGTH, MILLION, SPARSEGPT, TRIED_ON, Contender, contenders, rate
 from sparseforge_core.methods import SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
@@ -106,10 +107,36 @@ IDEAS: tuple[Contender, ...] = (
 """In the order of the log; `results/smollm2/lab` has what was run."""
 
 
+PEAK = 2.4e-3
+
+
+def _moving(label: str, **changes: Any) -> Contender:
+    """The study's method with masks that move for longer; teacher and rates as they are."""
+    return _as("improved", label, PEAK, method=replace(FORGE, **changes))
+
+
+LONG: tuple[Contender, ...] = (
+    _as("improved", "improved", PEAK),
+    _moving("improved, masks move until a half", temperature=Constant(value=0.1), quench_begin=0.1, freeze_at=0.5),
+    _moving(
+        "improved, annealed from ones, Fisher score",
+        start_from=None,
+        criterion=HessianOBD(),
+        temperature=SparseForge().temperature,
+        quench_begin=0.4,
+        freeze_at=0.6,
+        compensation=FITTED,
+    ),
+)
+"""Whether masks that move gain by a larger budget: 24 M tokens, seed 1."""
+
+
 def ideas() -> Grid:
     """The lab's runs."""
-    entries = tuple(
-        Planned(recipe=contender.recipe(6 * MILLION), variant=contender.label, suites=(TRIED_ON,))
-        for contender in IDEAS
-    )
+    short = [Planned(recipe=one.recipe(6 * MILLION), variant=one.label, suites=(TRIED_ON,)) for one in IDEAS]
+    long = [
+        Planned(recipe=one.recipe(24 * MILLION), variant=f"{one.label}, 24 M", seeds=(1,), suites=(TRIED_ON,))
+        for one in LONG
+    ]
+    entries = (*short, *long)
     return Grid(name="smollm2-ideas", title="SmolLM2-135M, ideas", entries=entries, captions={})

@@ -14,7 +14,7 @@ from flows.grids import grid_named
 from flows.grids.planned import expand
 from flows.grids.study import BOOKS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
 from flows.grids.study_grid import FIVE, NAME, OTHER_TEXT, TUNED, ZERO_SHOT, ablations, tuned
-from flows.grids.study_lab import IDEAS
+from flows.grids.study_lab import IDEAS, LONG
 from sparseforge_core import specs
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
@@ -43,7 +43,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
-    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS)
+    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG)
 
 
 def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
