@@ -150,6 +150,7 @@ FORGE = SparseForge(
     temperature=Constant(value=0.05),
     quench_begin=0.02,
     freeze_at=0.1,
+    mask_storage="int16",
 )
 """Where development stands (docs/lab-log.md): SparseGPT's solution, near ties settled in the first tenth."""
 FOLLOWING = Distill(kl_weight=0.75, correction=TeacherCorrection())
