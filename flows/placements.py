@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flows.devices import MICRO_BATCH
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.models.sources import Hub, Local, ModelSource, Packaged, Tiny
+from sparseforge_core.models.sources import Hub, Local, ModelSource, Packaged, Tiny, TrainedBPE
 from sparseforge_core.recipe import Recipe, Trained
 
 
@@ -51,6 +51,8 @@ GPU_FLOPS = 400e12 * 0.5
 CPU_FLOPS = 50e9
 """Assumed useful rate of one CPU core in float32."""
 GPU_GIB = 80.0
+FOLDERS_VOCABULARY = 50_257
+"""Entries assumed of a tokenizer that is only known as a folder: GPT-2's."""
 EVALUATION_TOKENS = 1.5e6
 """Tokens that a set of zero-shot and perplexity suites puts through the model."""
 CPU_HOURS = 24.0
@@ -71,8 +73,7 @@ def card_of(source: ModelSource) -> ModelCard:
     if isinstance(source, Trained):
         return card_of(source.recipe.model)
     if isinstance(source, Tiny):
-        parameters = source.layers * 10 * source.width**2 + 2048 * source.width
-        return ModelCard(name=f"{source.architecture}-tiny", parameters=parameters, context=source.positions)
+        return _tiny_card(source)
     if isinstance(source, (Hub, Packaged)):
         name = source.id if isinstance(source, Hub) else source.name
         if name in CARDS:
@@ -81,6 +82,15 @@ def card_of(source: ModelSource) -> ModelCard:
     if isinstance(source, Local):
         return ModelCard(name=source.path.rstrip("/").rpartition("/")[2], parameters=1e9, context=2048)
     raise RecipeError(f"no size is known for a {type(source).__name__}")
+
+
+def _tiny_card(source: Tiny) -> ModelCard:
+    """Four square matrices of attention and two of the MLP a block, and the embedding, as most of these models have."""
+    vocabulary = source.tokenizer.size if isinstance(source.tokenizer, TrainedBPE) else FOLDERS_VOCABULARY
+    block = 4 * source.width**2 + 2 * source.width * (source.mlp or 3 * source.width)
+    parameters = source.layers * block + vocabulary * source.width
+    size = "tiny" if parameters < 1e7 else f"{parameters / 1e6:.0f}M"
+    return ModelCard(name=f"{source.architecture}-{size}", parameters=parameters, context=source.positions)
 
 
 def model_name(source: ModelSource) -> str:
