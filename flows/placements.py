@@ -55,8 +55,8 @@ FOLDERS_VOCABULARY = 50_257
 """Entries assumed of a tokenizer that is only known as a folder: GPT-2's."""
 EVALUATION_TOKENS = 1.5e6
 """Tokens that a set of zero-shot and perplexity suites puts through the model."""
-CPU_HOURS = 24.0
-"""A cell that one core finishes within these runs on the CPU pool."""
+CPU_MINUTES = 30.0
+"""A cell that one core finishes within these runs on the CPU pool: what takes longer is worth a GPU's minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,11 @@ def flops(recipe: Recipe) -> float:
 
 
 def placement_for(recipe: Recipe) -> Placement:
-    """The smallest pool that holds the recipe; what one core does in a day runs anywhere."""
-    if card_of(recipe.model).parameters < 2e8 and flops(recipe) < CPU_FLOPS * 3600.0 * CPU_HOURS:
+    """The smallest pool of GPUs that holds the recipe; what one core does in minutes runs anywhere.
+
+    Without a GPU, `--pool gpu-1` runs here what is placed there, at a core's pace.
+    """
+    if card_of(recipe.model).parameters < 2e8 and flops(recipe) < CPU_FLOPS * 60.0 * CPU_MINUTES:
         return Placement(pool="cpu", gpus=0)
     if memory_gib(recipe) < 0.7 * GPU_GIB:
         return Placement(pool="gpu-1", gpus=1, micro_batch=MICRO_BATCH["gpu-1"])

@@ -39,7 +39,7 @@ from sparseforge_core.store.store import ResultStore
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 64
-DATA = os.environ.get(DATA_ENV, "")
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def test_every_row_is_the_studys_contender_on_another_model() -> None:
@@ -75,8 +75,9 @@ def test_every_cell_waits_for_the_one_pretraining_and_brings_it_along() -> None:
     assert chosen.levels() == {key: number for number, key in enumerate(chosen.cells)}
 
 
-@pytest.mark.skipif(not Path(DATA, "tokenizers/gpt2").is_dir() or not DATA, reason=f"no GPT-2 tokenizer under ${DATA_ENV}")
-def test_the_shape_is_gpt2s(tmp_path: Path) -> None:
+@pytest.mark.skipif(not (SHARED / "tokenizers").is_dir(), reason="needs ../shared/data/tokenizers beside the checkout")
+def test_the_shape_is_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_ENV, str(SHARED))
     model = load_skeleton(GPT2, tmp_path)
     assert model is not None
     assert sum(parameter.numel() for parameter in model.parameters()) == 124_439_808
