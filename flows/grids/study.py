@@ -30,7 +30,7 @@ from sparseforge_core.methods import (
     SparseGPT,
     Wanda,
 )
-from sparseforge_core.models.sources import Packaged
+from sparseforge_core.models.sources import ModelSource, Packaged
 from sparseforge_core.objective import Distill, Objective, TaskOnly
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.observe.curvature import Hutchinson
@@ -98,10 +98,10 @@ class Contender:
     objective: Objective = TAUGHT
     slorb: SLoRB | None = None
 
-    def recipe(self, tokens: int) -> Recipe:
-        """The contender at a budget; one-shot methods have none."""
+    def recipe(self, tokens: int, model: ModelSource = MODEL) -> Recipe:
+        """The contender at a budget, on the study's model or another one; one-shot methods have no budget."""
         return Recipe(
-            model=MODEL,
+            model=model,
             method=self.method,
             corpus=BOOKS,
             pattern=nm(2, 4) if self.method.sparsifies else None,

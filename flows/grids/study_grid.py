@@ -78,7 +78,7 @@ def tuned(name: str) -> Contender:
     return contenders(TUNED[name])[name]
 
 
-def _untrained() -> dict[str, tuple[Contender, tuple[int, ...]]]:
+def untrained() -> dict[str, tuple[Contender, tuple[int, ...]]]:
     """What needs no retraining, and seeds: only calibration depends on them."""
     return {
         "dense": (Contender(label="Dense", method=Dense()), (0,)),
@@ -93,7 +93,7 @@ def table_2() -> list[Planned]:
     suites = (*REPORTED, ZERO_SHOT)
     shown = (*PERPLEXITIES, ZERO_SHOT)
     entries = []
-    for row, (contender, seeds) in _untrained().items():
+    for row, (contender, seeds) in untrained().items():
         slots = [
             Slot(exhibit="table-2", row=row, label=contender.label, suites=shown),
             Slot(exhibit="accuracy-vs-tokens", row=f"{contender.label}/0", label=contender.label, suites=shown),
