@@ -1,6 +1,7 @@
 """The study's report, results/README.md, from the results store alone; rows that are not in yet are said to be absent.
 
-python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--figure FILE] [--out FILE]
+python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--second gpt2-study]
+                         [--figure FILE] [--out FILE]
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--db", default=f"sqlite:///{STORE}", metavar="URL", help=f"default sqlite:///{STORE}")
     parser.add_argument("--grid", default="smollm2-study")
     parser.add_argument("--trials", default="smollm2-trials", metavar="GRID", help="the grid of the trials")
+    parser.add_argument("--second", default="gpt2-study", metavar="GRID", help="the grid of the second model")
     parser.add_argument(
         "--figure",
         type=Path,
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             figure = os.path.relpath(options.figure, options.out.parent) if options.figure.is_file() else ""
             store = options.db.removeprefix("sqlite:///")
             grid = results.grid(options.grid)["name"]
-            text = report(results, grid, store=store, figure=figure, trials_grid=options.trials)
+            grids = {"trials_grid": options.trials, "second_grid": options.second}
+            text = report(results, grid, store=store, figure=figure, **grids)
         finally:
             results.close()
         write(options.out, text.encode())
