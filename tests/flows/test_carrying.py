@@ -296,6 +296,19 @@ def test_no_cell_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
     assert set(walk.left) == set(walk.late) == {cell_key(entry.cell) for entry in bundle.entries}
 
 
+def test_a_short_cell_after_a_long_one_is_expected_to_take_a_part_of_it(tmp_path: Path) -> None:
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
+    bundle = bundles.read_bundle(tmp_path / "carried")
+    work = Work(train=never, measure=never, should_stop=lambda: False)
+    (first, *_) = bundle.entries
+    tokens = first.cell.recipe.train.tokens
+    for took, of, late in ((300.0, tokens, True), (300.0, 2 * tokens, True), (300.0, 100 * tokens, False)):
+        walk = Walk(bundle.entries, bundle.entries, tmp_path / "cells", work, seconds=100.0)
+        walk.last = (took, of)
+        assert walk._is_late(cell_key(first.cell), first) is late
+        assert walk.late == ({cell_key(first.cell): took * tokens / of} if late else {})
+
+
 def test_memory_that_ran_out_beside_others_is_tried_again_with_fewer_and_fails_alone(tmp_path: Path) -> None:
     write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
     bundle = bundles.read_bundle(tmp_path / "carried")
