@@ -356,6 +356,27 @@ def test_what_was_measured_of_another_model_than_the_recorded_one_is_left_out(tr
 
 
 @pytest.mark.usefixtures("planned")
+def test_what_stands_on_a_pretraining_that_was_made_anew_is_left_out(troubled: Path, tmp_path: Path) -> None:
+    shutil.copytree(troubled, tmp_path / "first")
+    pretraining = folder_of(tmp_path / "first", "pretraining").name
+    for folder in (tmp_path / "first" / "home" / "cells").iterdir():
+        if folder.name != pretraining:
+            shutil.rmtree(folder)
+    home = home_in(tmp_path)
+    store = ResultStore(home.store_url)
+    assert ingest(store, home, tmp_path / "first").recorded == 1
+    assert ingest(store, home, troubled).recorded == 8, "the same pretraining: all that stands on it is taken"
+    other = home_in(tmp_path / "other")
+    store = ResultStore(other.store_url)
+    assert ingest(store, other, tmp_path / "first").recorded == 1
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "second")
+    with pytest.raises(CellsFailed):
+        run_there(tmp_path / "second", execution=Execution(micro_batch=1))  # another model under the same key
+    found = ingest(store, other, tmp_path / "second")
+    assert (found.recorded, found.known, found.other) == (0, 1, 8)
+
+
+@pytest.mark.usefixtures("planned")
 def test_the_command_line_packs_and_ingests(troubled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sparseforge_core.run import main
 
