@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--figure",
         type=Path,
         default=Path("results/smollm2/figures/accuracy-vs-tokens.svg"),
-        help="the figure that make_tables.py wrote; the page links it if it is there",
+        help="the figure that make_tables.py wrote; the page links it, and ablations.svg beside it, if they are there",
     )
     parser.add_argument("--out", type=Path, default=Path("results/README.md"))
     parser.add_argument("--quiet", action="store_true", help="say nothing")
@@ -49,11 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = Results(options.db)
         try:
-            figure = os.path.relpath(options.figure, options.out.parent) if options.figure.is_file() else ""
+            drawn = {"figure": options.figure, "ablations": options.figure.with_name("ablations.svg")}
+            pictures = {
+                name: os.path.relpath(path, options.out.parent) for name, path in drawn.items() if path.is_file()
+            }
             store = options.db.removeprefix("sqlite:///")
             grid = results.grid(options.grid)["name"]
             grids = {"trials_grid": options.trials, "second_grid": options.second}
-            text = report(results, grid, store=store, figure=figure, **grids)
+            text = report(results, grid, store=store, **pictures, **grids)
         finally:
             results.close()
         write(options.out, text.encode())

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from analysis.accuracy_tables import MEAN
 from analysis.frames import ExhibitData, ExhibitRow
 from analysis.render import escape_markdown
-from analysis.study_data import DENSE, FULL, Study, millions
+from analysis.study_data import DENSE, FULL, Study, millions, number
 from analysis.verdicts import Verdict, verdicts
 from sparseforge_core.store.results import Results
 
@@ -31,6 +32,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 1)
 def bullets(lines: Iterable[str]) -> str:
     """A Markdown list."""
     return "\n".join(f"- {escape_markdown(line)}" for line in lines) + "\n"
+
+
+def glance(study: Study) -> str:
+    """Table 2 without its tasks: perplexities and mean accuracy of each row, with half the 95 % interval over seeds."""
+    accuracy = any(MEAN in row.plans for row in study.table_2.rows)
+    lines = []
+    for row in study.table_2.rows:
+        cells = [_number(row, metric) for _, metric in study.texts] + ([_number(row, MEAN)] if accuracy else [])
+        lines.append((escape_markdown(row.label), *cells, str(len(row.seeds))))
+    heads = [*(name for name, _ in study.texts), *(["mean accuracy, %"] if accuracy else []), "seeds planned"]
+    return table(("Row", *map(escape_markdown, heads)), lines)
+
+
+def _number(row: ExhibitRow, metric: str) -> str:
+    """A mean over seeds; of a row all of whose seeds diverged, that."""
+    estimate = row.estimate(metric)
+    diverged = estimate is None and row.diverged.get(metric)
+    return "diverged" if diverged else number(estimate, percent=metric == MEAN)
 
 
 def significance(data: ExhibitData, reference: str, columns: list[tuple[str, str]]) -> list[str]:

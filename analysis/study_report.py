@@ -13,7 +13,7 @@ from analysis.render import escape_markdown, to_markdown
 from analysis.study_bars import Bar, bars
 from analysis.study_claims import NOT_TESTED, claims
 from analysis.study_data import FULL, OURS, Study, millions, number
-from analysis.study_parts import bullets, costs, divergences, significance, table
+from analysis.study_parts import bullets, costs, divergences, glance, significance, table
 from analysis.study_second import second_study, section
 from sparseforge_core.store.results import Results
 
@@ -33,7 +33,8 @@ SECTIONS = {
 
 A bar is met or not by the numbers as they are; "so far" says that planned seeds or rows are still missing. A difference
 of perplexity is relative, with a 95 % bootstrap interval over items and seeds in brackets; without brackets where a row
-still lacks seeds: no interval and no test is made of a part.
+still lacks seeds: no interval and no test is made of a part. An interval over three seeds is 2.5 of their standard
+deviations wide to either side; where two touch, what pairing by window and seed says is given with them.
 """,
     "trials": """## The trials
 
@@ -66,11 +67,19 @@ significant, else it is *undecided*. Nothing is tested, and so nothing decided, 
 
 
 def report(
-    results: Results, grid: str, *, store: str, figure: str = "", trials_grid: str = "", second_grid: str = ""
+    results: Results,
+    grid: str,
+    *,
+    store: str,
+    figure: str = "",
+    ablations: str = "",
+    trials_grid: str = "",
+    second_grid: str = "",
 ) -> str:
     """The whole page as Markdown.
 
-    `store` is how the page names the store's file, `figure` the figure's file, relative to the page; empty: none.
+    `store` is how the page names the store's file; `figure` and `ablations` are the pictures' files, relative to the
+    page; empty: none.
     `trials_grid` is the grid of the trials, `second_grid` that of the second model; empty: none.
     """
     material = collect(results, grid)
@@ -78,15 +87,17 @@ def report(
     caption = study.table_2.caption
     parts = [HEAD.format(state=_state(results, grid), caption=caption, store=store, grid=grid)]
     found, second = bars(study), second_study(results, second_grid)
-    parts += [study_summary.HEAD, bullets(study_summary.summary(study, found, second))]
+    parts += [study_summary.HEAD, bullets(study_summary.summary(study, found, second, asked=bool(second_grid)))]
     parts += [SECTIONS["bars"], _bars(found)]
-    parts += ["## Table 2\n", to_markdown(table_2(study.table_2))]
+    parts += ["## Every method at one budget\n", glance(study), "## Table 2\n", to_markdown(table_2(study.table_2))]
     parts += significance(study.table_2, OURS, [("accuracy", MEAN), *study.texts])
     parts += [SECTIONS["budgets"], _budgets(study)]
     if figure:
         parts.append(f"![Perplexity and accuracy against retraining tokens]({figure})\n")
     parts.append(escape_markdown(study.figure.caption))
     parts += ["\n## Table 3\n", to_markdown(table_3(study.table_3))]
+    if ablations:
+        parts.append(f"![Change of perplexity without a part of the method, or with another one]({ablations})\n")
     parts += significance(study.table_3, FULL, study.texts)
     if second_grid:
         parts += section(results, second_grid, second)

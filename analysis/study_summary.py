@@ -12,9 +12,9 @@ from analysis.verdicts import Verdict, verdicts
 HEAD = "## In short\n"
 
 
-def summary(study: Study, bars: Sequence[Bar], second: Study | None) -> list[str]:
-    """Sentences on the winner, the bars, the parts of the method and the second model."""
-    return [*_winner(study), _bars(bars), *_parts(study), _second(second)]
+def summary(study: Study, bars: Sequence[Bar], second: Study | None, *, asked: bool = True) -> list[str]:
+    """Sentences on the winner, the bars, the parts of the method and, where one is `asked` for, the second model."""
+    return [*_winner(study), _bars(bars), *_parts(study), *([_second(second)] if asked else [])]
 
 
 def _winner(study: Study) -> list[str]:

@@ -215,6 +215,18 @@ def test_the_second_models_section_judges_its_own_rows(tmp_path: Path) -> None:
     assert re.search(r"\| Frozen \| [-+0-9.]+ \[.*\] better, p ", section_)
 
 
+def test_every_method_is_seen_at_a_glance_and_diverged_or_absent_ones_too(tmp_path: Path) -> None:
+    page = report(Made(ours=19.0, first=True).write(tmp_path), "smollm2-study", store="x")
+    table = page.partition("## Every method at one budget")[2].partition("##")[0]
+    assert "| Row | books-2048 | wikitext2-2048 | mean accuracy, % | seeds planned |" in table
+    assert "| SparseForge (improved) | 18.81 | 20.69 | 50.00 | 3 |" in table
+    made = Made(ours=19.0)
+    lost = measured([None, None, None], [None, None, None], (0.5, 0.5, 0.5))
+    made.row("table-2", "naive", "Naive retraining", lost, method="naive")
+    page = report(made.write(tmp_path / "lost"), "smollm2-study", store="x")
+    assert "| Naive retraining | diverged | diverged | 50.00 ± 0.00 | 3 |" in page
+
+
 def test_significance_is_one_line_a_row_with_every_column(tmp_path: Path) -> None:
     page = report(Made(ours=19.0).write(tmp_path), "smollm2-study", store="x")
     assert "| Row | accuracy, points | books-2048, % | wikitext2-2048, % |" in page
