@@ -28,6 +28,7 @@ from sparseforge_core.checkpoint import MANIFEST, dropped, verify
 from sparseforge_core.errors import BundleError, CellTaken, CheckpointMismatch, RecipeError
 from sparseforge_core.evaluate.suites import suite_key
 from sparseforge_core.identity import cell_key
+from sparseforge_core.recipe import Cell, Trained
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
@@ -113,7 +114,7 @@ def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
         )
     done = {place for place, state in states.items() if state.status == "done"}
     fresh = [stage for stage in carried if (stage.cell, stage.stage) not in done]
-    foreign = _of_other_models(store, carried, done)
+    foreign = _of_other_models(store, bundle, carried, done)
     count = sum(_bring(store, home, stage) for stage in fresh if stage.cell not in foreign)
     failed = tuple(why for entry in bundle.entries for why in _failures(cells / cell_key(entry.cell)))
     return Ingested(
@@ -125,8 +126,14 @@ def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
     )
 
 
-def _of_other_models(store: ResultStore, carried: list[Carried], done: set[tuple[str, str]]) -> set[str]:
-    """Cells whose model came out otherwise than the recorded one: what was measured of it is of another model."""
+def _of_other_models(
+    store: ResultStore, bundle: bundles.Bundle, carried: list[Carried], done: set[tuple[str, str]]
+) -> set[str]:
+    """Cells whose model came out otherwise than the recorded one, and those that were made from such a model.
+
+    What was measured of them is of another model. A teacher that was trained anew is no reason: it is of the same
+    recipe, and no row is compared with it.
+    """
     found = set()
     for stage in carried:
         if stage.stage != TRAIN or (stage.cell, TRAIN) not in done:
@@ -135,6 +142,11 @@ def _of_other_models(store: ResultStore, carried: list[Carried], done: set[tuple
         if (recorded_.context or {}).get("model_sha256") != stage.model:
             log.warning("cell %s was trained before, to another model; what is new of this one is left out", stage.cell)
             found.add(stage.cell)
+    for entry in bundle.entries:  # each comes after those it needs
+        source, key = entry.cell.recipe.model, cell_key(entry.cell)
+        if isinstance(source, Trained) and cell_key(Cell(recipe=source.recipe, seed=source.seed)) in found:
+            log.warning("cell %s stands on a model that was made anew and is another one; it is left out", key)
+            found.add(key)
     return found
 
 
