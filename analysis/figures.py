@@ -138,7 +138,9 @@ def _name_beyond(axes: Any, off: Mapping[str, float]) -> None:
     if off:
         lines = [f"{name} {mean:,.0f}" for name, mean in sorted(off.items(), key=lambda pair: -pair[1])]
         text = "\n".join(["above the axis:", *lines])
-        axes.text(0.98, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=7.5, color=FLAT)
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top", "zorder": 10}
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}  # a line may run where the text stands
+        axes.text(0.98, 0.98, text, fontsize=7.5, color=FLAT, bbox=behind, **place)
 
 
 def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) -> None:

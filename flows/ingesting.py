@@ -100,14 +100,15 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
 def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
     """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
 
-    Raises BundleError, with nothing recorded, for a cell that is not planned here. A stage that cannot be copied as it
+    Raises BundleError, with nothing recorded, for results of a cell that is not planned here; one that was carried for
+    a choice that fell otherwise, and has none, is passed over. A stage that cannot be copied as it
     was checked is a BundleError too: it is not recorded, those before it are, and the same command goes on there. Doing
     it again changes nothing.
     """
     bundle, cells, carried = found.bundle, found.cells, found.carried
     states = _planned(store, bundle, {cell_key(entry.cell) for entry in bundle.entries})
     wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
-    for key, stage in sorted(wanted - set(states)):
+    for key, stage in sorted({(stage.cell, stage.stage) for stage in carried} - set(states)):
         raise BundleError(
             f"stage {stage} of cell {key} is not planned here: no grid of {', '.join(bundle.grids)} has that recipe. "
             "The bundle was made by other code or from a changed grid; ingest it with that code, or plan it again"
@@ -120,7 +121,7 @@ def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
     return Ingested(
         recorded=count,
         known=len(carried) - len(fresh),
-        unfinished=len(wanted) - len(carried),
+        unfinished=len(wanted & set(states)) - len(carried),
         other=sum(stage.cell in foreign for stage in fresh),
         failed=failed,
     )

@@ -37,12 +37,12 @@ TUNED: dict[str, float] = {
     "naive": 2.4e-3,
     "frozen-wanda": 2.4e-3,
     "frozen-sparsegpt": 2.4e-3,
-    "sr-ste": 1.2e-3,
+    "sr-ste": 2.4e-3,
     "ast": 6e-4,
     "ast-slorb": 6e-4,
-    "cast": 6e-4,
-    "maskllm": 1.2e-3,
-    "paper": 1.2e-3,
+    "cast": 1.2e-3,
+    "maskllm": 6e-4,
+    "paper": 2.4e-3,
     "improved": 2.4e-3,
 }
 """The peak learning rate that each method's trials chose (`smollm2-trials`; results/README.md lists them), the same
@@ -56,7 +56,7 @@ SEEDS = (0, 1, 2)
 """At the main budget."""
 FIGURE_SEEDS = (1,)
 """At the figure's other budgets: not the trials' seed, so that no cell that chose anything is shown."""
-FIVE = ("improved", "frozen-sparsegpt", "frozen-wanda", "ast-slorb", "ast")
+FIVE = ("improved", "frozen-sparsegpt", "frozen-wanda", "sr-ste", "ast-slorb")
 """Who runs at every budget: the five best of the trials."""
 
 ITEMS = 1000
