@@ -13,10 +13,21 @@ from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
 from flows.grids.study import BOOKS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
-from flows.grids.study_grid import FIVE, NAME, OTHER_TEXT, TUNED, ZERO_SHOT, ablations, tuned
-from flows.grids.study_lab import IDEAS, LONG
+from flows.grids.study_grid import (
+    FIGURE_SEEDS,
+    FIVE,
+    NAME,
+    OTHER_TEXT,
+    SEEDS,
+    TUNED,
+    ZERO_SHOT,
+    ablations,
+    tuned,
+)
+from flows.grids.study_lab import FORGETTING, FORGOTTEN, IDEAS, LONG, UNSHOWN
 from flows.provenance import ROOT
 from sparseforge_core import specs
+from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
 from sparseforge_core.identity import key_of
@@ -37,15 +48,18 @@ def test_every_method_has_the_same_trials_on_the_same_text_and_budget() -> None:
 
 
 def test_trials_and_ideas_never_see_what_is_reported() -> None:
-    for name in ("smollm2-trials", "smollm2-ideas"):
-        assert {suite for entry in grid_named(name).entries for suite in entry.suites} == {TRIED_ON}
-    assert TRIED_ON not in REPORTED
+    for name, texts in (("smollm2-trials", {TRIED_ON}), ("smollm2-ideas", {TRIED_ON, FORGOTTEN})):
+        assert {suite for entry in grid_named(name).entries for suite in entry.suites} == texts
+        assert not texts & set(REPORTED)
+    assert isinstance(FORGOTTEN.corpus, TextFiles)
+    assert not {*FORGOTTEN.corpus.sha256} & {*BOOKS.sha256, *OTHER_BOOKS.sha256, *OTHER_TEXT.sha256}
+    assert UNSHOWN not in SEEDS + FIGURE_SEEDS
     assert not {*BOOKS.sha256} & {*OTHER_BOOKS.sha256}
 
 
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
-    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG)
+    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG) + len(FORGETTING)
 
 
 def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
