@@ -3,8 +3,8 @@
 `paper` is the paper's text; where it prints no constant, that of its published script for most model families stands
 in. `released` is what that script would do if its curvature estimator worked. `lean` is the specification's annealing
 (the defaults), kept in few bytes (of the same quality: `benchmarks/lean_storage.py`). `improved` is what the study
-found best (results/README.md; how it was found: docs/lab-log.md), and what we recommend. A preset fixes method, objective,
-side branch and optimizer; model, text, budget and the peak of the learning rate are the caller's.
+found best (results/README.md; how it was found: docs/lab-log.md), and what we recommend. A preset fixes method,
+objective, side branch and optimizer; model, text, budget and the peak of the learning rate are the caller's.
 """
 
 from __future__ import annotations
