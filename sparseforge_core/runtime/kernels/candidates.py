@@ -6,7 +6,8 @@ left of them, with the switches of the kernels on and off.
 
 from __future__ import annotations
 
-from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, STAGE_ROW, Plan
+from sparseforge_core.runtime.kernels.nvrtc import SHARED_MEMORY
+from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, STAGE_ROW, WARPGROUP, WIDE_ROW, Plan
 from sparseforge_core.runtime.kernels.support import COLUMNS, ROWS
 
 ROOM = 226 * 1024
@@ -25,6 +26,36 @@ VECTORS = ((8, 1, 3), (4, 2, 4), (11, 1, 2), (8, 2, 2), (16, 1, 2))
 """Warps, depth and blocks of threads per multiprocessor of `gemv`."""
 
 
+WIDE_FROM = 33
+"""Rows from which warpgroups are tried: below, their instruction of 64 outputs gains nothing over those of 16."""
+
+TILES_UP_TO = 256
+"""Rows up to which `tiles` is tried, 64 rows at a time."""
+
+MOST_WIDE = 10
+"""Plans of `wide` that are measured for a shape and a number of rows."""
+
+FROM_CACHE, AROUND = 32, 3000
+"""Bytes a cycle that a multiprocessor has of the L2 cache, and cycles before and after the products of a tile."""
+
+SIZES = (
+    (256, 8, 1, 1, (1, 2), (1,)),
+    (192, 8, 1, 1, (1, 2), (1,)),
+    (128, 8, 2, 1, (1, 2), (1,)),
+    (128, 8, 1, 1, (1, 2), (1, 2, 4)),
+    (96, 8, 2, 1, (1, 2), (1,)),
+    (96, 8, 1, 1, (1, 2), (1, 2, 4)),
+    (64, 8, 1, 1, (1,), (1, 2, 4)),
+    (256, 4, 1, 1, (1,), (1, 2, 4)),
+    (192, 4, 1, 1, (1,), (1, 2, 4)),
+    (128, 4, 1, 2, (1,), (1, 2, 4)),
+    (96, 4, 1, 3, (1,), (1, 2, 4)),
+    (64, 4, 1, 3, (1,), (1, 2, 4)),
+)
+"""Of `wide`: rows of a tile, warps, 64 outputs for each warpgroup, blocks of threads per multiprocessor, and by how
+many a cluster may share x, or the inputs. Others need more registers than there are."""
+
+
 def pass_rows(rows: int) -> int:
     """Rows of x in one pass: 1, or a multiple of 8 up to 64, all passes about equally full."""
     return 1 if rows == 1 else -(-rows // (-(-rows // AT_ONCE) * 8)) * 8
@@ -37,7 +68,10 @@ def candidates(out: int, inputs: int, rows: int, processors: int = 132) -> list[
         found = [_stream(inputs, 1, *sizes) for sizes in STREAMS] + _vector(inputs)
     else:
         found = [_stream(inputs, size, warps, 44, 1) for warps in (8, 4)] if rows <= 16 else []
-        found += _tiles(out, inputs, size, -(-rows // size), processors)
+        if rows <= TILES_UP_TO:
+            found += _tiles(out, inputs, size, -(-rows // size), processors)
+        wide = _wide(out, inputs, rows, processors) if rows >= WIDE_FROM else []
+        found = found + wide if rows <= AT_ONCE else wide + found
     return [plan for plan in dict.fromkeys(found) if plan.fits(inputs)]
 
 
@@ -72,3 +106,37 @@ def _tiles(out: int, inputs: int, size: int, passes: int, processors: int) -> li
                 plan = Plan(kernel="tiles", rows=size, warps=tiles // each, depth=int(depth), tiles=tiles, split=split)
                 ranked.append((-filled / steps * min(1.0, 0.8 + tiles / 40), each, plan))
     return [plan for *_, plan in sorted(ranked, key=lambda found: found[:2])[:12]]
+
+
+def _wide(out: int, inputs: int, rows: int, processors: int) -> list[Plan]:
+    """Those that should take the fewest cycles, by what passes through shared memory, L2 cache and tensor cores."""
+    ranked = []
+    for size, warps, each, resident, shares, splits in SIZES:
+        for share, split in [(n, 1) for n in shares] + [(1, n) for n in splits if n > 1]:
+            if split > -(-inputs // COLUMNS) or (size > 64 and size >= 2 * -(-rows // 32) * 32):
+                continue
+            plan = Plan(
+                kernel="wide", rows=size, warps=warps, depth=_stages(size, warps * each, split, resident),
+                tiles=warps * each, split=split, resident=resident, share=share,
+            )  # fmt: skip
+            ranked.append((_cycles(plan, out, inputs, rows, processors), plan))
+    return [plan for _, plan in sorted(ranked, key=lambda found: found[0])[:MOST_WIDE]]
+
+
+def _stages(size: int, tiles: int, split: int, resident: int) -> int:
+    """As many stages as there is room for, up to eight."""
+    one = Plan(kernel="wide", rows=size, warps=WARPGROUP, depth=1, tiles=tiles, split=split)
+    fixed = one.shared(COLUMNS) - size * WIDE_ROW if split == 1 else 1024
+    return min(8, (SHARED_MEMORY // resident - 1024 - fixed) // (size * WIDE_ROW + 16))
+
+
+def _cycles(plan: Plan, out: int, inputs: int, rows: int, processors: int) -> float:
+    """Of a multiprocessor: the fullest has as many tiles as there are for each, and each tile begins and ends once."""
+    outputs = plan.tiles * ROWS
+    count = -(-out // (outputs * plan.share)) * plan.share * -(-rows // plan.rows) * plan.split
+    x, weights = plan.rows * 64, outputs * 36  # bytes of 32 inputs
+    tensor = outputs * plan.rows / 128
+    shared = (outputs // 64 * x + x + weights) / 128
+    cache = (x / plan.share + weights) / FROM_CACHE
+    each = max(tensor, shared, cache) * inputs / 32 / plan.split + AROUND / plan.resident
+    return -(-count // processors) * each
