@@ -7,7 +7,7 @@ left of them, with the switches of the kernels on and off.
 from __future__ import annotations
 
 from sparseforge_core.runtime.kernels.nvrtc import SHARED_MEMORY
-from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, STAGE_ROW, WARPGROUP, WIDE_ROW, Plan
+from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, IN_FOURS, PAIRED, STAGE_ROW, WARPGROUP, WIDE_ROW, Plan
 from sparseforge_core.runtime.kernels.support import COLUMNS, ROWS
 
 ROOM = 226 * 1024
@@ -15,9 +15,6 @@ ROOM = 226 * 1024
 
 AT_ONCE = 64
 """Most rows of x that one pass multiplies."""
-
-IN_CLUSTERS = 120
-"""Multiprocessors of 132 that clusters of four can fill: they do not cross the chip's groups of 16 or 18."""
 
 STREAMS = ((8, 40, 1), (4, 20, 2), (12, 36, 1), (4, 44, 1), (8, 16, 2))
 """Warps, slots and blocks of threads per multiprocessor of `stream` for one row."""
@@ -99,7 +96,8 @@ def _tiles(out: int, inputs: int, size: int, passes: int, processors: int) -> li
             depth = min((ROOM - 1024) // (size * STAGE_ROW + tiles * BLOCK_BYTES), 6, most)
             if depth < 2 or split > blocks:
                 continue
-            waves = -(-count // tiles) * split * passes / min(processors, IN_CLUSTERS if split == 4 else processors)
+            reached = processors if split <= PAIRED else int(processors * IN_FOURS)
+            waves = -(-count // tiles) * split * passes / reached
             filled = waves / -(-waves // 1)
             steps = -(-blocks // split) * split / blocks  # what an uneven share of the inputs costs
             for each in (1, 2) if tiles % 2 == 0 and tiles >= 8 else (1,):
@@ -139,4 +137,4 @@ def _cycles(plan: Plan, out: int, inputs: int, rows: int, processors: int) -> fl
     shared = (outputs // 64 * x + x + weights) / 128
     cache = (x / plan.share + weights) / FROM_CACHE
     each = max(tensor, shared, cache) * inputs / 32 / plan.split + AROUND / plan.resident
-    return -(-count // processors) * each
+    return -(-count // plan.reached(processors)) * each

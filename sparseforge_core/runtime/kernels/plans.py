@@ -22,6 +22,10 @@ STAGE_ROW = 512 + 16
 WIDE_ROW = STAGE_INPUTS * 2
 """Bytes of one row of x in a stage of `wide`, and of 64 outputs of y on their way out."""
 
+PAIRED, IN_FOURS = 2, 120 / 132
+"""Blocks of a cluster up to which clusters fill a chip, and the part of it that clusters of four fill: they do not
+cross its groups of 16 or 18 multiprocessors."""
+
 WARPGROUP = 4
 """Warps that issue an instruction of 64 outputs together."""
 
@@ -109,9 +113,13 @@ class Plan:
         if self.kernel == "wide":
             clusters = -(-count // (self.tiles * self.share)) * -(-rows // self.rows)
             if self.split == 1:  # tiles beyond those that fit at once are taken in turn
-                clusters = min(clusters, processors * self.resident // self.share)
+                clusters = min(clusters, self.reached(processors) * self.resident // self.share)
             return clusters * self.share * self.split, 1
         return -(-count // self.tiles) * self.split * -(-rows // self.rows), 1
+
+    def reached(self, processors: int) -> int:
+        """Of so many multiprocessors those that its clusters fill."""
+        return processors if max(self.share, self.split) <= PAIRED else int(processors * IN_FOURS)
 
     def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
         """The loaded kernel; built when first asked for."""
