@@ -143,7 +143,7 @@ __device__ __forceinline__ void let_go(Place& at, int lane) {
     if (at.held >= 0 && lane < SHARE) {
         const u32 barrier = at.empty + 8 * at.held;
         if (SHARE == 1) barrier_arrive(barrier);
-        else asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there(barrier, lane)) : "memory");
+        else asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there(barrier, lane)) : "memory");
     }
     at.held = -1;
 }
