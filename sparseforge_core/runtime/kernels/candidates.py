@@ -23,8 +23,8 @@ VECTORS = ((8, 1, 3), (4, 2, 4), (11, 1, 2), (8, 2, 2), (16, 1, 2))
 """Warps, depth and blocks of threads per multiprocessor of `gemv`."""
 
 
-WIDE_FROM = 33
-"""Rows from which warpgroups are tried: below, their instruction of 64 outputs gains nothing over those of 16."""
+WIDE_FROM = 17
+"""Rows from which warpgroups are tried: below, a block of threads has little to do beside reading its weights."""
 
 TILES_UP_TO = 256
 """Rows up to which `tiles` is tried, 64 rows at a time."""
@@ -35,19 +35,25 @@ MOST_WIDE = 10
 FROM_CACHE, AROUND = 32, 3000
 """Bytes a cycle that a multiprocessor has of the L2 cache, and cycles before and after the products of a tile."""
 
+TWO = ((1, 1), (2, 1))
+SPLIT = (*TWO, (1, 2), (1, 3), (1, 4), (2, 2))
 SIZES = (
-    (256, 8, 1, 1, (1, 2), (1,)),
-    (192, 8, 1, 1, (1, 2), (1,)),
-    (128, 8, 2, 1, (1, 2), (1,)),
-    (128, 8, 1, 1, (1, 2), (1, 2, 4)),
-    (96, 8, 2, 1, (1, 2), (1,)),
-    (96, 8, 1, 1, (1, 2), (1, 2, 4)),
-    (64, 8, 1, 1, (1,), (1, 2, 4)),
-    (256, 4, 1, 1, (1,), (1, 2, 4)),
-    (192, 4, 1, 1, (1,), (1, 2, 4)),
-    (128, 4, 1, 2, (1,), (1, 2, 4)),
-    (96, 4, 1, 3, (1,), (1, 2, 4)),
-    (64, 4, 1, 3, (1,), (1, 2, 4)),
+    (256, 8, 1, 1, (*TWO, (4, 1))),
+    (192, 8, 1, 1, TWO),
+    (128, 8, 2, 1, (*TWO, (4, 1))),
+    (128, 8, 1, 1, SPLIT),
+    (96, 8, 2, 1, TWO),
+    (96, 8, 1, 1, SPLIT),
+    (64, 8, 1, 1, SPLIT),
+    (48, 8, 1, 1, SPLIT),
+    (32, 8, 1, 1, SPLIT),
+    (256, 4, 1, 1, SPLIT),
+    (192, 4, 1, 1, SPLIT),
+    (128, 4, 1, 2, (*SPLIT, (4, 1))),
+    (96, 4, 1, 3, (*SPLIT, (4, 1))),
+    (64, 4, 1, 3, (*SPLIT, (4, 1))),
+    (48, 4, 1, 3, SPLIT),
+    (32, 4, 1, 3, (*SPLIT, (4, 1))),
 )
 """Of `wide`: rows of a tile, warps, 64 outputs for each warpgroup, blocks of threads per multiprocessor, and by how
 many a cluster may share x, or the inputs. Others need more registers than there are."""
@@ -109,9 +115,9 @@ def _tiles(out: int, inputs: int, size: int, passes: int, processors: int) -> li
 def _wide(out: int, inputs: int, rows: int, processors: int) -> list[Plan]:
     """Those that should take the fewest cycles, by what passes through shared memory, L2 cache and tensor cores."""
     ranked = []
-    for size, warps, each, resident, shares, splits in SIZES:
-        for share, split in [(n, 1) for n in shares] + [(1, n) for n in splits if n > 1]:
-            if split > -(-inputs // COLUMNS) or (size > 64 and size >= 2 * -(-rows // 32) * 32):
+    for size, warps, each, resident, clusters in SIZES:
+        for share, split in clusters:
+            if split > -(-inputs // COLUMNS) or size >= 2 * -(-rows // 16) * 16 or size < min(rows, AT_ONCE):
                 continue
             plan = Plan(
                 kernel="wide", rows=size, warps=warps, depth=_stages(size, warps * each, split, resident),

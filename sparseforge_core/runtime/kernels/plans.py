@@ -119,7 +119,7 @@ class Plan:
 
     def reached(self, processors: int) -> int:
         """Of so many multiprocessors those that its clusters fill."""
-        return processors if max(self.share, self.split) <= PAIRED else int(processors * IN_FOURS)
+        return processors if self.share * self.split <= PAIRED else int(processors * IN_FOURS)
 
     def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
         """The loaded kernel; built when first asked for."""

@@ -3,10 +3,11 @@
 // stages before it multiplies: no two warps of a block of threads need the same weights, so shared memory is left to x. One
 // warp brings x, 64 inputs at a time, by the tensor copy engine into a ring, rows and inputs beyond the last as zeros.
 //
-//   ROWS    rows of x in a tile: 64, 96, 128, 192 or 256      GROUPS  warpgroups; MT instructions of 64 outputs for each
+//   ROWS    rows of x in a tile, 32 to 256                     GROUPS  warpgroups; MT instructions of 64 outputs for each
 //   STAGES  of 64 inputs of x in the ring                      HELPERS threads that copy: 32, or 128 that give up registers
 //   SHARE   blocks of a cluster, of other outputs each, that share x: each brings a part of the rows for all
-//   SPLIT   blocks of a cluster that share the inputs of the same outputs and add their parts, always in the same order
+//   SPLIT   blocks of a cluster that share the inputs of the same outputs and add their parts, always in the same order;
+//           with both, a cluster has SHARE * SPLIT blocks
 
 #define BM (GROUPS * MT * 64)
 #define THREADS (GROUPS * 128 + HELPERS)
@@ -25,7 +26,6 @@
 #endif
 #define BAND 8  // tiles of rows that are taken for the same outputs before the next outputs: both stay in the cache
 
-static_assert(SHARE == 1 || SPLIT == 1, "a cluster shares x or the inputs");
 static_assert(ROWS % (8 * SHARE) == 0, "parts of x are eights of rows");
 
 struct __align__(64) Map { u64 opaque[16]; };
@@ -43,7 +43,13 @@ struct __align__(64) Map { u64 opaque[16]; };
 #define L7 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define S4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define S16(i) S4(i), S4(i + 4), S4(i + 8), S4(i + 12)
-#if ROWS == 64
+#if ROWS == 32
+#define SUMS S16(0)
+#define NAMES "m64n32k32", L0, "{%16, %17, %18, %19}, %20, %21, %22"
+#elif ROWS == 48
+#define SUMS S16(0), S4(16), S4(20)
+#define NAMES "m64n48k32", L0 ", %16, %17, %18, %19, %20, %21, %22, %23", "{%24, %25, %26, %27}, %28, %29, %30"
+#elif ROWS == 64
 #define SUMS S16(0), S16(16)
 #define NAMES "m64n64k32", L0 L1, "{%32, %33, %34, %35}, %36, %37, %38"
 #elif ROWS == 96
@@ -106,14 +112,14 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
 #endif
 }
 
-__device__ __forceinline__ void copy_tile(u32 to, const Map& map, int column, int row, u32 barrier) {
+__device__ __forceinline__ void copy_tile(u32 to, const Map& map, int column, int row, u32 barrier, u16 blocks) {
     if (SHARE == 1)
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                      ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
     else
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                      " [%0], [%1, {%2, %3}], [%4], %5;"
-                     ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((u16)((1 << SHARE) - 1)) : "memory");
+                     ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
 }
 
 // Weights that will be needed FETCH blocks later, into the L2 cache.
@@ -137,13 +143,14 @@ struct Place {
     u32 full, empty, memory;
     int slot, held;
     u32 parity;
+    int sharing;  // the first block of the cluster with the same x
 };
 
 __device__ __forceinline__ void let_go(Place& at, int lane) {
     if (at.held >= 0 && lane < SHARE) {
         const u32 barrier = at.empty + 8 * at.held;
         if (SHARE == 1) barrier_arrive(barrier);
-        else asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there(barrier, lane)) : "memory");
+        else asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there(barrier, at.sharing + lane)) : "memory");
     }
     at.held = -1;
 }
@@ -201,9 +208,10 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
     extern __shared__ __align__(1024) char memory[];
     const u32 ring = (shared_address(memory) + 1023) / 1024 * 1024, staging = ring + RING_BYTES;
     const u32 full = staging + STAGING_BYTES, empty = full + 8 * STAGES;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % CLUSTER;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int rank = blockIdx.x % SHARE, split = blockIdx.x % CLUSTER / SHARE;
     const int row_tiles = (rows + ROWS - 1) / ROWS, tiles = row_tiles * OUT_BLOCKS;
-    const int first = SPLIT == 1 ? 0 : rank * SPAN, last = SPLIT == 1 ? BLOCKS : min(first + SPAN, BLOCKS);
+    const int first = SPLIT == 1 ? 0 : split * SPAN, last = SPLIT == 1 ? BLOCKS : min(first + SPAN, BLOCKS);
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, SHARE * GROUPS * 4);
@@ -218,7 +226,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
         const int begin = tile / (BAND * OUT_BLOCKS) * BAND, width = min(row_tiles - begin, BAND);
         const int inside = tile % (BAND * OUT_BLOCKS);
         row = (begin + inside % width) * ROWS;
-        out_block = inside / width * SHARE + (SHARE > 1 ? rank : 0);
+        out_block = inside / width * SHARE + rank;
     };
 
     int out_block = 0, row = 0;
@@ -227,10 +235,11 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 #endif
         if (warp == GROUPS * 4) {
+            const u16 sharing = ((1 << SHARE) - 1) << (split * SHARE);
             int slot = 0, turn = 0;
             for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
                 place(tile, out_block, row);
-                const int part = SHARE == 1 ? 0 : rank * (ROWS / SHARE);
+                const int part = rank * (ROWS / SHARE);
                 const size_t mine = (size_t)min(out_block * (BM / 16) + lane, TILES - 1) * BLOCKS;  // blocks of 16 outputs
                 for (int k = first; k < min(first + FETCH, last) && lane < BM / 16; k++) fetch(values, places, mine + k);
                 if (tile == blockIdx.x / CLUSTER) wait_for_previous();
@@ -239,7 +248,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
                     if (lane == 0) {
                         if (turn > 0) wait_for(empty + 8 * slot, (turn & 1) ^ 1);
                         barrier_expect(full + 8 * slot, STAGE_BYTES);
-                        copy_tile(ring + slot * STAGE_BYTES + part * 128, x_map, k * 64, row + part, full + 8 * slot);
+                        copy_tile(ring + slot * STAGE_BYTES + part * 128, x_map, k * 64, row + part, full + 8 * slot, sharing);
                     }
                     __syncwarp();
                     if (++slot == STAGES) slot = 0, turn++;
@@ -256,7 +265,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
         const auto tile_of = [&](int out_block, int m) {  // of 16 outputs, this warp's; beyond the last nothing is kept
             return min(out_block * (BM / 16) + (group * MT + m) * 4 + warp % 4, TILES - 1);
         };
-        Place at = {full, empty, ring, 0, -1, 0};
+        Place at = {full, empty, ring, 0, -1, 0, split * SHARE};
         const Weights from = {values + lane * 16, places + lane * 16};
         int block[MT], next[MT];
         uint4 a[4][MT][2], e[2][MT];
@@ -355,7 +364,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
                                      + (m * 64 + i % 4 / 2 * 8) * 4), "f"(d[m][i]) : "memory");
                 cluster_sync();
                 const int here = min(rows - row, ROWS);
-                for (int o = rank * GROUPS * 128 + threadIdx.x; o < here * (BM / 8); o += SPLIT * GROUPS * 128) {
+                for (int o = split * GROUPS * 128 + threadIdx.x; o < here * (BM / 8); o += SPLIT * GROUPS * 128) {
                     const int at_row = o / (BM / 8), at = o % (BM / 8) * 8, out = out_block * BM + at;
                     if (out >= OUT) continue;
                     float sum[8];
@@ -363,7 +372,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
                     for (int i = 0; i < 8; i++) sum[i] = bias ? load_bias(bias + out + i) : 0.0f;
 #pragma unroll
                     for (int r = 0; r < SPLIT; r++) {
-                        const u32 from = there(ring + (at_row * PART_STRIDE + at) * 4, r);
+                        const u32 from = there(ring + (at_row * PART_STRIDE + at) * 4, r * SHARE + rank);
 #pragma unroll
                         for (int i = 0; i < 8; i += 4) {
                             float4 f;
@@ -378,7 +387,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
             }
         }
         if (SPLIT == 1 && warp % 4 == 0 && lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        if (SHARE > 1) cluster_sync();
+        if (SHARE > 1 && SPLIT == 1) cluster_sync();  // nobody leaves while another may write or arrive here
     }
     if (SPLIT > 1) cluster_sync();  // nobody leaves while another reads its part
 }
