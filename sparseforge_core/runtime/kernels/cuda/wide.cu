@@ -22,7 +22,7 @@
 #define SPAN ((BLOCKS + SPLIT - 1) / SPLIT)
 #define OUT_BLOCKS ((OUT + BM * SHARE - 1) / (BM * SHARE))
 #ifndef FETCH
-#define FETCH 3  // blocks of 256 inputs that the weights are ahead in the L2 cache, where they may come from memory
+#define FETCH 3  // blocks of 256 inputs that are brought into the L2 cache at a time, one time before their use; 0: none
 #endif
 #define BAND 8  // tiles of rows that are taken for the same outputs before the next outputs: both stay in the cache
 
@@ -122,10 +122,11 @@ __device__ __forceinline__ void copy_tile(u32 to, const Map& map, int column, in
                      ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
 }
 
-// Weights that will be needed FETCH blocks later, into the L2 cache.
-__device__ __forceinline__ void fetch(const char* values, const char* places, size_t block) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(values + block * BLOCK_VALUES), "r"(BLOCK_VALUES) : "memory");
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(places + block * BLOCK_PLACES), "r"(BLOCK_PLACES) : "memory");
+// The next FETCH blocks of 16 outputs, into the L2 cache.
+__device__ __forceinline__ void fetch(const char* values, const char* places, size_t block, int left) {
+    const int count = min(left, FETCH);
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(values + block * BLOCK_VALUES), "r"(count * BLOCK_VALUES) : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(places + block * BLOCK_PLACES), "r"(count * BLOCK_PLACES) : "memory");
 }
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {
@@ -240,11 +241,14 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
             for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
                 place(tile, out_block, row);
                 const int part = rank * (ROWS / SHARE);
-                const size_t mine = (size_t)min(out_block * (BM / 16) + lane, TILES - 1) * BLOCKS;  // blocks of 16 outputs
-                for (int k = first; k < min(first + FETCH, last) && lane < BM / 16; k++) fetch(values, places, mine + k);
+                const size_t mine = (size_t)min(out_block * (BM / 16) + lane, TILES - 1) * BLOCKS;  // of a lane's 16 outputs
+                const auto ahead = [&](int k) {
+                    if (FETCH && lane < BM / 16 && k < last) fetch(values, places, mine + k, last - k);
+                };
+                ahead(first);
                 if (tile == blockIdx.x / CLUSTER) wait_for_previous();
                 for (int k = first * 4; k < last * 4; k++) {
-                    if (FETCH && k % 4 == 0 && k / 4 + FETCH < last && lane < BM / 16) fetch(values, places, mine + k / 4 + FETCH);
+                    if (FETCH && (k - first * 4) % (FETCH ? 4 * FETCH : 4) == 0) ahead(k / 4 + FETCH);
                     if (lane == 0) {
                         if (turn > 0) wait_for(empty + 8 * slot, (turn & 1) ^ 1);
                         barrier_expect(full + 8 * slot, STAGE_BYTES);
