@@ -162,44 +162,42 @@ struct Weights {
 };
 #define DISTANCE (OUT % BM == 0 ? 4 * BLOCKS : 0)  // where tiles reach beyond the last output, each is found by itself
 
-__device__ __forceinline__ int of_tile(const int (&block)[MT], int m) {
-    return DISTANCE ? block[0] + m * DISTANCE : block[m];
-}
-__device__ __forceinline__ void load_weights(uint4 (&a)[MT][2], const Weights& from, const int (&block)[MT], int stage) {
+// What a lane multiplies in 64 inputs: two steps, and the places of both.
+struct Stage {
+    uint4 values[MT][2];
+    u32 places[MT];
+};
+
+__device__ __forceinline__ void load_stage(Stage& a, const Weights& from, const int (&block)[MT], int stage) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        const char* at = from.values + (size_t)of_tile(block, m) * BLOCK_VALUES + stage * 1024;
-        a[m][0] = load_once((const uint4*)at), a[m][1] = load_once((const uint4*)(at + 512));
+        const size_t number = DISTANCE ? block[0] + m * DISTANCE : block[m];
+        const char* at = from.values + number * BLOCK_VALUES + stage * 1024;
+        a.values[m][0] = load_once((const uint4*)at), a.values[m][1] = load_once((const uint4*)(at + 512));
+        // the other words of the same 16 bytes are those of the next stages, and found in L1
+        asm volatile("ld.global.u32 %0, [%1];"
+                     : "=r"(a.places[m]) : "l"(from.places + number * BLOCK_PLACES + stage * 4) : "memory");
     }
 }
-__device__ __forceinline__ void load_places(uint4 (&e)[MT], const Weights& from, const int (&block)[MT]) {
-#pragma unroll
-    for (int m = 0; m < MT; m++) e[m] = load_once((const uint4*)(from.places + (size_t)of_tile(block, m) * BLOCK_PLACES));
-}
 
-// 256 inputs: four stages, of which the weights of the first AHEAD are there; those of the next block are fetched.
-__device__ __forceinline__ void multiply_block(float (&d)[MT][HELD], uint4 (&a)[4][MT][2], const uint4 (&e)[MT],
-                                               uint4 (&next_e)[MT], const Weights& from, const int (&block)[MT],
-                                               const int (&next)[MT], Place& at, int lane) {
+// 256 inputs: four stages, of which the first AHEAD are loaded; those of the next block follow them.
+__device__ __forceinline__ void multiply_block(float (&d)[MT][HELD], Stage (&a)[4], const Weights& from,
+                                               const int (&block)[MT], const int (&next)[MT], Place& at, int lane) {
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         wait_for(at.full + 8 * at.slot, at.parity);
         const u64 x = DESCRIPTOR | (u64)((at.memory + at.slot * STAGE_BYTES) >> 4);
         begin_products();
 #pragma unroll
-        for (int m = 0; m < MT; m++)
-            multiply_wide<0>(d[m], a[s][m][0], x, s == 0 ? e[m].x : s == 1 ? e[m].y : s == 2 ? e[m].z : e[m].w);
+        for (int m = 0; m < MT; m++) multiply_wide<0>(d[m], a[s].values[m][0], x, a[s].places[m]);
 #pragma unroll
-        for (int m = 0; m < MT; m++)
-            multiply_wide<1>(d[m], a[s][m][1], x + 4, s == 0 ? e[m].x : s == 1 ? e[m].y : s == 2 ? e[m].z : e[m].w);
+        for (int m = 0; m < MT; m++) multiply_wide<1>(d[m], a[s].values[m][1], x + 4, a[s].places[m]);
         end_products();
         wait_for_products<1>();
         let_go(at, lane);
         at.held = at.slot;
         if (++at.slot == STAGES) at.slot = 0, at.parity ^= 1;
-        const int ahead = s + AHEAD;
-        load_weights(a[ahead % 4], from, ahead < 4 ? block : next, ahead % 4);
-        if (s == 0) load_places(next_e, from, next);
+        load_stage(a[(s + AHEAD) % 4], from, s + AHEAD < 4 ? block : next, (s + AHEAD) % 4);
     }
 }
 
@@ -272,7 +270,7 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
         Place at = {full, empty, ring, 0, -1, 0, split * SHARE};
         const Weights from = {values + lane * 16, places + lane * 16};
         int block[MT], next[MT];
-        uint4 a[4][MT][2], e[2][MT];
+        Stage a[4];
         float d[MT][HELD];
         const auto start_of = [&](int tile, int (&found)[MT]) {
             int out_block, row;
@@ -281,9 +279,8 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
             for (int m = 0; m < MT; m++) found[m] = tile_of(out_block, m) * BLOCKS + min(first, BLOCKS - 1);
         };
         start_of(blockIdx.x / CLUSTER, block);
-        load_places(e[0], from, block);
 #pragma unroll
-        for (int s = 0; s < AHEAD; s++) load_weights(a[s], from, block, s);
+        for (int s = 0; s < AHEAD; s++) load_stage(a[s], from, block, s);
 
         for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
             place(tile, out_block, row);
@@ -291,37 +288,21 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
             for (int m = 0; m < MT; m++)
 #pragma unroll
                 for (int i = 0; i < HELD; i++) d[m][i] = 0.0f;
-            const auto follow = [&](int k) {  // behind the last block comes the first of the next tile
-                if (k + 1 == last) start_of(tile + gridDim.x / CLUSTER, next);
+            for (int k = first; k < last; k++) {
+                if (k + 1 == last) start_of(tile + gridDim.x / CLUSTER, next);  // behind the last: the next tile's first
                 else
 #pragma unroll
                     for (int m = 0; m < MT; m++) next[m] = block[m] + 1;
-            };
-            const auto go = [&]() {
+                multiply_block(d, a, from, block, next, at, lane);
 #pragma unroll
                 for (int m = 0; m < MT; m++) block[m] = next[m];
-            };
-            int k = first;
-            for (; k + 1 < last; k += 2) {
-                follow(k);
-                multiply_block(d, a, e[0], e[1], from, block, next, at, lane);
-                go(), follow(k + 1);
-                multiply_block(d, a, e[1], e[0], from, block, next, at, lane);
-                go();
-            }
-            if (k < last) {
-                follow(k);
-                multiply_block(d, a, e[0], e[1], from, block, next, at, lane);
-                go();
             }
             wait_for_products<0>();
             let_go(at, lane);
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                if (k < last) e[0][m] = e[1][m];
+            for (int m = 0; m < MT; m++)
 #pragma unroll
                 for (int i = 0; i < HELD; i++) asm volatile("" : "+f"(d[m][i])::"memory");
-            }
 
             wait_for_previous();
             if (SPLIT == 1) {
