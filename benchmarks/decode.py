@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
 
 def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None) -> bool:
     """Whether a model has anything to run; an export has the side branches that it has."""
-    if side not in options.sides:
+    if side not in options.sides or not (options.pairs or options.batches or options.kernels):
         return False
     return block is None or (sides.folder is None and 1 in options.batches and block > 0)
 
