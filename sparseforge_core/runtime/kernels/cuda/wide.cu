@@ -160,7 +160,7 @@ __device__ __forceinline__ void let_go(Place& at, int lane) {
 struct Weights {
     const char *values, *places;
 };
-#define DISTANCE (OUT % BM == 0 ? 4 * BLOCKS : 0)  // where tiles reach beyond the last output, each is found by itself
+#define DISTANCE (OUT % (BM * SHARE) == 0 ? 4 * BLOCKS : 0)  // where tiles reach beyond the last output, each is found by itself
 
 // What a lane multiplies in 64 inputs: two steps, and the places of both.
 struct Stage {
