@@ -83,8 +83,8 @@ CHECKED = (
     Plan(kernel="wide", rows=64, warps=4, tiles=4, depth=8, resident=3),
     Plan(kernel="wide", rows=96, warps=4, tiles=4, depth=8, split=2),
     Plan(kernel="wide", rows=128, warps=8, tiles=8, depth=8, split=4),
-    Plan(kernel="wide", rows=128, warps=8, tiles=16, depth=8, share=2),
-    Plan(kernel="wide", rows=256, warps=8, tiles=8, depth=5, share=2),
+    Plan(kernel="wide", rows=128, warps=8, tiles=16, depth=7, share=2),
+    Plan(kernel="wide", rows=256, warps=8, tiles=8, depth=4, share=2),
 )
 
 

@@ -7,7 +7,7 @@ left of them, with the switches of the kernels on and off.
 from __future__ import annotations
 
 from sparseforge_core.runtime.kernels.nvrtc import SHARED_MEMORY
-from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, IN_FOURS, PAIRED, STAGE_ROW, WARPGROUP, WIDE_ROW, Plan
+from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, IN_FOURS, PAIRED, STAGE_ROW, WIDE_ROW, Plan
 from sparseforge_core.runtime.kernels.support import COLUMNS, ROWS
 
 ROOM = 226 * 1024
@@ -120,18 +120,18 @@ def _wide(out: int, inputs: int, rows: int, processors: int) -> list[Plan]:
             if split > -(-inputs // COLUMNS) or size >= 2 * -(-rows // 16) * 16 or size < min(rows, AT_ONCE):
                 continue
             plan = Plan(
-                kernel="wide", rows=size, warps=warps, depth=_stages(size, warps * each, split, resident),
+                kernel="wide", rows=size, warps=warps, depth=_stages(size, warps, warps * each, resident),
                 tiles=warps * each, split=split, resident=resident, share=share,
             )  # fmt: skip
             ranked.append((_cycles(plan, out, inputs, rows, processors), plan))
     return [plan for _, plan in sorted(ranked, key=lambda found: found[0])[:MOST_WIDE]]
 
 
-def _stages(size: int, tiles: int, split: int, resident: int) -> int:
+def _stages(size: int, warps: int, tiles: int, resident: int) -> int:
     """As many stages as there is room for, up to eight."""
-    one = Plan(kernel="wide", rows=size, warps=WARPGROUP, depth=1, tiles=tiles, split=split)
-    fixed = one.shared(COLUMNS) - size * WIDE_ROW if split == 1 else 1024
-    return min(8, (SHARED_MEMORY // resident - 1024 - fixed) // (size * WIDE_ROW + 16))
+    one = Plan(kernel="wide", rows=size, warps=warps, depth=1, tiles=tiles)  # with room for outputs on their way
+    fixed = one.shared(COLUMNS) - size * WIDE_ROW
+    return min(8, (SHARED_MEMORY // resident - (1024 if resident > 1 else 0) - fixed) // (size * WIDE_ROW + 16))
 
 
 def _cycles(plan: Plan, out: int, inputs: int, rows: int, processors: int) -> float:

@@ -22,6 +22,9 @@ STAGE_ROW = 512 + 16
 WIDE_ROW = STAGE_INPUTS * 2
 """Bytes of one row of x in a stage of `wide`, and of 64 outputs of y on their way out."""
 
+WIDE_WEIGHTS = BLOCK_BYTES // 4
+"""Bytes of 16 outputs x 64 inputs: a stage of the weights of one warp in `wide`."""
+
 PAIRED, IN_FOURS = 2, 120 / 132
 """Blocks of a cluster up to which clusters fill a chip, and the part of it that clusters of four fill: they do not
 cross its groups of 16 or 18 multiprocessors."""
@@ -60,9 +63,9 @@ class Plan:
             return self.depth * (BLOCK_BYTES + 16) + x + 2 * self.warps * 64 * self.rows
         parts = self.rows * (self.tiles * ROWS + 4) * 4
         if self.kernel == "wide":
-            ring = self.depth * self.rows * WIDE_ROW
-            out = self.tiles // WARPGROUP * self.rows * WIDE_ROW
-            return 1024 + (ring + out if self.split == 1 else max(ring, parts)) + 16 * self.depth
+            rings = self.depth * self.rows * WIDE_ROW + self.weights * self.tiles * WIDE_WEIGHTS
+            out = self.warps // WARPGROUP * 2 * self.chunk * WIDE_ROW
+            return 1024 + (rings + out if self.split == 1 else max(rings, parts)) + 16 * self.depth
         stages = self.depth * (self.rows * STAGE_ROW + self.tiles * BLOCK_BYTES)
         return max(stages, parts)
 
@@ -86,10 +89,20 @@ class Plan:
             found |= {"WARPS": self.warps, "SLOTS": self.depth}
         elif self.kernel == "wide":
             found |= {"GROUPS": self.warps // WARPGROUP, "MT": self.tiles // self.warps, "STAGES": self.depth}
-            found |= {"SHARE": self.share, "SPLIT": self.split, "HELPERS": self.helpers}
+            found |= {"SHARE": self.share, "SPLIT": self.split, "HELPERS": self.helpers, "WEIGHTS": self.weights}
         else:
             found |= {"TM": self.tiles, "MT": self.tiles // self.warps, "STAGES": self.depth, "SPLIT": self.split}
         return tuple(found.items())
+
+    @property
+    def weights(self) -> int:
+        """Stages of weights under way for each warp of `wide`: more where they may come from memory, not the cache."""
+        return 8 if self.resident == 1 and self.rows * self.tiles <= 1024 else 4
+
+    @property
+    def chunk(self) -> int:
+        """Rows of y that a warpgroup of `wide` sends at a time."""
+        return next(rows for rows in (64, 48, 32) if self.rows % rows == 0)
 
     @property
     def helpers(self) -> int:
@@ -132,7 +145,7 @@ class Plan:
         kernel, rows = self.build(out.shape[1], x.shape[1], x.dtype, device), x.shape[0]
         grid = self.grid(out.shape[1], rows, processors)
         if self.kernel == "wide":
-            maps = tensor_map(x, self.rows // self.share), tensor_map(out, self.rows)
+            maps = tensor_map(x, self.rows // self.share), tensor_map(out, self.chunk)
             kernel(grid, values, places, *maps, bias, out, rows)
         else:
             kernel(grid, values, places, x, bias, out, rows)

@@ -349,12 +349,13 @@ def test_building_during_a_capture_is_refused() -> None:
 def test_a_plan_knows_its_memory() -> None:
     assert Plan(kernel="gemv", rows=1, warps=4, depth=1).shared(4096) == 0
     assert not Plan(kernel="tiles", rows=64, warps=16, depth=4, tiles=16).fits(4096)
-    wide = Plan(kernel="wide", rows=256, warps=8, tiles=8, depth=5)
-    assert wide.shared(4096) == 1024 + 5 * 256 * 128 + 128 * 256 * 2 + 5 * 16, "the ring, the outputs, two barriers"
+    wide = Plan(kernel="wide", rows=256, warps=8, tiles=8, depth=4)
+    rings, outputs = 4 * 256 * 128 + 4 * 8 * 1152, 2 * 2 * 64 * 128
+    assert wide.shared(4096) == 1024 + rings + outputs + 4 * 16, "x, weights, outputs on their way, two barriers each"
     assert wide.fits(4096)
-    assert not dataclasses.replace(wide, depth=6).fits(4096)
+    assert not dataclasses.replace(wide, depth=5).fits(4096)
     parts = dataclasses.replace(wide, depth=2, split=2)
-    assert parts.shared(4096) == 1024 + 256 * (128 + 4) * 4 + 2 * 16, "sums in float32 need more than such a ring"
+    assert parts.shared(4096) == 1024 + 256 * (128 + 4) * 4 + 2 * 16, "sums in float32 need more than such rings"
 
 
 def every_wide_plan() -> list[Plan]:

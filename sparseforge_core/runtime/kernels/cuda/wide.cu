@@ -1,10 +1,12 @@
 // Many rows of x: warpgroups multiply straight from the packed weight, with the sparse instruction of 64 outputs, 32 inputs and
-// ROWS rows. A warp takes its part of a weight, 16 outputs, from the arrangement of fragments.py into registers, AHEAD
-// stages before it multiplies: no two warps of a block of threads need the same weights, so shared memory is left to x. One
-// warp brings x, 64 inputs at a time, by the tensor copy engine into a ring, rows and inputs beyond the last as zeros.
+// ROWS rows. A warp brings its part of a weight, 16 outputs, from the arrangement of fragments.py into a ring of its own,
+// each lane what it will take into registers itself: no two warps of a block of threads need the same weights, and nobody
+// waits for another's. One warp more brings x, 64 inputs at a time, by the tensor copy engine into a ring, rows and inputs
+// beyond the last as zeros.
 //
 //   ROWS    rows of x in a tile, 32 to 256                     GROUPS  warpgroups; MT instructions of 64 outputs for each
-//   STAGES  of 64 inputs of x in the ring                      HELPERS threads that copy: 32, or 128 that give up registers
+//   STAGES  of 64 inputs of x in its ring                      HELPERS threads that copy: 32, or 128 that give up registers
+//   WEIGHTS stages of 64 inputs in the ring of a warp, a multiple of four
 //   SHARE   blocks of a cluster, of other outputs each, that share x: each brings a part of the rows for all
 //   SPLIT   blocks of a cluster that share the inputs of the same outputs and add their parts, always in the same order;
 //           with both, a cluster has SHARE * SPLIT blocks
@@ -15,10 +17,13 @@
 #define HELD (ROWS / 2)  // sums of one instruction that a thread holds
 #define STAGE_BYTES (ROWS * 128)
 #define PART_STRIDE (BM + 4)
-#define PART_BYTES (ROWS * PART_STRIDE * 4)  // in the memory of the ring and what is beyond it
+#define PART_BYTES (ROWS * PART_STRIDE * 4)  // in the memory of the rings and what is beyond them
 #define RING_BYTES (STAGES * STAGE_BYTES)
-#define STAGING_BYTES (SPLIT == 1 ? GROUPS * MT * ROWS * 128 : PART_BYTES > RING_BYTES ? PART_BYTES - RING_BYTES : 0)
-#define AHEAD 3  // stages that weights are loaded before their use: all but the one that is multiplied, as registers hold four
+#define WEIGHT_STAGE (1024 + 128)  // values and places of 16 outputs x 64 inputs
+#define WARP_BYTES (MT * WEIGHTS * WEIGHT_STAGE)
+#define RINGS_BYTES (RING_BYTES + GROUPS * 4 * WARP_BYTES)
+#define CHUNK (ROWS % 64 == 0 ? 64 : ROWS % 48 == 0 ? 48 : 32)  // rows of y that a warpgroup sends at a time, two under way
+#define STAGING_BYTES (SPLIT == 1 ? GROUPS * 2 * CHUNK * 128 : PART_BYTES > RINGS_BYTES ? PART_BYTES - RINGS_BYTES : 0)
 #define SPAN ((BLOCKS + SPLIT - 1) / SPLIT)
 #define OUT_BLOCKS ((OUT + BM * SHARE - 1) / (BM * SHARE))
 #ifndef FETCH
@@ -26,7 +31,7 @@
 #endif
 #define BAND 8  // tiles of rows that are taken for the same outputs before the next outputs: both stay in the cache
 
-static_assert(ROWS % (8 * SHARE) == 0, "parts of x are eights of rows");
+static_assert(ROWS % (8 * SHARE) == 0 && WEIGHTS % 4 == 0, "parts of x are eights of rows; a block has four stages");
 
 struct __align__(64) Map { u64 opaque[16]; };
 
@@ -168,36 +173,59 @@ struct Stage {
     u32 places[MT];
 };
 
-__device__ __forceinline__ void load_stage(Stage& a, const Weights& from, const int (&block)[MT], int stage) {
+__device__ __forceinline__ void bring(u32 to, const Weights& from, const int (&block)[MT], int stage) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const size_t number = DISTANCE ? block[0] + m * DISTANCE : block[m];
         const char* at = from.values + number * BLOCK_VALUES + stage * 1024;
-        a.values[m][0] = load_once((const uint4*)at), a.values[m][1] = load_once((const uint4*)(at + 512));
-        // the other words of the same 16 bytes are those of the next stages, and found in L1
-        asm volatile("ld.global.u32 %0, [%1];"
-                     : "=r"(a.places[m]) : "l"(from.places + number * BLOCK_PLACES + stage * 4) : "memory");
+        const u32 mine = to + m * WEIGHTS * WEIGHT_STAGE;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(mine), "l"(at) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(mine + 512), "l"(at + 512) : "memory");
+        // the other words of the same 16 bytes are those of the next stages, and found in L1; [lane] behind the values
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                     ::"r"(mine + 1024 - threadIdx.x % 32 * 12), "l"(from.places + number * BLOCK_PLACES + stage * 4) : "memory");
+    }
+}
+__device__ __forceinline__ void end_bringing() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_for_weights() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+__device__ __forceinline__ uint4 load_shared(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void take(Stage& a, u32 from) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        const u32 mine = from + m * WEIGHTS * WEIGHT_STAGE;
+        a.values[m][0] = load_shared(mine), a.values[m][1] = load_shared(mine + 512);
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(a.places[m]) : "r"(mine + 1024 - threadIdx.x % 32 * 12) : "memory");
     }
 }
 
-// 256 inputs: four stages, of which the first AHEAD are loaded; those of the next block follow them.
-__device__ __forceinline__ void multiply_block(float (&d)[MT][HELD], Stage (&a)[4], const Weights& from,
-                                               const int (&block)[MT], const int (&next)[MT], Place& at, int lane) {
+// 256 inputs: four stages, of which the first is in a[0]. What a warp has taken gives its place to what comes WEIGHTS stages
+// later, if there is a block for it.
+__device__ __forceinline__ void multiply_block(float (&d)[MT][HELD], Stage (&a)[2], const Weights& from, u32 ring, u32 next_ring,
+                                               const int (&block)[MT], bool more, Place& at, int lane) {
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         wait_for(at.full + 8 * at.slot, at.parity);
         const u64 x = DESCRIPTOR | (u64)((at.memory + at.slot * STAGE_BYTES) >> 4);
         begin_products();
 #pragma unroll
-        for (int m = 0; m < MT; m++) multiply_wide<0>(d[m], a[s].values[m][0], x, a[s].places[m]);
+        for (int m = 0; m < MT; m++) multiply_wide<0>(d[m], a[s % 2].values[m][0], x, a[s % 2].places[m]);
 #pragma unroll
-        for (int m = 0; m < MT; m++) multiply_wide<1>(d[m], a[s].values[m][1], x + 4, a[s].places[m]);
+        for (int m = 0; m < MT; m++) multiply_wide<1>(d[m], a[s % 2].values[m][1], x + 4, a[s % 2].places[m]);
         end_products();
         wait_for_products<1>();
         let_go(at, lane);
         at.held = at.slot;
         if (++at.slot == STAGES) at.slot = 0, at.parity ^= 1;
-        load_stage(a[(s + AHEAD) % 4], from, s + AHEAD < 4 ? block : next, (s + AHEAD) % 4);
+        wait_for_weights<WEIGHTS - 2>();
+        take(a[(s + 1) % 2], s < 3 ? ring + (s + 1) * WEIGHT_STAGE : next_ring);
+        if (more) bring(ring + s * WEIGHT_STAGE, from, block, s);
+        end_bringing();
     }
 }
 
@@ -205,7 +233,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 wide(const char* __restrict__ values, const char* __restrict__ places, const __grid_constant__ Map x_map,
      const __grid_constant__ Map y_map, const u16* __restrict__ bias, u16* __restrict__ y, int rows) {
     extern __shared__ __align__(1024) char memory[];
-    const u32 ring = (shared_address(memory) + 1023) / 1024 * 1024, staging = ring + RING_BYTES;
+    const u32 ring = (shared_address(memory) + 1023) / 1024 * 1024, staging = ring + RINGS_BYTES;
     const u32 full = staging + STAGING_BYTES, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = blockIdx.x % SHARE, split = blockIdx.x % CLUSTER / SHARE;
@@ -269,8 +297,8 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
         };
         Place at = {full, empty, ring, 0, -1, 0, split * SHARE};
         const Weights from = {values + lane * 16, places + lane * 16};
-        int block[MT], next[MT];
-        Stage a[4];
+        const u32 own = ring + RING_BYTES + warp * WARP_BYTES + lane * 16;
+        Stage a[2];
         float d[MT][HELD];
         const auto start_of = [&](int tile, int (&found)[MT]) {
             int out_block, row;
@@ -278,9 +306,31 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
 #pragma unroll
             for (int m = 0; m < MT; m++) found[m] = tile_of(out_block, m) * BLOCKS + min(first, BLOCKS - 1);
         };
-        start_of(blockIdx.x / CLUSTER, block);
+        // What is brought next: a block of a tile, behind the last one that of the next tile, as long as there is one.
+        int coming = blockIdx.x / CLUSTER, coming_k = first, block[MT];
+        bool more = first < last && coming < tiles;
+        start_of(coming, block);
+        const auto go_on = [&]() {
+            if (++coming_k < last) {
 #pragma unroll
-        for (int s = 0; s < AHEAD; s++) load_stage(a[s], from, block, s);
+                for (int m = 0; m < MT; m++) block[m]++;
+            } else {
+                coming += gridDim.x / CLUSTER, coming_k = first, more = more && coming < tiles;
+                start_of(coming, block);
+            }
+        };
+#pragma unroll
+        for (int b = 0; b < WEIGHTS / 4; b++) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                if (more) bring(own + (b * 4 + s) * WEIGHT_STAGE, from, block, s);
+                end_bringing();
+            }
+            go_on();
+        }
+        wait_for_weights<WEIGHTS - 1>();
+        take(a[0], own);
+        u32 mine = own;
 
         for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
             place(tile, out_block, row);
@@ -289,13 +339,10 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
 #pragma unroll
                 for (int i = 0; i < HELD; i++) d[m][i] = 0.0f;
             for (int k = first; k < last; k++) {
-                if (k + 1 == last) start_of(tile + gridDim.x / CLUSTER, next);  // behind the last: the next tile's first
-                else
-#pragma unroll
-                    for (int m = 0; m < MT; m++) next[m] = block[m] + 1;
-                multiply_block(d, a, from, block, next, at, lane);
-#pragma unroll
-                for (int m = 0; m < MT; m++) block[m] = next[m];
+                const u32 next = WEIGHTS == 4 || mine + 4 * WEIGHT_STAGE == own + WEIGHTS * WEIGHT_STAGE ? own : mine + 4 * WEIGHT_STAGE;
+                multiply_block(d, a, from, mine, next, block, more, at, lane);
+                mine = next;
+                go_on();
             }
             wait_for_products<0>();
             let_go(at, lane);
@@ -306,37 +353,34 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
 
             wait_for_previous();
             if (SPLIT == 1) {
-                // [ROWS, 64 outputs] for each instruction, swizzled as the copy engine wants it
-                const u32 mine = staging + group * MT * ROWS * 128;
+                // [CHUNK, 64 outputs] at a time, swizzled as the copy engine wants it
                 const bool leads = warp % 4 == 0 && lane == 0;
-                if (leads) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-                some_sync(1 + group, 128);
+                const u32 to = (lane / 16 * 8 + lane % 8) * 128 + ((warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
-                    const int out = tile_of(out_block, m) * 16 + q;
-                    const float low = bias ? load_bias(bias + out) : 0.0f, high = bias ? load_bias(bias + out + 8) : 0.0f;
-                    const u32 to = mine + m * ROWS * 128 + (lane / 16 * 8 + lane % 8) * 128
-                                   + ((warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+                    const int from_bias = tile_of(out_block, m) * 16 + q, out = out_block * BM + (group * MT + m) * 64;
+                    const float low = bias ? load_bias(bias + from_bias) : 0.0f;
+                    const float high = bias ? load_bias(bias + from_bias + 8) : 0.0f;
 #pragma unroll
-                    for (int j = 0; j < ROWS / 8; j += 2) {
-                        const float* sum = d[m] + 4 * j;
-                        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                                     ::"r"(to + j * 1024), "r"(pair_of(sum[0] + low, sum[1] + low)),
-                                     "r"(pair_of(sum[2] + high, sum[3] + high)), "r"(pair_of(sum[4] + low, sum[5] + low)),
-                                     "r"(pair_of(sum[6] + high, sum[7] + high)) : "memory");
-                    }
-                }
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                some_sync(1 + group, 128);
-                if (leads) {
+                    for (int c = 0; c < ROWS / CHUNK; c++) {
+                        const u32 chunk = staging + (group * 2 + (m * (ROWS / CHUNK) + c) % 2) * CHUNK * 128;
+                        if (leads) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                        some_sync(1 + group, 128);
 #pragma unroll
-                    for (int m = 0; m < MT; m++) {
-                        const int out = out_block * BM + (group * MT + m) * 64;
-                        if (out < OUT)
+                        for (int j = 0; j < CHUNK / 8; j += 2) {
+                            const float* sum = d[m] + 4 * (c * (CHUNK / 8) + j);
+                            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                                         ::"r"(chunk + to + j * 1024), "r"(pair_of(sum[0] + low, sum[1] + low)),
+                                         "r"(pair_of(sum[2] + high, sum[3] + high)), "r"(pair_of(sum[4] + low, sum[5] + low)),
+                                         "r"(pair_of(sum[6] + high, sum[7] + high)) : "memory");
+                        }
+                        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                        some_sync(1 + group, 128);
+                        if (leads && out < OUT && row + c * CHUNK < rows)
                             asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
-                                         ::"l"(&y_map), "r"(out), "r"(row), "r"(mine + m * ROWS * 128) : "memory");
+                                         ::"l"(&y_map), "r"(out), "r"(row + c * CHUNK), "r"(chunk) : "memory");
+                        if (leads) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
                     }
-                    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
                 }
             } else {
                 some_sync(1, GROUPS * 128);  // every copy into the ring was waited for, and its last reader is done
