@@ -26,9 +26,6 @@
 #define STAGING_BYTES (SPLIT == 1 ? GROUPS * 2 * CHUNK * 128 : PART_BYTES > RINGS_BYTES ? PART_BYTES - RINGS_BYTES : 0)
 #define SPAN ((BLOCKS + SPLIT - 1) / SPLIT)
 #define OUT_BLOCKS ((OUT + BM * SHARE - 1) / (BM * SHARE))
-#ifndef FETCH
-#define FETCH 3  // blocks of 256 inputs that are brought into the L2 cache at a time, one time before their use; 0: none
-#endif
 #define BAND 8  // tiles of rows that are taken for the same outputs before the next outputs: both stay in the cache
 
 static_assert(ROWS % (8 * SHARE) == 0 && WEIGHTS % 4 == 0, "parts of x are eights of rows; a block has four stages");
@@ -125,13 +122,6 @@ __device__ __forceinline__ void copy_tile(u32 to, const Map& map, int column, in
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                      " [%0], [%1, {%2, %3}], [%4], %5;"
                      ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
-}
-
-// The next FETCH blocks of 16 outputs, into the L2 cache.
-__device__ __forceinline__ void fetch(const char* values, const char* places, size_t block, int left) {
-    const int count = min(left, FETCH);
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(values + block * BLOCK_VALUES), "r"(count * BLOCK_VALUES) : "memory");
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(places + block * BLOCK_PLACES), "r"(count * BLOCK_PLACES) : "memory");
 }
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {
@@ -261,26 +251,17 @@ wide(const char* __restrict__ values, const char* __restrict__ places, const __g
 #if HELPERS == 128
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 #endif
-        if (warp == GROUPS * 4) {
+        if (warp == GROUPS * 4 && lane == 0) {
             const u16 sharing = ((1 << SHARE) - 1) << (split * SHARE);
+            const int part = rank * (ROWS / SHARE);
             int slot = 0, turn = 0;
+            wait_for_previous();
             for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
                 place(tile, out_block, row);
-                const int part = rank * (ROWS / SHARE);
-                const size_t mine = (size_t)min(out_block * (BM / 16) + lane, TILES - 1) * BLOCKS;  // of a lane's 16 outputs
-                const auto ahead = [&](int k) {
-                    if (FETCH && lane < BM / 16 && k < last) fetch(values, places, mine + k, last - k);
-                };
-                ahead(first);
-                if (tile == blockIdx.x / CLUSTER) wait_for_previous();
                 for (int k = first * 4; k < last * 4; k++) {
-                    if (FETCH && (k - first * 4) % (FETCH ? 4 * FETCH : 4) == 0) ahead(k / 4 + FETCH);
-                    if (lane == 0) {
-                        if (turn > 0) wait_for(empty + 8 * slot, (turn & 1) ^ 1);
-                        barrier_expect(full + 8 * slot, STAGE_BYTES);
-                        copy_tile(ring + slot * STAGE_BYTES + part * 128, x_map, k * 64, row + part, full + 8 * slot, sharing);
-                    }
-                    __syncwarp();
+                    if (turn > 0) wait_for(empty + 8 * slot, (turn & 1) ^ 1);
+                    barrier_expect(full + 8 * slot, STAGE_BYTES);
+                    copy_tile(ring + slot * STAGE_BYTES + part * 128, x_map, k * 64, row + part, full + 8 * slot, sharing);
                     if (++slot == STAGES) slot = 0, turn++;
                 }
             }
