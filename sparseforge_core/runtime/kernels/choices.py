@@ -17,6 +17,9 @@ FEW = 64
 MARGIN = 1.02
 """How much faster than dense another way must be: two measurements of one product differ by about a percent."""
 
+WORTH = 1.05
+"""How many times faster a product must be somewhere for a form of 0.56 of a dense weight's bytes to be held for it."""
+
 WORST = 0.99
 """Of dense: what a product may lose before a dense copy is held for it, or before a batch is refused."""
 
@@ -86,17 +89,20 @@ def large_sizes(out: int, inputs: int, dtype: torch.dtype, device: int | None) -
 
 
 def forms_for(out: int, inputs: int, dtype: torch.dtype, device: int | None) -> Forms:
-    """What a weight holds so that every batch beyond a few rows is as fast as can be: only forms that win somewhere.
+    """What a weight holds for batches beyond a few rows in mode `throughput`: only forms that are worth their memory.
 
-    cuSPARSELt's form where it is the choice of some size, a dense copy where without it some size would take more than
-    1 % longer than dense. Both where nothing was measured, as nothing is then known of either.
+    cuSPARSELt's form where some size takes WORTH less with it than by the packed weight alone, a dense copy where
+    without it some size would take more than 1 % longer than dense. Both where nothing was measured, as nothing is then
+    known of either.
     """
     sizes = large_sizes(out, inputs, dtype, device)
     if not sizes:
         return BOTH
     found: set[Kind] = set()
     for size in sizes:
-        if choose(out, inputs, size, dtype, device, BOTH).kind == "cusparselt":
+        alone = choose(out, inputs, size, dtype, device).seconds
+        best = choose(out, inputs, size, dtype, device, frozenset({"cusparselt"}))
+        if best.kind == "cusparselt" and (alone is None or best.seconds is None or alone >= WORTH * best.seconds):
             found.add("cusparselt")
         times = against_dense(out, inputs, size, dtype, device, frozenset({"cusparselt"}))
         if times is not None and times[0] < WORST * times[1]:
