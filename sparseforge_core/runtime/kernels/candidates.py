@@ -128,8 +128,10 @@ def _wide(out: int, inputs: int, rows: int, processors: int) -> list[Plan]:
 
 
 def _stages(size: int, warps: int, tiles: int, resident: int) -> int:
-    """As many stages as there is room for, up to eight."""
-    one = Plan(kernel="wide", rows=size, warps=warps, depth=1, tiles=tiles, resident=resident)  # with room for outputs on their way
+    """As many stages as there is room for beside the weights and the outputs on their way, up to eight."""
+    one = Plan(
+        kernel="wide", rows=size, warps=warps, depth=1, tiles=tiles, resident=resident
+    )  # with room for outputs on their way
     fixed = one.shared(COLUMNS) - size * WIDE_ROW
     return min(8, (SHARED_MEMORY // resident - (1024 if resident > 1 else 0) - fixed) // (size * WIDE_ROW + 16))
 

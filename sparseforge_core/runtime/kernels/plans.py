@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -140,10 +141,9 @@ class Plan:
 
     def run(self, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Fill `out [rows, out]` with `x [rows, in]` times the weight's transpose, plus the bias."""
-        device = x.device.index
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        kernel, rows = self.build(out.shape[1], x.shape[1], x.dtype, device), x.shape[0]
-        grid = self.grid(out.shape[1], rows, processors)
+        rows, outputs = out.shape
+        kernel, processors = _built(self, outputs, x.shape[1], x.dtype, x.device.index)
+        grid = self.grid(outputs, rows, processors)
         if self.kernel == "wide":
             maps = tensor_map(x, self.rows // self.share), tensor_map(out, self.chunk)
             kernel(grid, values, places, *maps, bias, out, rows)
@@ -153,3 +153,9 @@ class Plan:
     def describe(self) -> dict[str, int | str]:
         """As it stands in a table of measurements."""
         return asdict(self)
+
+
+@functools.lru_cache(maxsize=1024)
+def _built(plan: Plan, out: int, inputs: int, dtype: torch.dtype, device: int) -> tuple[Kernel, int]:
+    """The kernel of a plan, and the multiprocessors of its device: what every launch asks for."""
+    return plan.build(out, inputs, dtype, device), torch.cuda.get_device_properties(device).multi_processor_count
