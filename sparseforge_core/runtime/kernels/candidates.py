@@ -29,11 +29,12 @@ WIDE_FROM = 17
 TILES_UP_TO = 256
 """Rows up to which `tiles` is tried, 64 rows at a time."""
 
-MOST_WIDE = 10
+MOST_WIDE = 12
 """Plans of `wide` that are measured for a shape and a number of rows."""
 
-FROM_CACHE, AROUND = 32, 3000
-"""Bytes a cycle that a multiprocessor has of the L2 cache, and cycles before and after the products of a tile."""
+FROM_CACHE, AROUND, BOTH = 32, 3000, 1.15
+"""Bytes a cycle that a multiprocessor has of the L2 cache, cycles before and after the products of a tile, and how many
+times longer than counted two instructions side by side in a warpgroup were measured to take."""
 
 TWO = ((1, 1), (2, 1))
 SPLIT = (*TWO, (1, 2), (1, 3), (1, 4), (2, 2))
@@ -144,5 +145,6 @@ def _cycles(plan: Plan, out: int, inputs: int, rows: int, processors: int) -> fl
     tensor = outputs * plan.rows / 128
     shared = (outputs // 64 * x + x + weights) / 128
     cache = (x / plan.share + weights) / FROM_CACHE
-    each = max(tensor, shared, cache) * inputs / 32 / plan.split + AROUND / plan.resident
+    step = max(tensor, shared, cache) * (BOTH if plan.tiles > plan.warps else 1.0)
+    each = step * inputs / 32 / plan.split + AROUND / plan.resident
     return -(-count // plan.reached(processors)) * each
