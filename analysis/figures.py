@@ -27,6 +27,11 @@ SHORT = 20
 """Letters of a label up to which four stand abreast in the legend."""
 LABEL_WIDTH = 0.15
 """Share of a panel's width that a label of the token axis needs."""
+FAR = 2.0
+"""Times the highest perplexity of a curve, beyond which a method without retraining is named and not drawn: its line
+would press the curves together."""
+FLAT = "0.35"
+"""Lines across are grey, told apart by their dashes, so that colours are left for the curves."""
 WIDE_RANGE = 3.0
 """Ratio of largest to smallest perplexity from which the axis is logarithmic."""
 
@@ -73,14 +78,19 @@ class AccuracyVsTokens:
     """By method."""
     guessing: float | None
     """Accuracy in percent of guessing; None where several suites share the axis, or none has one."""
+    text: str = ""
+    """Which text's perplexity it is, where the exhibit has several."""
 
     def draw(self) -> Any:
         """The figure."""
         with new_figure(WIDTH, HEIGHT) as figure:
             left, right = figure.subplots(1, 2)
-            _panel(left, self.points, "perplexity", "Perplexity (lower is better)")
+            off = beyond(self.points)
+            near = {name: [p for p in points if p.tokens or name not in off] for name, points in self.points.items()}
+            _panel(left, near, "perplexity", f"Perplexity{f' on {self.text}' if self.text else ''} (lower is better)")
             _panel(right, self.points, "accuracy", "Mean zero-shot accuracy, %")
-            _scale_perplexity(left, self.points)
+            _scale_perplexity(left, near)
+            _name_beyond(left, off)
             if self.guessing is not None:
                 right.axhline(self.guessing, color="0.45", linewidth=0.9, label=GUESSING, zorder=1)
             _legend(figure, (left, right), self.points)
@@ -109,15 +119,39 @@ def accuracy_vs_tokens(exhibits: Mapping[str, ExhibitData], _: Sequence[ShownCur
     if not data.rows and not data.published:
         return None
     suites = data.of_kind("zero-shot")
-    return AccuracyVsTokens(series(data), chance(suites[0]["tasks"]) if len(suites) == 1 else None)
+    texts = [str(suite["name"]) for suite in data.of_kind("perplexity")]
+    guessing = chance(suites[0]["tasks"]) if len(suites) == 1 else None
+    return AccuracyVsTokens(series(data), guessing, texts[0] if len(texts) > 1 else "")
+
+
+def beyond(drawn: Mapping[str, Sequence[Point]]) -> dict[str, float]:
+    """Perplexities of methods without retraining that lie far above all curves, by method; none without curves."""
+    known = [(name, p) for name, points in drawn.items() for p in points if p.perplexity is not None]
+    curves = [p.perplexity.mean for _, p in known if p.tokens and p.perplexity]
+    if not curves:
+        return {}
+    flat = {name: p.perplexity.mean for name, p in known if not p.tokens and p.perplexity}
+    return {name: mean for name, mean in flat.items() if mean > FAR * max(curves)}
+
+
+def _name_beyond(axes: Any, off: Mapping[str, float]) -> None:
+    if off:
+        lines = [f"{name} {mean:,.0f}" for name, mean in sorted(off.items(), key=lambda pair: -pair[1])]
+        text = "\n".join(["above the axis:", *lines])
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top", "zorder": 10}
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}  # a line may run where the text stands
+        axes.text(0.98, 0.98, text, fontsize=7.5, color=FLAT, bbox=behind, **place)
 
 
 def _panel(axes: Any, drawn: dict[str, list[Point]], quantity: str, title: str) -> None:
     budgets = sorted({p.tokens for points in drawn.values() for p in points if p.tokens})
     curves = [name for name, points in drawn.items() if any(p.tokens and not p.source for p in points)]
+    colored = [name for name, points in drawn.items() if any(p.tokens for p in points)]
     flat = 0
-    for index, (name, points) in enumerate(drawn.items()):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    for name, points in drawn.items():
+        index = colored.index(name) if name in colored else None
+        color = FLAT if index is None else COLORS[index % len(COLORS)]
+        marker = MARKERS[(index or 0) % len(MARKERS)]
         # Our curves step aside a little, so that intervals at one budget stand beside each other.
         aside = 1.025 ** (curves.index(name) - (len(curves) - 1) / 2) if name in curves else 1.0
         for quoted in (False, True):
@@ -245,5 +279,6 @@ def short(tokens: int) -> str:
     """A number of tokens in three digits."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if tokens >= size:
-            return f"{tokens / size:.3g}{letter}"
+            whole = round(tokens / size)  # a budget in whole steps is a little more than it is called
+            return f"{whole if abs(tokens - whole * size) < 0.006 * tokens else f'{tokens / size:.3g}'}{letter}"
     return str(tokens)

@@ -1,6 +1,7 @@
 """The study's report, results/README.md, from the results store alone; rows that are not in yet are said to be absent.
 
-python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--figure FILE] [--out FILE]
+python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--second gpt2-study]
+                         [--figure FILE] [--out FILE]
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--db", default=f"sqlite:///{STORE}", metavar="URL", help=f"default sqlite:///{STORE}")
     parser.add_argument("--grid", default="smollm2-study")
     parser.add_argument("--trials", default="smollm2-trials", metavar="GRID", help="the grid of the trials")
+    parser.add_argument("--second", default="gpt2-study", metavar="GRID", help="the grid of the second model")
     parser.add_argument(
         "--figure",
         type=Path,
         default=Path("results/smollm2/figures/accuracy-vs-tokens.svg"),
-        help="the figure that make_tables.py wrote; the page links it if it is there",
+        help="the figure that make_tables.py wrote; the page links it, and ablations.svg beside it, if they are there",
     )
     parser.add_argument("--out", type=Path, default=Path("results/README.md"))
     parser.add_argument("--quiet", action="store_true", help="say nothing")
@@ -47,10 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = Results(options.db)
         try:
-            figure = os.path.relpath(options.figure, options.out.parent) if options.figure.is_file() else ""
+            drawn = {"figure": options.figure, "ablations": options.figure.with_name("ablations.svg")}
+            pictures = {
+                name: os.path.relpath(path, options.out.parent) for name, path in drawn.items() if path.is_file()
+            }
             store = options.db.removeprefix("sqlite:///")
             grid = results.grid(options.grid)["name"]
-            text = report(results, grid, store=store, figure=figure, trials_grid=options.trials)
+            grids = {"trials_grid": options.trials, "second_grid": options.second}
+            text = report(results, grid, store=store, **pictures, **grids)
         finally:
             results.close()
         write(options.out, text.encode())

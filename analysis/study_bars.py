@@ -41,13 +41,18 @@ def bars(study: Study) -> list[Bar]:
     return found
 
 
+def main_bars(study: Study) -> list[Bar]:
+    """Those of the main budget that are about perplexity: what another model may be asked too."""
+    return [_leads(study, study.main), _apart(study), _ahead(study, 1), _ahead_of_the_paper(study)]
+
+
 def _leads(study: Study, tokens: int) -> Bar:
     ours, rivals = study.at(tokens)
     matches = [match(ours, rival, metric) for rival in rivals for _, metric in study.texts]
     known = [one for one in matches if one is not None]
     lost = [one for one in known if one.difference >= 0]
     if not lost and known:
-        said = f"below every rival with results ({len({one.other.row for one in known})})"
+        said = f"below every rival with results ({len({one.other.row for one in known})}); nearest: {_nearest(known)}"
     else:
         said = "; ".join(f"{one.other.label} on {_text(one)}: {signed(one)}" for one in lost)
     asked = f"{millions(tokens)} tokens: lower perplexity than every other 2:4 method, on every text"
@@ -64,11 +69,11 @@ def _apart(study: Study) -> Bar:
     touching = [one for one in known if not _is_below(one)]
     said = "; ".join(
         f"{one.other.label} on {_text(one)}: {number(one.row.estimate(one.metric))} and "
-        f"{number(one.other.estimate(one.metric))}"
+        f"{number(one.other.estimate(one.metric))} (paired: {signed(one)}{_p(one)})"
         for one in touching
     )
     rivals = {one.other.row for one in known}
-    said = said or (f"apart from every rival with results ({len(rivals)})" if known else "")
+    said = said or (f"apart from every rival with results ({len(rivals)}); nearest: {_nearest(known)}" if known else "")
     return Bar(asked, said or "no results", _verdict(not touching, known, len(matches)))
 
 
@@ -134,6 +139,20 @@ def _accuracy(study: Study) -> Bar:
     enough = ours.mean >= theirs.mean - (theirs.half or 0.0)
     whole = all(is_whole(row, MEAN) for row in study.rivals)
     return Bar(asked, said, _verdict(enough, [found], 1 if whole and against is not None else 2))
+
+
+def _nearest(known: Iterable[Match]) -> str:
+    """The rival that comes closest on each text, with both numbers' difference."""
+    closest: dict[str, Match] = {}
+    for one in known:
+        text = _text(one)
+        if text not in closest or one.difference > closest[text].difference:
+            closest[text] = one
+    return "; ".join(f"{one.other.label} on {text}, {signed(one)}" for text, one in closest.items())
+
+
+def _p(one: Match) -> str:
+    return "" if one.p is None else f", p {one.p:.2g}"
 
 
 def _text(one: Match) -> str:

@@ -4,9 +4,10 @@ python benchmarks/decode.py [--model llama-2-7b|tiny|DIR] [--batches 1 4 16 64] 
 
 Shapes are filled with random weights, the sparse ones in exact 2:4; a packed export takes its own. One dense product is
 the fastest of cuBLAS, torch.compile and a Triton kernel, chosen for each shape in place, in graphs over the weights of
-all layers. Prompts, and steps of more than 64 rows, are run in mode throughput, dense and sparse in turn. Every length
-pair is run in full: a prompt fills the cache, then each step is one replay of a CUDA graph. So is a prompt, on both
-sides, as its size came before; `prefill_eager_*` are prompts whose size did not.
+all layers. Prompts are run with dense weights and with sparse ones in either mode, in turn: `prompt_*` are those of
+mode decode, `prefill_*` of mode throughput. Every length pair is run in full: a prompt fills the cache, then each step
+is one replay of a CUDA graph. So is a prompt, on all sides, as its size came before; `*_eager_*` are prompts whose size
+did not.
 `decode_*` figures are of the steps alone, `whole_*` of prompt and steps. Without a GPU the same loop runs on the
 reference path, which is for trying the script. Results are merged by measure into FILE.
 """
@@ -40,11 +41,14 @@ from benchmarks.talking import talking
 from flows.outlook import RESULTS, committed
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.runtime import prediction, prompt_prediction
-from sparseforge_core.runtime.kernels.choices import LARGEST_OURS, record
+from sparseforge_core.runtime.kernels.choices import record
 from sparseforge_core.runtime.kernels.table import read_file
 
 PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
+
+LONG = 2048
+"""Tokens from which a prompt counts for the bar of prompts, where there are such."""
 
 
 def ratios(report: Report, options: argparse.Namespace) -> None:
@@ -61,11 +65,12 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
     report.ratio(
         "step_over_strong_dense.slorb", "step_ms.dense.batch_1", f"step_ms.sparse_slorb{options.block}.batch_1"
     )
-    found = [report.value(f"prefill_over_dense.{length}") for length in options.prefill]
-    if found and None not in found:
-        report.add(
-            "prefill_over_dense.end_to_end", min(value for value in found if value is not None), "times, at least"
-        )
+    for kind in ("prefill", "prompt"):
+        lengths = [length for length in options.prefill if length >= LONG] or options.prefill
+        found = [report.value(f"{kind}_over_dense.{length}") for length in lengths]
+        if found and None not in found:
+            slowest = min(value for value in found if value is not None)
+            report.add(f"{kind}_over_dense.end_to_end", slowest, f"times, at least, from {min(lengths):,} tokens on")
     report.ratio("resident_memory_ratio", "resident_bytes.sparse", "resident_bytes.dense")
 
 
@@ -118,8 +123,8 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
     report.part("same numbers", lambda: same_numbers(report, sides, machine))
     if report.failed:
         return  # the speed of wrong numbers is no result
-    if options.prefill or max(options.batches, default=0) > LARGEST_OURS:
-        report.part("throughput", lambda: large_batches(options, report, machine, sides))
+    if options.prefill:
+        report.part("prompts", lambda: prompts(options, report, machine, sides))
         machine.free()
         report.save(options.out)
     for side, block in (
@@ -142,21 +147,19 @@ def measure(options: argparse.Namespace, report: Report, machine: Machine) -> No
 
 def wanted(options: argparse.Namespace, sides: Sides, side: str, block: int | None) -> bool:
     """Whether a model has anything to run; an export has the side branches that it has."""
-    if side not in options.sides:
+    if side not in options.sides or not (options.pairs or options.batches or options.kernels):
         return False
     return block is None or (sides.folder is None and 1 in options.batches and block > 0)
 
 
-def large_batches(options: argparse.Namespace, report: Report, machine: Machine, sides: Sides) -> None:
-    """Prompts, and steps of more rows than decode mode takes, in mode `throughput`; both sides are held at once."""
-    rows = [*options.prefill, *(batch for batch in options.batches if batch > LARGEST_OURS)]
-    tune(machine, sides.shapes(), sides.dtype, rows, copies=True)  # what `--choices` lacks
-    both = {side: sides.parts(side, mode="throughput") for side in options.sides}
-    if "sparse" in both:
-        report.add("resident_bytes.sparse_throughput", resident_bytes(both["sparse"]), "bytes")
-    run_prefill(report, machine, both, options.prefill, options.repeats)
-    for side, parts in both.items():
-        run_batches(report, machine, parts, side, [batch for batch in options.batches if batch > LARGEST_OURS])
+def prompts(options: argparse.Namespace, report: Report, machine: Machine, sides: Sides) -> None:
+    """Prompts with dense weights, and with sparse ones in modes `throughput` and `decode`; all are held at once."""
+    tune(machine, sides.shapes(), sides.dtype, options.prefill, copies=True)  # what `--choices` lacks
+    held = {side: sides.parts(side, mode="throughput") for side in options.sides}
+    if "sparse" in held:
+        report.add("resident_bytes.sparse_throughput", resident_bytes(held["sparse"]), "bytes")
+        held["packed"] = sides.parts("sparse")
+    run_prefill(report, machine, held, options.prefill, options.repeats)
 
 
 def one_model(
@@ -181,8 +184,7 @@ def one_model(
         report.part(f"{side}: products", lambda: each_product(report, machine, parts, side, bandwidth))
     pairs = [(p, o) for p, o in options.pairs if p + o <= parts.sizes.positions]
     report.part(f"{side}: pairs", lambda: run_pairs(report, machine, parts, side, pairs, options.repeats))
-    batches = [batch for batch in options.batches if batch <= LARGEST_OURS]
-    report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, batches))
+    report.part(f"{side}: batches", lambda: run_batches(report, machine, parts, side, options.batches))
     if options.late and machine.cuda:
         machine.steps.EARLY = False  # type: ignore[attr-defined]
         report.part(f"{side}: late", lambda: run_batches(report, machine, parts, side, [1], "_late"))

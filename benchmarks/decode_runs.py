@@ -100,7 +100,8 @@ def run_pairs(
         del decoder
         machine.free()
     for prompt, took in prompts.items():
-        report.add(f"prompt_ms.{side}.{prompt}", statistics.median(took), "ms", took)
+        if report.value(f"prompt_over_dense.{prompt}") is None:  # those that took turns with the other side are better
+            report.add(f"prompt_ms.{side}.{prompt}", statistics.median(took), "ms", took)
 
 
 def step_seconds(machine: Machine, decoder: Decoder, context: int) -> float:
@@ -143,19 +144,20 @@ def show_kernels(machine: Machine, parts: Parts) -> None:
 
 
 def run_prefill(
-    report: Report, machine: Machine, both: Mapping[str, Parts], lengths: Sequence[int], repeats: int
+    report: Report, machine: Machine, held: Mapping[str, Parts], lengths: Sequence[int], repeats: int
 ) -> None:
-    """Milliseconds of a prompt on either side, and their ratio: the sides take turns, so that both see one machine.
+    """Milliseconds of a prompt on each side, and their ratio: the sides take turns, so that all see one machine.
 
-    `prefill_*` is a prompt of a size that came before, on a GPU the replay of a graph; `prefill_eager_*` one that the
+    Sides are "dense", "sparse" (mode `throughput`: `prefill_*`) and "packed" (mode `decode`: `prompt_*`). Without
+    `eager` a prompt is of a size that came before, on a GPU the replay of a graph; with it one that the
     host launches kernel by kernel, as the first of a size is. `*_host_ms` is how long the host takes for that: where
     it nears the whole, the host is what was measured. `*_spread` is how far the ratios of single turns lie apart.
     """
     for length in lengths:
-        tokens = torch.randint(0, next(iter(both.values())).sizes.vocabulary, (1, length), device=machine.device)
-        for name, graph in (("prefill", None), ("prefill_eager", False)):
+        tokens = torch.randint(0, next(iter(held.values())).sizes.vocabulary, (1, length), device=machine.device)
+        for name, graph in (("", None), ("_eager", False)):
             decoders = {
-                side: Decoder(parts, capacity=length, steps=machine.steps, graph=graph) for side, parts in both.items()
+                side: Decoder(parts, capacity=length, steps=machine.steps, graph=graph) for side, parts in held.items()
             }
             run_turns(report, machine, decoders, tokens, name, max(repeats, TURNS))
             if graph is None and machine.cuda:
@@ -168,7 +170,7 @@ def run_prefill(
 def run_turns(
     report: Report, machine: Machine, decoders: Mapping[str, Decoder], tokens: torch.Tensor, name: str, turns: int
 ) -> None:
-    """A prompt's turns on either side, after WARM that are not counted."""
+    """A prompt's turns on each side, after WARM that are not counted; `name` follows what the figures are called."""
     length = tokens.shape[1]
     took: dict[str, list[float]] = {side: [] for side in decoders}
     host: dict[str, list[float]] = {side: [] for side in decoders}
@@ -179,14 +181,17 @@ def run_turns(
                 if turn >= WARM:
                     host[side].append(1e3 * launched)
                     took[side].append(1e3 * whole)
+    kinds = {"sparse": f"prefill{name}", "packed": f"prompt{name}"}
     for side in decoders:
-        report.add(f"{name}_ms.{side}.{length}", statistics.median(took[side]), "ms", took[side])
-        report.add(f"{name}_host_ms.{side}.{length}", statistics.median(host[side]), "ms", host[side])
-    if {"dense", "sparse"} <= decoders.keys():
-        ratios = [dense / sparse for dense, sparse in zip(took["dense"], took["sparse"], strict=True)]
-        report.add(f"{name}_over_dense.{length}", statistics.median(ratios), "times", ratios)
-        apart = (max(ratios) - min(ratios)) / statistics.median(ratios)
-        report.add(f"{name}_spread.{length}", apart, "of the ratio, largest less smallest turn")
+        for kind in [kinds[side]] if side in kinds else [kinds[other] for other in decoders if other in kinds]:
+            label = "dense" if side == "dense" else "sparse"
+            report.add(f"{kind}_ms.{label}.{length}", statistics.median(took[side]), "ms", took[side])
+            report.add(f"{kind}_host_ms.{label}.{length}", statistics.median(host[side]), "ms", host[side])
+        if side in kinds and "dense" in decoders:
+            ratios = [dense / sparse for dense, sparse in zip(took["dense"], took[side], strict=True)]
+            report.add(f"{kinds[side]}_over_dense.{length}", statistics.median(ratios), "times", ratios)
+            apart = (max(ratios) - min(ratios)) / statistics.median(ratios)
+            report.add(f"{kinds[side]}_spread.{length}", apart, "of the ratio, largest less smallest turn")
 
 
 def tune(

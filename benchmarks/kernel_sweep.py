@@ -80,6 +80,11 @@ CHECKED = (
     Plan(kernel="tiles", rows=16, warps=4, tiles=4, depth=2, split=2),
     Plan(kernel="tiles", rows=32, warps=3, tiles=3, depth=2, split=4),
     Plan(kernel="tiles", rows=64, warps=4, tiles=8, depth=2, split=2),
+    Plan(kernel="wide", rows=64, warps=4, tiles=4, depth=8, resident=3),
+    Plan(kernel="wide", rows=96, warps=4, tiles=4, depth=8, split=2),
+    Plan(kernel="wide", rows=128, warps=8, tiles=8, depth=8, split=4),
+    Plan(kernel="wide", rows=128, warps=8, tiles=16, depth=7, share=2),
+    Plan(kernel="wide", rows=256, warps=8, tiles=8, depth=4, share=2),
 )
 
 
@@ -181,7 +186,8 @@ class Case:
 def label(plan: Plan) -> str:
     """A plan in a few letters."""
     off = " without " + " ".join(plan.off) if isinstance(plan, Variant) else ""
-    return f"{plan.kernel} w{plan.warps} d{plan.depth} t{plan.tiles} s{plan.split} r{plan.resident}{off}"
+    sizes = f"w{plan.warps} d{plan.depth} t{plan.tiles} s{plan.split} h{plan.share} r{plan.resident}"
+    return f"{plan.kernel} {plan.rows} {sizes}{off}"
 
 
 def measured(case: Case, plans: list[Plan], x: Tensor, until: float) -> list[tuple[float, Plan]]:
@@ -250,14 +256,17 @@ def rows(name: str, until: float) -> None:
 
 
 def large(name: str, until: float) -> None:
-    """Many rows: cuBLAS, cuSPARSELt with each of its algorithms, and what unpacking costs."""
+    """Many rows: cuBLAS, our plans, cuSPARSELt with each of its algorithms, and what unpacking costs."""
     case = Case(name)
     fragments = case.fragments[:2]
     unpack = seconds([lambda p=p: expand(*p, (case.out, case.inputs)) for p in fragments], least=8)
     share = (case.sparse_bytes + case.dense_bytes) / unpack
     print(f"{name}: expand {unpack * 1e6:.1f} us, {share / 1e12:.2f} TB/s")
     compressed = [torch._cslt_compress(w) for w in case.dense[:2]]
-    for n in (128, 256, 1024, 2048, 8192):
+    sizes = (96, 128, 256, 512, 1024, 2048, 4096, 8192)
+    plans = {n: candidates(case.out, case.inputs, n) for n in sizes}
+    prepare([(p, case.out, case.inputs, case.dtype) for n in sizes for p in plans[n]])
+    for n in sizes:
         if time.perf_counter() > until:
             return
         x = case.x(n)
@@ -283,9 +292,12 @@ def large(name: str, until: float) -> None:
         host = (time.perf_counter() - began) / 20
         print(f"  host time of one call {host * 1e6:.0f} us")
         found.sort()
-        said = "  ".join(f"{t * 1e6:.1f} ({dense / t:.2f}x alg {a})" for t, a in found[:3])
+        said = "  ".join(f"{t * 1e6:.1f} ({dense / t:.2f}x alg {a})" for t, a in found[:2])
+        ours = measured(case, plans[n], x, until)
+        said += "  " + "  ".join(f"{t * 1e6:.1f} ({dense / t:.2f}x {label(p)})" for t, p in ours[:3])
         print(f"{name} rows {n}: dense {dense * 1e6:.1f}  {said}", flush=True)
-        FOUND[f"large.{name}.{n}"] = {"dense": dense, "cslt": found}
+        sparse = [(t, p.describe()) for t, p in ours]
+        FOUND[f"large.{name}.{n}"] = {"dense": dense, "cslt": found, "sparse": sparse}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 python benchmarks/mask_update_sweep.py [--tiles 1024 2048 4096] [--repeats 1 4] [--warps 4 8] [--seconds 55] [--out DIR]
 
-The sites are those of one layer of LLaMA-2-7B's shape, masks and curvature as the preset `improved` keeps them. Each
+The sites are those of one layer of LLaMA-2-7B's shape, masks and curvature as the preset `lean` keeps them. Each
 variant is timed as `sparseforge bench train --parts mask_update` does it: several updates in a row, over one read and
 write of the update's tensors at measured copy bandwidth; then kernel by kernel, between events. First comes what a
 kernel takes that moves the same bytes in the same tiles and computes nothing.

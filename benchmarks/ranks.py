@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ ROOM = 40e9
 """Bytes that finished models and checkpoints may take; where memory has them to spare, no disk is waited for."""
 KILLED_AT = 54
 """Step at which rank 1 kills itself; a checkpoint is written after step 50."""
+ANNEALED = SparseForge()
 CHUNK_LOGITS = 2**27
 """Logits of a chunk here: smaller chunks leave a GPU waiting for its host, on one GPU as on two."""
 
@@ -188,6 +189,7 @@ def loop(
     *,
     recompute: bool = False,
     plain: bool = False,
+    method: SparseForge = ANNEALED,
 ) -> dict[str, float]:
     """Seconds of a step in the heat of an annealing, after ten to warm up, and the peak of memory after placement.
 
@@ -204,7 +206,7 @@ def loop(
         teacher: Any = from_config(made, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     teacher.requires_grad_(False)
     sites = assign_patterns(find_sites(model, family_of("llama")), nm(2, 4))
-    method = SparseForge(quench_begin=0.97, freeze_at=0.99, update_every=10)
+    method = replace(method, quench_begin=0.97, freeze_at=0.99, update_every=10)
     plan = TrainPlan(
         steps=steps,
         sequences=batch[0] * world,

@@ -40,11 +40,11 @@ from sparseforge_core.train.recording import Recording
 CELLS: dict[str, tuple[Method, Objective]] = {
     **CASES,
     "frozen": (FrozenMask(prior=MagnitudePruning()), Distill()),
-    "following": (preset_named("improved").method, FOLLOWING),
-    "annealing": (preset_named("improved").method, Distill()),
+    "following": (preset_named("lean").method, FOLLOWING),
+    "annealing": (preset_named("lean").method, Distill()),
     "ast": (AST(), Distill(kl_weight=0.67)),
 }
-"""Name -> method and objective; `following` is `improved` with the teacher that takes steps of its own."""
+"""Name -> method and objective; `following` is `lean` with the teacher that takes steps of its own."""
 
 
 class _Losses(NullTracker):

@@ -1,6 +1,6 @@
 """How hard the soft mask is just before the projection: mean |m - m_hat| on real weights, with a named preset.
 
-python benchmarks/soft_hard_gap.py [--preset improved] [--layers 6] [--steps 400] [--json]
+python benchmarks/soft_hard_gap.py [--preset lean] [--layers 6] [--steps 400] [--json]
 
 The model is the packaged SmolLM2-135M, or its first blocks, where the whole would take hours on a CPU; the text is that
 of the demo. Printed: the share of entries between 0.1 and 0.9 and the gap, through the run, from its journal.
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="improved")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="lean")
     parser.add_argument("--layers", type=int, help="the first so many blocks only; the whole model without it")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--sequences", type=int, default=1)

@@ -10,7 +10,8 @@ a dense Triton kernel on the tensor cores, beyond that cuBLAS. Sparse is
 the two and stands beside their spread. Each product is first held against float64 (`error`). A second --dtype is
 measured beside the first: its figures end in its name, and `float16_over_bfloat16` is how many times faster it is.
 Bandwidth counts the bytes of values and places, and is held against a copy of
-2 GiB on the device, bytes read plus bytes written. Records go to $OUT/kernels.json if OUT is set.
+2 GiB on the device, bytes read plus bytes written. Of more than 64 rows `rows_over_dense` is mode throughput, and
+`packed_over_dense` mode decode, which holds the packed weight alone. Records go to $OUT/kernels.json if OUT is set.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from torch.nn.functional import linear
 
 from benchmarks.dense_gemv import CONFIGS, ROWS_CONFIGS, dense_gemv, dense_rows
 from sparseforge_core.runtime.kernels import KernelWeight, sparse_linear
+from sparseforge_core.runtime.kernels.choices import FEW as FEW_ROWS
 from sparseforge_core.runtime.kernels.choices import choose
 from sparseforge_core.runtime.kernels.measure import COLD, copy_bandwidth, seconds
 from sparseforge_core.runtime.kernels.rehearsal import random_packed
+from sparseforge_core.runtime.kernels.table import Choice
 from sparseforge_core.runtime.kernels.tuning import tune
 from sparseforge_core.runtime.linear import PackedWeight
 from sparseforge_core.runtime.packed import Layout, Packed
@@ -61,6 +64,9 @@ class Case:
         self.name, (self.out, self.inputs), self.dtype = name, SHAPES[name], dtype
         self.sparse_bytes, self.dense_bytes = self.out * self.inputs * 9 // 8, self.out * self.inputs * 2
         self.weights = [self._weight() for _ in range(max(2, -(-COLD // self.sparse_bytes)))]
+        self.packed = [
+            KernelWeight(weight.values, weight.places, SHAPES[name], weight.backend) for weight in self.weights
+        ]
         count = max(2, -(-COLD // self.dense_bytes))
         self.dense = [weight.dense() for weight in self.weights[:count]]
 
@@ -73,12 +79,18 @@ class Case:
         """Random rows."""
         return torch.randn(rows, self.inputs, device="cuda").to(self.dtype)
 
-    def sparse(self, x: Tensor) -> tuple[Callable[[], float], float]:
+    def sparse(self, x: Tensor, *, packed: bool = False) -> tuple[Callable[[], float], float]:
         """Seconds of `sparse_linear`, once its product was compared with float64 on some outputs; and its error."""
         some = torch.randint(0, self.out, (64,), device="cuda")
-        y = sparse_linear(x, self.weights[0])[:, some]
+        weights = self.packed if packed else self.weights
+        y = sparse_linear(x, weights[0])[:, some]
         wrong = _compare(y, x, self.dense[0][some], f"{self.name} {x.shape[0]} rows")
-        return self._timed([functools.partial(sparse_linear, x, weight) for weight in self.weights], x), wrong
+        return self._timed([functools.partial(sparse_linear, x, weight) for weight in weights], x), wrong
+
+    def choice(self, rows: int, *, packed: bool = False) -> Choice:
+        """The way that a product of so many rows takes."""
+        weight = (self.packed if packed else self.weights)[0]
+        return choose(self.out, self.inputs, rows, self.dtype, 0, weight.forms)
 
     def cublas(self, x: Tensor) -> Callable[[], float]:
         """Seconds of the dense product."""
@@ -150,6 +162,7 @@ BARS: dict[str, float] = {
     "rows_over_best_dense.17_64": 1.15,
     "prefill_over_dense.mlp": 1.35,
     "worst_over_dense": 0.99,
+    "worst_over_dense.packed": 0.99,
 }
 
 
@@ -163,6 +176,7 @@ class Report:
         self.copied, self.records, self.ratios = copied, [], {}
         self.records: list[dict[str, Any]]
         self.ratios: dict[tuple[str, int], float]
+        self.packed: dict[tuple[str, int], float] = {}
         self.took: dict[tuple[str, int, str], float] = {}
         self.beside = ""  # after a name, where a second type is measured
 
@@ -201,7 +215,7 @@ class Report:
             f"{case.name}: 2:4 {sparse * 1e6:.2f} us, {ratio:.3f}x (spread {spread:.3f}) over {best} "
             f"{took[best] * 1e6:.2f}, {share:.3f} of copy; dense {case.dense_bytes / took[best] / self.copied:.3f}; "
             + ", ".join(f"{name} {seconds_ * 1e6:.2f}" for name, seconds_ in took.items() if "Triton" not in name)
-            + f"; {_label(case, 1)}",
+            + f"; {_label(case.choice(1))}",
             flush=True,
         )
         self._ratio(case, 1, ratio)
@@ -226,16 +240,31 @@ class Report:
         """Several rows against the best dense way."""
         for n in sizes:
             x = case.x(n)
-            timed, wrong = case.sparse(x)
-            ratio, spread, sparse = in_turn(case.several(x), timed)
+            dense = case.several(x)
+            ratio, wrong, sparse = self._measured(case, x, dense, packed=False)
             self._beside(case, n, sparse, wrong)
             self._ratio(case, n, ratio)
-            print(
-                f"{case.name} {n} rows: 2:4 {sparse * 1e6:.1f} us, {ratio:.3f}x (spread {spread:.3f}) of "
-                f"{ratio * sparse * 1e6:.1f}; {_label(case, n)}",
-                flush=True,
-            )
             self.add(f"rows_over_dense.{case.name}.{n}", ratio, "times the best dense")
+            if n <= FEW_ROWS:
+                continue
+            if case.choice(n) != case.choice(n, packed=True):
+                ratio, _, _ = self._measured(case, x, dense, packed=True)
+            if not self.beside:
+                self.packed[case.name, n] = ratio
+            self.add(f"packed_over_dense.{case.name}.{n}", ratio, "times the best dense, mode decode")
+
+    @staticmethod
+    def _measured(case: Case, x: Tensor, dense: Callable[[], float], *, packed: bool) -> tuple[float, float, float]:
+        """Dense over sparse, the error, and the sparse seconds."""
+        rows, mode = x.shape[0], "decode" if packed else "throughput"
+        timed, wrong = case.sparse(x, packed=packed)
+        ratio, spread, sparse = in_turn(dense, timed)
+        print(
+            f"{case.name} {rows} rows, mode {mode}: 2:4 {sparse * 1e6:.1f} us, {ratio:.3f}x (spread {spread:.3f}) of "
+            f"{ratio * sparse * 1e6:.1f}; {_label(case.choice(rows, packed=packed))}",
+            flush=True,
+        )
+        return ratio, wrong, sparse
 
     def summarize(self) -> None:
         """The records that have bars."""
@@ -245,26 +274,34 @@ class Report:
             ("rows_over_best_dense.17_64", SOME, tuple(SHAPES)),
             ("prefill_over_dense.mlp", MANY, ("gate_up", "down")),
         )
-        for measure, sizes, names in groups:
-            values = [self.ratios[name, n] for name in names for n in sizes if (name, n) in self.ratios]
-            if len(values) == len(sizes) * len(names):
-                self.add(measure, geomean(values), "times, geometric mean over shapes and rows")
-        if not self.ratios:
-            return
-        worst = min(self.ratios, key=lambda place: self.ratios[place])
-        self.add("worst_over_dense", self.ratios[worst], f"times, at {worst[0]} with {worst[1]} rows")
+        packed_groups = (
+            ("packed_between_over_dense", BETWEEN, tuple(SHAPES)),
+            ("packed_prefill_over_dense", MANY, tuple(SHAPES)),
+            ("packed_prefill_over_dense.mlp", MANY, ("gate_up", "down")),
+        )
+        for ratios, several in ((self.ratios, groups), (self.packed, packed_groups)):
+            for measure, sizes, names in several:
+                values = [ratios[name, n] for name in names for n in sizes if (name, n) in ratios]
+                if len(values) == len(sizes) * len(names):
+                    self.add(measure, geomean(values), "times, geometric mean over shapes and rows")
+        few = {place: ratio for place, ratio in self.ratios.items() if place[1] <= FEW_ROWS}
+        for measure, ratios in (("worst_over_dense", self.ratios), ("worst_over_dense.packed", few | self.packed)):
+            if ratios:
+                worst = min(ratios, key=lambda place: ratios[place])
+                count = f"the least of {len(ratios)}"
+                self.add(measure, ratios[worst], f"times, {count}, at {worst[0]} with {worst[1]} rows")
         for record in self.records:
             if record["bar"] is not None:
                 held = "held" if record["value"] >= record["bar"] else "MISSED"
                 print(f"{record['measure']:32} {record['value']:8.3f}  bar {record['bar']:.2f}  {held}")
 
 
-def _label(case: Case, rows: int) -> str:
-    choice = choose(case.out, case.inputs, rows, case.dtype, 0, case.weights[0].forms)
+def _label(choice: Choice) -> str:
     if choice.plan is None:
         return f"{choice.kind} {choice.algorithm}" if choice.kind == "cusparselt" else choice.kind
     plan = choice.plan
-    return f"{plan.kernel} w{plan.warps} d{plan.depth} t{plan.tiles} s{plan.split} r{plan.resident}"
+    sizes = f"w{plan.warps} d{plan.depth} t{plan.tiles} s{plan.split} r{plan.resident} h{plan.share}"
+    return f"{plan.kernel} {plan.rows} {sizes}"
 
 
 def main(argv: list[str] | None = None) -> int:

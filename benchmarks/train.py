@@ -64,7 +64,7 @@ BARS: dict[str, tuple[float, str]] = {
 """Measure -> bar and unit."""
 
 DEFAULT = SparseForge(update_every=10)
-LEAN = dataclasses.replace(preset_named("improved").method, update_every=10)
+LEAN = dataclasses.replace(preset_named("lean").method, update_every=10)
 """The method's defaults, and the preset that we recommend: the same in few bytes. Figures are of the latter."""
 
 AT_ONCE = 4

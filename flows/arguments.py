@@ -346,6 +346,6 @@ def _add_exporting(commands: Any) -> None:
         command.add_argument(
             "--mode",
             default="decode",
-            help="decode (packed weights alone, the default), or throughput (also what long prompts and large batches "
-            "need; a GPU only)",
+            help="decode (packed weights alone, the default), or throughput (also forms of them that were measured to "
+            "make long prompts and large batches faster; a GPU only)",
         )

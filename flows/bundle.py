@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.bundle_data import copy_corpora, copy_measured
+from flows.bundle_data import copy_corpora, copy_measured, copy_tokenizers, is_carried
 from flows.grids import GRIDS, grid_named
 from flows.grids.planned import Plan, expand
 from flows.home import Home
@@ -193,6 +193,7 @@ def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bo
     corpora = _corpora(whole)
     _copy_code(folder)
     copy_corpora(folder, corpora)
+    copy_tokenizers(folder, {part for one in whole for part in _inside(one) if isinstance(part, TokenizerDir)})
     copy_measured(folder, suites)
     entries = [
         {
@@ -243,13 +244,13 @@ def _not_carried(whole: Iterable[Cell | Suite]) -> list[str]:
                     found[f"the packaged model {part.name}"] = None
                 case Local():
                     found[f"the model in the folder {part.path}"] = None
-                case TokenizerDir():
+                case TokenizerDir() if not is_carried(part.path):
                     found[f"the tokenizer in the folder {part.path}"] = None
                 case HubText():
                     found[f"the corpus {part.id} of the hub"] = None
                 case TextFiles():
                     for path in part.paths:
-                        if Path(path).is_absolute() or ".." in Path(path).parts:
+                        if not is_carried(path):
                             found[f"the corpus file {path}, which lies outside of the data folder"] = None
                 case Suite():
                     if tasks := getattr(part, "tasks", ()):

@@ -1,4 +1,4 @@
-"""What a bundle carries of data: the files of corpora, items of benchmark tasks, the WikiText-2 test set.
+"""What a bundle carries of data: the files of corpora, tokenizers, items of benchmark tasks, the WikiText-2 test set.
 
 Prompts, choices and metrics of a task are lm-eval's and stay there; only the items that it would fetch are carried.
 """
@@ -16,6 +16,7 @@ from sparseforge_core.data.corpora import Corpus, TextFiles
 from sparseforge_core.errors import DataError
 from sparseforge_core.evaluate.benchmarks import local_items, offline_items
 from sparseforge_core.evaluate.suites import WIKITEXT_ENV, PerplexitySuite, Suite
+from sparseforge_core.models.sources import TokenizerDir
 
 
 def copy_corpora(folder: Path, corpora: Iterable[Corpus]) -> None:
@@ -24,10 +25,24 @@ def copy_corpora(folder: Path, corpora: Iterable[Corpus]) -> None:
         if not isinstance(corpus, TextFiles):
             continue
         for path, source in zip(corpus.paths, corpus.checked(), strict=True):
-            if not Path(path).is_absolute() and ".." not in Path(path).parts:
+            if is_carried(path):
                 target = folder / bundles.DATA / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
+
+
+def is_carried(path: str) -> bool:
+    """Whether a file that a recipe names lies in the data folder, which is what travels."""
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def copy_tokenizers(folder: Path, tokenizers: Iterable[TokenizerDir]) -> None:
+    """The files of tokenizers in the data folder. Raises DataError for one that is not the recipe's."""
+    for tokenizer in tokenizers:
+        if is_carried(tokenizer.path):
+            target = folder / bundles.DATA / tokenizer.path / "tokenizer.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tokenizer.checked(), target)
 
 
 def copy_measured(folder: Path, suites: Iterable[Suite]) -> None:

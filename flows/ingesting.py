@@ -28,6 +28,7 @@ from sparseforge_core.checkpoint import MANIFEST, dropped, verify
 from sparseforge_core.errors import BundleError, CellTaken, CheckpointMismatch, RecipeError
 from sparseforge_core.evaluate.suites import suite_key
 from sparseforge_core.identity import cell_key
+from sparseforge_core.recipe import Cell, Trained
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
@@ -99,34 +100,41 @@ def ingest(store: ResultStore, home: Home, folder: Path) -> Ingested:
 def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
     """Record every stage of a bundle that is finished in its `home` and not in the store, and keep its files.
 
-    Raises BundleError, with nothing recorded, for a cell that is not planned here. A stage that cannot be copied as it
+    Raises BundleError, with nothing recorded, for results of a cell that is not planned here; one that was carried for
+    a choice that fell otherwise, and has none, is passed over. A stage that cannot be copied as it
     was checked is a BundleError too: it is not recorded, those before it are, and the same command goes on there. Doing
     it again changes nothing.
     """
     bundle, cells, carried = found.bundle, found.cells, found.carried
     states = _planned(store, bundle, {cell_key(entry.cell) for entry in bundle.entries})
     wanted = {(cell_key(e.cell), name) for e in bundle.entries for name in (TRAIN, *map(suite_key, e.suites))}
-    for key, stage in sorted(wanted - set(states)):
+    for key, stage in sorted({(stage.cell, stage.stage) for stage in carried} - set(states)):
         raise BundleError(
             f"stage {stage} of cell {key} is not planned here: no grid of {', '.join(bundle.grids)} has that recipe. "
             "The bundle was made by other code or from a changed grid; ingest it with that code, or plan it again"
         )
     done = {place for place, state in states.items() if state.status == "done"}
     fresh = [stage for stage in carried if (stage.cell, stage.stage) not in done]
-    foreign = _of_other_models(store, carried, done)
+    foreign = _of_other_models(store, bundle, carried, done)
     count = sum(_bring(store, home, stage) for stage in fresh if stage.cell not in foreign)
     failed = tuple(why for entry in bundle.entries for why in _failures(cells / cell_key(entry.cell)))
     return Ingested(
         recorded=count,
         known=len(carried) - len(fresh),
-        unfinished=len(wanted) - len(carried),
+        unfinished=len(wanted & set(states)) - len(carried),
         other=sum(stage.cell in foreign for stage in fresh),
         failed=failed,
     )
 
 
-def _of_other_models(store: ResultStore, carried: list[Carried], done: set[tuple[str, str]]) -> set[str]:
-    """Cells whose model came out otherwise than the recorded one: what was measured of it is of another model."""
+def _of_other_models(
+    store: ResultStore, bundle: bundles.Bundle, carried: list[Carried], done: set[tuple[str, str]]
+) -> set[str]:
+    """Cells whose model came out otherwise than the recorded one, and those that were made from such a model.
+
+    What was measured of them is of another model. A teacher that was trained anew is no reason: it is of the same
+    recipe, and no row is compared with it.
+    """
     found = set()
     for stage in carried:
         if stage.stage != TRAIN or (stage.cell, TRAIN) not in done:
@@ -135,6 +143,11 @@ def _of_other_models(store: ResultStore, carried: list[Carried], done: set[tuple
         if (recorded_.context or {}).get("model_sha256") != stage.model:
             log.warning("cell %s was trained before, to another model; what is new of this one is left out", stage.cell)
             found.add(stage.cell)
+    for entry in bundle.entries:  # each comes after those it needs
+        source, key = entry.cell.recipe.model, cell_key(entry.cell)
+        if isinstance(source, Trained) and cell_key(Cell(recipe=source.recipe, seed=source.seed)) in found:
+            log.warning("cell %s stands on a model that was made anew and is another one; it is left out", key)
+            found.add(key)
     return found
 
 

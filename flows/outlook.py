@@ -133,8 +133,6 @@ def this_gpu(dtype: str, shapes: dict[str, tuple[int, int]], batch: int) -> dict
 
 def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[str]:
     """What to know before going on; each is a reason why 2:4 would not help, or not here."""
-    from sparseforge_core.runtime.kernels.choices import LARGEST_OURS
-
     found = []
     if gpu["name"] is None:
         found.append(
@@ -146,10 +144,6 @@ def advice(expected: Any, gpu: dict[str, Any], about: dict[str, Any]) -> list[st
         found.append(f"the kernels do not run {name} here: {why}")
     if about["why"]:
         found.append(f"{about['why']}; it generates with the ordinary cache, which is slower than these figures")
-    if expected.batch > LARGEST_OURS:
-        found.append(
-            f"a step of more than {LARGEST_OURS} rows needs mode throughput, which holds more than the packed weights"
-        )
     if expected.gain < WORTH:
         found.append(f"2:4 will not help at batch {expected.batch}: {expected.gain:.2f} times is predicted")
     needed = expected.sparse_bytes + expected.cache_bytes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flows.devices import MICRO_BATCH
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.models.sources import Hub, Local, ModelSource, Packaged, Tiny
+from sparseforge_core.models.sources import Hub, Local, ModelSource, Packaged, Tiny, TrainedBPE
 from sparseforge_core.recipe import Recipe, Trained
 
 
@@ -51,10 +51,12 @@ GPU_FLOPS = 400e12 * 0.5
 CPU_FLOPS = 50e9
 """Assumed useful rate of one CPU core in float32."""
 GPU_GIB = 80.0
+FOLDERS_VOCABULARY = 50_257
+"""Entries assumed of a tokenizer that is only known as a folder: GPT-2's."""
 EVALUATION_TOKENS = 1.5e6
 """Tokens that a set of zero-shot and perplexity suites puts through the model."""
-CPU_HOURS = 24.0
-"""A cell that one core finishes within these runs on the CPU pool."""
+CPU_MINUTES = 30.0
+"""A cell that one core finishes within these runs on the CPU pool: what takes longer is worth a GPU's minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,7 @@ def card_of(source: ModelSource) -> ModelCard:
     if isinstance(source, Trained):
         return card_of(source.recipe.model)
     if isinstance(source, Tiny):
-        parameters = source.layers * 10 * source.width**2 + 2048 * source.width
-        return ModelCard(name=f"{source.architecture}-tiny", parameters=parameters, context=source.positions)
+        return _tiny_card(source)
     if isinstance(source, (Hub, Packaged)):
         name = source.id if isinstance(source, Hub) else source.name
         if name in CARDS:
@@ -81,6 +82,15 @@ def card_of(source: ModelSource) -> ModelCard:
     if isinstance(source, Local):
         return ModelCard(name=source.path.rstrip("/").rpartition("/")[2], parameters=1e9, context=2048)
     raise RecipeError(f"no size is known for a {type(source).__name__}")
+
+
+def _tiny_card(source: Tiny) -> ModelCard:
+    """Four square matrices of attention and two of the MLP a block, and the embedding, as most of these models have."""
+    vocabulary = source.tokenizer.size if isinstance(source.tokenizer, TrainedBPE) else FOLDERS_VOCABULARY
+    block = 4 * source.width**2 + 2 * source.width * (source.mlp or 3 * source.width)
+    parameters = source.layers * block + vocabulary * source.width
+    size = "tiny" if parameters < 1e7 else f"{parameters / 1e6:.0f}M"
+    return ModelCard(name=f"{source.architecture}-{size}", parameters=parameters, context=source.positions)
 
 
 def model_name(source: ModelSource) -> str:
@@ -120,8 +130,11 @@ def flops(recipe: Recipe) -> float:
 
 
 def placement_for(recipe: Recipe) -> Placement:
-    """The smallest pool that holds the recipe; what one core does in a day runs anywhere."""
-    if card_of(recipe.model).parameters < 2e8 and flops(recipe) < CPU_FLOPS * 3600.0 * CPU_HOURS:
+    """The smallest pool of GPUs that holds the recipe; what one core does in minutes runs anywhere.
+
+    Without a GPU, `--pool gpu-1` runs here what is placed there, at a core's pace.
+    """
+    if card_of(recipe.model).parameters < 2e8 and flops(recipe) < CPU_FLOPS * 60.0 * CPU_MINUTES:
         return Placement(pool="cpu", gpus=0)
     if memory_gib(recipe) < 0.7 * GPU_GIB:
         return Placement(pool="gpu-1", gpus=1, micro_batch=MICRO_BATCH["gpu-1"])

@@ -34,6 +34,8 @@ TRAIN, FINAL = "train", "final"
 FAILURES, CLAIMS, CROWDED = "failures", "claims", "crowded"
 """Folder of a cell with what failed in it; folders of the bundle's home with the locks of its cells, and with how many
 others were at work when a cell found no memory."""
+LEAST = 0.25
+"""Share of the last cell's time that one of fewer tokens is expected to take: after a pretraining come short ones."""
 POLL = 0.5
 """Seconds between two looks at cells that other processes hold."""
 FAILS = (SparseForgeError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, ImportError)
@@ -171,7 +173,7 @@ class Walk:
             return False
         rest = self.seconds - (time.monotonic() - self.clock)
         took, tokens = self.last or (0.0, 0)
-        expected = took * max(1.0, entry.cell.recipe.train.tokens / tokens if tokens else 1.0)
+        expected = took * max(LEAST, entry.cell.recipe.train.tokens / tokens if tokens else 1.0)
         if rest > expected:
             return False
         self.late[key] = expected

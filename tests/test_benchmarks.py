@@ -43,7 +43,7 @@ def test_train_counts_the_bytes_that_annealing_keeps(capsys: pytest.CaptureFixtu
 def test_the_documented_bytes_are_those_of_the_tensors() -> None:
     """The table of docs/training-speed.md, computed again."""
     adam = dataclasses.replace(train.LEAN, curvature=AdamSecondMoment())
-    rows = {"the defaults": train.DEFAULT, "`improved`": train.LEAN, "`improved` with Adam's second moment": adam}
+    rows = {"the defaults": train.DEFAULT, "`lean`": train.LEAN, "`lean` with Adam's second moment": adam}
     text = (Path(__file__).resolve().parents[1] / "docs" / "training-speed.md").read_text()
     for label, method in rows.items():
         track = train.track_of([(64, 64)], method, torch.device("cpu"))

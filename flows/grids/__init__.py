@@ -53,6 +53,12 @@ def _study_grid() -> Grid:
     return study()
 
 
+def _second() -> Grid:
+    from flows.grids.study_gpt2 import second
+
+    return second()
+
+
 def _reproductions() -> Grid:
     from flows.grids.reproductions import reproductions
 
@@ -68,6 +74,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "smollm2-trials": _trials,
     "smollm2-ideas": _ideas,
     "smollm2-study": _study_grid,
+    "gpt2-study": _second,
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }
 """Builders by grid name; recipes are made only when a grid is asked for."""

@@ -18,14 +18,14 @@ from flows.grids.planned import Grid, Planned
 from sparseforge_core import specs
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import RecipeError
-from sparseforge_core.evaluate.suites import HarnessSuite, PerplexitySuite, Suite, ThroughputSuite
+from sparseforge_core.evaluate.suites import DivergenceSuite, HarnessSuite, PerplexitySuite, Suite, ThroughputSuite
 from sparseforge_core.models.sources import Architecture, Hub, ModelSource, Packaged, Tiny, TrainedBPE
-from sparseforge_core.recipe import Recipe
+from sparseforge_core.recipe import Recipe, Trained
 from sparseforge_core.schedules import WarmupLinear
 
 STEPS = 8
 """Of the longest training; shorter ones keep their share of it, two steps at least."""
-LENGTH = 16
+LENGTH, WIDTH = 16, 32
 CORPUS = Synthetic()
 """What vocabularies are trained on."""
 FAMILIES: dict[str, Architecture] = {
@@ -73,16 +73,16 @@ def shrunk(grid: Grid, rows: int) -> Grid:
 def _recipe(recipe: Recipe, longest: int) -> Recipe:
     plan = recipe.train
     if plan.steps:
-        steps = max(2, round(STEPS * plan.steps / longest))
+        steps = max(2, round(STEPS * min(1.0, plan.steps / longest)))  # a pretraining may be longer than all entries
         # A recipe's own rate is that of a large model, and a miniature's loss must stay finite under every method.
         plan = replace(plan, steps=steps, sequences=2, length=LENGTH, lr=WarmupLinear(peak=1e-3))
         plan = replace(plan, compute_dtype="float32")
     objective, teacher = recipe.objective, getattr(recipe.objective, "teacher", None)
     if teacher is not None:
-        objective = replace(objective, teacher=_model(teacher))  # type: ignore[type-var]
+        objective = replace(objective, teacher=_model(teacher, longest))  # type: ignore[type-var]
     return replace(
         recipe,
-        model=_model(recipe.model),
+        model=_model(recipe.model, longest),
         method=_calibrated(recipe.method),
         corpus=Synthetic(seed=_number(recipe.corpus)),
         objective=objective,
@@ -91,10 +91,15 @@ def _recipe(recipe: Recipe, longest: int) -> Recipe:
     )
 
 
-def _model(source: ModelSource) -> ModelSource:
+def _model(source: ModelSource, longest: int) -> ModelSource:
     """A tiny model of the same family; the seed of its weights tells the models of one family apart."""
+    if isinstance(source, Trained):
+        return replace(source, recipe=_recipe(source.recipe, longest))
+    if isinstance(source, Tiny) and source.width > WIDTH:
+        tokenizer = TrainedBPE(corpus=CORPUS, size=300)
+        return replace(source, tokenizer=tokenizer, width=WIDTH, layers=2, heads=2, positions=512, mlp=None)
     if not isinstance(source, Hub | Packaged):
-        return source  # small already, or made by a cell of the grid
+        return source
     name = (source.id if isinstance(source, Hub) else source.name).lower()
     for part, architecture in FAMILIES.items():
         if part in name:
@@ -102,7 +107,7 @@ def _model(source: ModelSource) -> ModelSource:
             return Tiny(
                 architecture=architecture,
                 tokenizer=tokenizer,
-                width=32,
+                width=WIDTH,
                 layers=2,
                 heads=2,
                 positions=512,  # as long as the longest question
@@ -135,7 +140,9 @@ def _suite(suite: Suite) -> Suite:
     if isinstance(suite, HarnessSuite):
         return replace(suite, tasks=tuple(task for task in suite.tasks if task != "race"), limit=2)
     if isinstance(suite, PerplexitySuite):
-        return replace(suite, text="heldout", window=LENGTH, limit=2)
+        return replace(suite, text="heldout", corpus=None, window=LENGTH, limit=2)
+    if isinstance(suite, DivergenceSuite):
+        return replace(suite, window=LENGTH, limit=2)
     if isinstance(suite, ThroughputSuite):
         return replace(suite, prompt_output=((4, 4),), repeats=1)
     return replace(suite, limit=2)  # type: ignore[type-var]

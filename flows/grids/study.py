@@ -26,17 +26,14 @@ from sparseforge_core.methods import (
     FrozenMask,
     MaskLLM,
     Method,
-    SparseForge,
     SparseGPT,
     Wanda,
 )
-from sparseforge_core.models.sources import Packaged
+from sparseforge_core.models.sources import ModelSource, Packaged
 from sparseforge_core.objective import Distill, Objective, TaskOnly
-from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.observe.curvature import Hutchinson
 from sparseforge_core.recipe import Recipe, TrainPlan
-from sparseforge_core.schedules import Constant, Schedule, WarmupCosine, WarmupLinear
-from sparseforge_core.sparsity.criteria import SparseGPTScore
+from sparseforge_core.schedules import Schedule, WarmupCosine, WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.sparsity.slorb import SLoRB
 
@@ -98,10 +95,10 @@ class Contender:
     objective: Objective = TAUGHT
     slorb: SLoRB | None = None
 
-    def recipe(self, tokens: int) -> Recipe:
-        """The contender at a budget; one-shot methods have none."""
+    def recipe(self, tokens: int, model: ModelSource = MODEL) -> Recipe:
+        """The contender at a budget, on the study's model or another one; one-shot methods have no budget."""
         return Recipe(
-            model=MODEL,
+            model=model,
             method=self.method,
             corpus=BOOKS,
             pattern=nm(2, 4) if self.method.sparsifies else None,
@@ -143,18 +140,13 @@ entry by the whole learning rate a step, which takes what is pruned to zero with
 CURVATURE_EVERY = 10
 """Steps between the paper's curvature estimates. The paper has one at every step, at several times a step's cost."""
 
-FORGE = SparseForge(
-    start_from=SPARSEGPT,
-    criterion=SparseGPTScore(),
-    calibration_samples=CALIBRATION // 2,
-    temperature=Constant(value=0.05),
-    quench_begin=0.02,
-    freeze_at=0.1,
-)
+FORGE = presets.IMPROVED.method
 """Where development stands (docs/lab-log.md): SparseGPT's solution, near ties settled in the first tenth."""
-FOLLOWING = Distill(kl_weight=0.75, correction=TeacherCorrection())
+_TAUGHT = presets.IMPROVED.objective
+assert isinstance(_TAUGHT, Distill)
+FOLLOWING: Distill = _TAUGHT
 """The teacher follows the text, a fiftieth as fast as the student."""
-UNMASKED_RATE = 0.25
+UNMASKED_RATE = presets.IMPROVED.unmasked_rate
 """Of our rows: what carries no mask was not damaged, and forgets other text when it moves fast."""
 
 

@@ -138,7 +138,7 @@ class TextFiles(Corpus):
     @classmethod
     def of(cls, *paths: str | Path, field: str = "text", separator: str | None = textfiles.END_OF_TEXT) -> TextFiles:
         """The corpus of these files as they are now. Raises DataError for a file that cannot be read."""
-        hashes = tuple(_hash_of(_located(path)) for path in paths)
+        hashes = tuple(_hash_of(located(path)) for path in paths)
         return cls(paths=tuple(str(path) for path in paths), sha256=hashes, field=field, separator=separator)
 
     def all_documents(self, home: Path) -> Iterator[str]:
@@ -148,20 +148,20 @@ class TextFiles(Corpus):
     def checked(self) -> Iterator[Path]:
         """Where each file is, once it is the one in the recipe. Raises DataError for another one."""
         for name, digest in zip(self.paths, self.sha256, strict=True):
-            if _hash_of(_located(name)) != digest:
+            if _hash_of(located(name)) != digest:
                 raise DataError(
                     f"corpus file {name} is not the one in the recipe: its hash differs. Restore it, or plan the "
                     "recipe anew with TextFiles.of"
                 )
-            yield _located(name)
+            yield located(name)
 
 
-def _located(path: str | Path) -> Path:
-    """Where a corpus file is. Raises DataError for one outside of $SPARSEFORGE_DATA, where that is set."""
+def located(path: str | Path) -> Path:
+    """Where a file of a recipe is. Raises DataError for one outside of $SPARSEFORGE_DATA, where that is set."""
     folder = os.environ.get(DATA_ENV)
     found = Path(folder or "") / path
     if folder and not found.resolve().is_relative_to(Path(folder).resolve()):
-        raise DataError(f"paths: {str(path)!r} leads out of ${DATA_ENV}={folder}; put the corpus there, or unset it")
+        raise DataError(f"paths: {str(path)!r} leads out of ${DATA_ENV}={folder}; put it there, or unset {DATA_ENV}")
     return found
 
 

@@ -222,9 +222,7 @@ def _tokenizer_of(source: TokenizerSource, home: Path) -> PreTrainedTokenizerFas
     if isinstance(source, TrainedBPE):
         file = train_bpe(source.corpus, source.size, home)
     elif isinstance(source, TokenizerDir):
-        file = Path(source.path) / "tokenizer.json"
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != source.sha256:
-            raise DataError(f"{file} is missing or is not the tokenizer that the recipe names")
+        file = source.checked()
     else:
         raise RecipeError(f"no rule to load a {type(source).__name__}")
     end = "<|endoftext|>"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 from typing import Literal
 
-from sparseforge_core.data.corpora import Corpus, check_hub_id
-from sparseforge_core.errors import RecipeError
+from sparseforge_core.data.corpora import DATA_ENV, Corpus, check_hub_id, located
+from sparseforge_core.errors import DataError, RecipeError
 from sparseforge_core.specs import spec
 
 FamilyChoice = Literal["declared", "automatic"]
@@ -34,8 +36,18 @@ class TokenizerDir(TokenizerSource):
     """A folder with a `tokenizer.json`."""
 
     path: str
+    """A relative one lies under $SPARSEFORGE_DATA (default: the current folder), as files of corpora do."""
     sha256: str
     """SHA-256 of the tokenizer.json, so that the identity is of its contents."""
+
+    def checked(self) -> Path:
+        """Where the tokenizer.json is, once it is the one in the recipe. Raises DataError for another one."""
+        file = located(Path(self.path) / "tokenizer.json")
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
+            raise DataError(
+                f"{file} is missing or is not the tokenizer that the recipe names; relative paths start at ${DATA_ENV}"
+            )
+        return file
 
 
 class ModelSource:
@@ -96,7 +108,7 @@ declared family."""
 
 @spec("tiny")
 class Tiny(ModelSource):
-    """A small randomly initialised model of one family, from a configuration declared in code."""
+    """A randomly initialised model of one family, from a configuration declared in code; small unless told else."""
 
     architecture: Architecture
     tokenizer: TokenizerSource
@@ -105,6 +117,8 @@ class Tiny(ModelSource):
     heads: int = 4
     positions: int = 512
     """Longest sequence the model accepts."""
+    mlp: int | None = None
+    """Inner width of the MLP; None: two or three times the model's, as the architecture's configuration says."""
     init_seed: int = 0
     family: FamilyChoice = "declared"
     """Which rules say what is masked."""
@@ -112,3 +126,5 @@ class Tiny(ModelSource):
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 16:
             raise RecipeError(f"width={self.width}: must be a multiple of heads={self.heads} and of 16")
+        if self.mlp is not None and (self.mlp < 16 or self.mlp % 16):
+            raise RecipeError(f"mlp={self.mlp}: must be a multiple of 16, at least 16")

@@ -1,4 +1,4 @@
-"""Small configurations of each family: the workhorses of the demo and of the tests, random until they are trained."""
+"""Configurations of each family, small unless told otherwise: for demo, tests and what a study pretrains itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]
 
+MLP_FIELDS = ("intermediate_size", "n_inner", "ffn_dim")
+"""What configurations call the inner width of a block's one MLP."""
+
 
 def tiny_config(source: Tiny, vocabulary: int, eos: int) -> PretrainedConfig:
     """The configuration of `source` for a vocabulary of that many tokens; all families get comparable sizes.
 
-    Raises RecipeError for an unknown architecture, naming the nearest.
+    Raises RecipeError for an unknown architecture, naming the nearest, and for an MLP's width that it cannot have.
     """
     import transformers
 
@@ -28,7 +31,12 @@ def tiny_config(source: Tiny, vocabulary: int, eos: int) -> PretrainedConfig:
     name, fields = CONFIGURATIONS[source.architecture]
     common: Fields = {"vocab_size": vocabulary, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
     owner = deepseek if hasattr(deepseek, name) else transformers
-    made = getattr(owner, name)(**{**common, **fields(source)})
+    given = fields(source)
+    if source.mlp is not None and not any(given.get(field) == source.mlp for field in MLP_FIELDS):
+        raise RecipeError(
+            f"mlp={source.mlp}: the configuration of {source.architecture} has no width of one MLP to set; leave it out"
+        )
+    made = getattr(owner, name)(**{**common, **given})
     assert isinstance(made, transformers.PretrainedConfig)
     return made
 
@@ -41,7 +49,7 @@ def _decoder(source: Tiny) -> Fields:
         "num_attention_heads": source.heads,
         "num_key_value_heads": source.heads,
         "max_position_embeddings": source.positions,
-        "intermediate_size": 2 * source.width + (-2 * source.width) % 16,
+        "intermediate_size": source.mlp or 2 * source.width + (-2 * source.width) % 16,
         "tie_word_embeddings": True,
     }
 
@@ -53,7 +61,7 @@ def _headed(source: Tiny) -> Fields:
 
 def _routed(source: Tiny) -> Fields:
     """4 routed experts, 2 active, under the names that the configurations give these numbers."""
-    counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+    counts: Fields = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
     chosen = dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2)
     return {**_headed(source), **counts, **chosen, "moe_intermediate_size": source.width // 2}
 
@@ -88,7 +96,7 @@ def _gpt2(source: Tiny) -> Fields:
         "n_layer": source.layers,
         "n_head": source.heads,
         "n_positions": source.positions,
-        "n_inner": 3 * source.width,
+        "n_inner": source.mlp or 3 * source.width,
     }
 
 
@@ -103,8 +111,13 @@ def _opt(source: Tiny) -> Fields:
         "num_hidden_layers": source.layers,
         "num_attention_heads": source.heads,
         "max_position_embeddings": source.positions,
-        "ffn_dim": 3 * source.width,
+        "ffn_dim": source.mlp or 3 * source.width,
     }
+
+
+def _falcon(source: Tiny) -> Fields:
+    fields = _decoder(source)
+    return {**fields, "ffn_hidden_size": fields["intermediate_size"]}
 
 
 def _bloom(source: Tiny) -> Fields:
@@ -171,7 +184,7 @@ CONFIGURATIONS: dict[str, tuple[str, Callable[[Tiny], Fields]]] = {
     "glm": ("GlmConfig", _headed),
     "glm4": ("Glm4Config", _headed),
     "gpt_neox": ("GPTNeoXConfig", lambda source: {**_decoder(source), "tie_word_embeddings": False}),
-    "falcon": ("FalconConfig", lambda source: {**_decoder(source), "ffn_hidden_size": 2 * source.width}),
+    "falcon": ("FalconConfig", _falcon),
     "bloom": ("BloomConfig", _bloom),
     "starcoder2": ("Starcoder2Config", _decoder),
     "gpt_bigcode": ("GPTBigCodeConfig", _gpt2),

@@ -21,6 +21,9 @@ from sparseforge_core.objective.teaching import Full
 CHUNK = 2**28
 """Logits of a chunk, of which student and teacher each hold one: 512 MiB in bfloat16."""
 
+ALIGNED = 64
+"""Logits of a row are a multiple of this many."""
+
 BLOCK = 4096
 """Logits that a program looks at together."""
 
@@ -73,8 +76,8 @@ class _Fused(torch.autograd.Function):
         from sparseforge_core.objective import fused_kernels as kernels
 
         count, vocabulary = len(labels), head.shape[0]
-        matrix = head.to(dtype)
-        other = None if theirs is None else theirs.to(dtype)
+        matrix = _aligned(head, dtype)
+        other = None if theirs is None else _aligned(theirs, dtype)
         task, kl = hidden.new_zeros(count, dtype=torch.float32), hidden.new_zeros(count, dtype=torch.float32)
         slopes = torch.empty_like(hidden) if hidden.requires_grad or head.requires_grad else None
         head_slope = torch.zeros_like(head) if head.requires_grad else None
@@ -92,7 +95,7 @@ class _Fused(torch.autograd.Function):
                 if slopes is not None:
                     slopes[part] = logits @ matrix
                 if head_slope is not None:
-                    _add_product(head_slope, logits, states)
+                    _add_product(head_slope, logits[:, :vocabulary], states)
         ctx.save_for_backward(slopes, head_slope)
         task, kl = task.sum(), kl.sum()
         total = factors[0] * task + factors[1] * kl
@@ -107,6 +110,16 @@ class _Fused(torch.autograd.Function):
         slopes = None if slopes is None else slopes * scale.to(slopes.dtype)
         head_slope = None if head_slope is None else head_slope * scale.to(head_slope.dtype)
         return slopes, head_slope, None, None, None, None, None
+
+
+def _aligned(head: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head's matrix in `dtype`, rows of zeros added up to a multiple of `ALIGNED`.
+
+    Rows of logits then begin where a GPU's matrix units want them to, which those of a vocabulary of 50,257 do not.
+    What is added has logits of exactly zero; the kernel never looks at them, so as slopes they are zero too.
+    """
+    missing = -len(head) % ALIGNED
+    return torch.nn.functional.pad(head.to(dtype), (0, 0, 0, missing)) if missing else head.to(dtype)
 
 
 def _add_product(total: Tensor, slopes: Tensor, states: Tensor) -> None:

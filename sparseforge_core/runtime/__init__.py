@@ -24,7 +24,8 @@ def load_sparse(
         dense: unpack every weight once, rather than in each forward.
         device: where the model goes when it is complete. On a CUDA device its packed weights are multiplied by our
             kernels; on others each forward unpacks them.
-        mode: on a CUDA device, `decode` holds the packed weights alone, `throughput` also what large batches need.
+        mode: on a CUDA device, `decode` holds the packed weights alone, `throughput` also forms of them that were
+            measured to make large batches faster.
 
     Raises ExportError or PatternViolation before anything runs if a file is missing, truncated or altered, or if the
     device's kernels cannot run a weight.

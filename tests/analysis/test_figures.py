@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures import AccuracyVsTokens, accuracy_vs_tokens, chance, series, ticks
+from analysis.figures import AccuracyVsTokens, accuracy_vs_tokens, chance, series, short, ticks
 from analysis.frames import ExhibitData, exhibit_data
 from analysis.make_tables import make_tables
 from sparseforge_core.store.results import Results
@@ -123,6 +123,28 @@ def test_more_methods_than_colours_all_appear(sqlite_url: str) -> None:
     figure = drawing_of(data_of(sqlite_url)).draw()
     styles = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
     assert len(styles) == 12
+
+
+def test_a_method_far_above_the_curves_is_named_and_its_line_does_not_press_them_together(sqlite_url: str) -> None:
+    grid = Filled()
+    for name, tokens, ppl in (("Magnitude", 0, 2740.0), ("Wanda", 0, 50.0), ("A", 50_000, 30.0), ("B", 50_000, 28.0)):
+        grid.row(FIGURE, f"{name}/{tokens}", name, scores([0.3], [0.4], [ppl]), tokens=tokens)
+    grid.write(sqlite_url).close()
+    figure = drawing_of(data_of(sqlite_url)).draw()
+    left, right = figure.axes
+    assert [text.get_text() for text in left.texts] == ["above the axis:\nMagnitude 2,740"]
+    assert left.get_ylim()[1] < 100
+    across = {line.get_label(): line.get_color() for line in left.get_lines() if not line.get_label().startswith("_")}
+    assert set(across) == {"Wanda"}
+    assert "Magnitude" in {line.get_label() for line in right.get_lines()}, "its accuracy has a place"
+    assert across["Wanda"] not in {container.lines[0].get_color() for container in left.containers}
+    assert "Magnitude,0,perplexity,2740" in drawing_of(data_of(sqlite_url)).csv()
+
+
+def test_a_budget_in_whole_steps_is_labelled_by_what_it_is_called() -> None:
+    assert [short(tokens) for tokens in (3_014_656, 12_009_472, 1_250_000_000, 30_720)] == [
+        *("3M", "12M", "1.25B", "30.7k"),
+    ]
 
 
 def test_a_figure_without_any_result_is_still_written(sqlite_url: str, tmp_path: Path) -> None:

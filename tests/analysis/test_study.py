@@ -16,7 +16,9 @@ from analysis.study import main
 from analysis.study_bars import bars
 from analysis.study_claims import claims
 from analysis.study_data import Study
-from analysis.study_report import _alone, report
+from analysis.study_parts import alone
+from analysis.study_report import report
+from analysis.study_second import second_study, section
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from tests.analysis.filled import CAPTION, TASKS, Filled, suite
@@ -153,7 +155,8 @@ def test_one_seed_of_one_table_is_a_page_that_decides_nothing(tmp_path: Path) ->
 def test_claims_are_decided_by_tests_and_absent_rows_decide_nothing(tmp_path: Path) -> None:
     found = {claim.claim.partition(" (")[0]: claim for claim in claims(study_of(Made(ours=19.0).write(tmp_path)))}
     assert found["Distillation helps"].verdict == "holds"
-    assert found["What a frozen one-shot mask cannot do: ours beats it"].verdict == "holds"
+    assert found["Ours as a whole beats a frozen mask, distilled as usual"].verdict == "holds"
+    assert found["Masks that move beat SparseGPT's frozen one, all else as ours"].verdict == "not measured"
     assert found["The sparse model reaches the untouched dense one"].verdict == "does not hold"
     assert found["A second-order score beats magnitude"].verdict == "not measured"
     assert found["Annealing beats hard masks from the start"].found == "rows absent"
@@ -183,11 +186,60 @@ def test_the_page_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     assert "nan" not in page.lower().replace("finance", "")
 
 
+def test_the_page_begins_with_what_was_found_and_a_second_model_that_is_absent_is_said_to_be(tmp_path: Path) -> None:
+    results = Made(ours=19.0).write(tmp_path)
+    page = report(results, "smollm2-study", store="x", second_grid="gpt2-study")
+    short = page.partition("## In short")[2].partition("##")[0]
+    assert (
+        "books-2048 at 12 M tokens: SparseForge (improved) 19.00 ± 0.47; the best of 3 other 2:4 rows (Frozen)" in short
+    )
+    assert "difference -9.52 % [" in short
+    assert "Of 10 bars set before, 10 are met, 0 not met, 0 not measured." in short
+    assert "Significantly worse than the whole method on every text: w/o distillation." in short
+    assert "Not told apart from it on every text: none." in short
+    assert "A second model: absent." in short
+    assert "Absent: the store has no plan of grid `gpt2-study`." in page
+    half = report(Made(ours=22.5, done=(0, 1)).write(tmp_path / "half"), "smollm2-study", store="x")
+    assert "22.50 ±" not in half.partition("## In short")[2].partition("##")[0].split("Frozen")[0]
+    assert "seeds missing" in half
+    assert "Not met: 6 M tokens: lower perplexity" in half
+
+
+def test_the_second_models_section_judges_its_own_rows(tmp_path: Path) -> None:
+    results = Made(ours=22.5).write(tmp_path)  # any grid of that shape; here the frozen mask wins
+    section_ = "\n".join(section(results, "smollm2-study", second_study(results, "smollm2-study")))
+    assert "Frozen on books-2048: +7.14 %" in section_
+    assert section_.count("**not met**") == 4, "lower, apart, 3 % below, 5 % below the paper's own preset"
+    assert "| Pretraining of the model |  |  |  | absent | absent |  |" in section_
+    assert "Its pretraining on 0 M tokens is absent. Perplexity of the dense model: books-2048 15.00" in section_
+    assert re.search(r"\| Frozen \| [-+0-9.]+ \[.*\] better, p ", section_)
+
+
+def test_every_method_is_seen_at_a_glance_and_diverged_or_absent_ones_too(tmp_path: Path) -> None:
+    page = report(Made(ours=19.0, first=True).write(tmp_path), "smollm2-study", store="x")
+    table = page.partition("## Every method at one budget")[2].partition("##")[0]
+    assert "| Row | books-2048 | wikitext2-2048 | mean accuracy, % | seeds planned |" in table
+    assert "| SparseForge (improved) | 18.81 | 20.69 | 50.00 | 3 |" in table
+    made = Made(ours=19.0)
+    lost = measured([None, None, None], [None, None, None], (0.5, 0.5, 0.5))
+    made.row("table-2", "naive", "Naive retraining", lost, method="naive")
+    page = report(made.write(tmp_path / "lost"), "smollm2-study", store="x")
+    assert "| Naive retraining | diverged | diverged | 50.00 ± 0.00 | 3 |" in page
+
+
+def test_significance_is_one_line_a_row_with_every_column(tmp_path: Path) -> None:
+    page = report(Made(ours=19.0).write(tmp_path), "smollm2-study", store="x")
+    assert "| Row | accuracy, points | books-2048, % | wikitext2-2048, % |" in page
+    (line,) = (line for line in page.splitlines() if line.startswith("| Frozen | ") and " worse, p" in line)
+    text = r"\+10\.53 \[\S+ \S+\] worse, p [^|]* \|"
+    assert re.fullmatch(rf"\| Frozen \| \S+ \[\S+ \S+\] \w+, p [^|]* \| {text} {text}", line)
+
+
 def test_the_cost_of_a_cell_has_what_a_solution_took_that_it_only_read() -> None:
     made, read = ({"reused": reused, "seconds": 40.0} for reused in (False, True))
-    assert _alone({"wall_seconds": 100.0}) == 100.0
-    assert _alone({"wall_seconds": 100.0, "solutions": [made]}) == 100.0
-    assert _alone({"wall_seconds": 60.0, "solutions": [read]}) == 100.0
+    assert alone({"wall_seconds": 100.0}) == 100.0
+    assert alone({"wall_seconds": 100.0, "solutions": [made]}) == 100.0
+    assert alone({"wall_seconds": 60.0, "solutions": [read]}) == 100.0
 
 
 def test_an_empty_grid_has_a_page_that_says_so(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.grids.study_grid import tuned
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.identity import canonical
@@ -40,10 +41,16 @@ def test_a_preset_is_a_recipe_that_survives_its_json_and_ends_in_the_exact_patte
         assert float((site.weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_improved_is_the_defaults_kept_in_few_bytes() -> None:
+def test_lean_is_the_defaults_kept_in_few_bytes() -> None:
     lean = SparseForge(mask_storage="int16", statistics_rows=16, curvature=Fisher(storage="bfloat16"))
-    assert recipe(PRESETS["improved"], 40).method == lean
-    assert recipe(PRESETS["improved"], 40).objective == Distill()
+    assert recipe(PRESETS["lean"], 40).method == lean
+    assert recipe(PRESETS["lean"], 40).objective == Distill()
+
+
+def test_improved_is_the_study_s_own_row() -> None:
+    row, preset = tuned("improved"), PRESETS["improved"]
+    assert (preset.method, preset.objective, preset.lr) == (row.method, row.objective, row.lr)
+    assert recipe(preset, 40).train.unmasked_rate == row.unmasked_rate == 0.25
 
 
 @pytest.mark.parametrize("preset", [PAPER, RELEASED], ids=lambda p: p.name)

@@ -35,7 +35,7 @@ def test_the_benchmark_measures_both_sides(results: Path) -> None:
     for measure in (
         "decode_over_strong_dense.16_8", "whole_over_strong_dense.8_16", "step_over_cublas.batch_2",
         "step_over_strong_dense.slorb", "prefill_over_dense.end_to_end", "product_us.sparse.gate_up",
-        "prefill_eager_over_dense.32",
+        "prefill_eager_over_dense.32", "prompt_over_dense.32", "prompt_eager_over_dense.32", "prompt_ms.dense.32",
     ):  # fmt: skip
         assert rows[measure]["value"] > 0, measure
         assert rows[measure]["commit"] == "abc1234"

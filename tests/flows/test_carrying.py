@@ -296,6 +296,19 @@ def test_no_cell_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
     assert set(walk.left) == set(walk.late) == {cell_key(entry.cell) for entry in bundle.entries}
 
 
+def test_a_short_cell_after_a_long_one_is_expected_to_take_a_part_of_it(tmp_path: Path) -> None:
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
+    bundle = bundles.read_bundle(tmp_path / "carried")
+    work = Work(train=never, measure=never, should_stop=lambda: False)
+    (first, *_) = bundle.entries
+    tokens = first.cell.recipe.train.tokens
+    for took, of, late in ((300.0, tokens, True), (300.0, 2 * tokens, True), (300.0, 100 * tokens, False)):
+        walk = Walk(bundle.entries, bundle.entries, tmp_path / "cells", work, seconds=100.0)
+        walk.last = (took, of)
+        assert walk._is_late(cell_key(first.cell), first) is late
+        assert walk.late == ({cell_key(first.cell): took * tokens / of} if late else {})
+
+
 def test_memory_that_ran_out_beside_others_is_tried_again_with_fewer_and_fails_alone(tmp_path: Path) -> None:
     write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
     bundle = bundles.read_bundle(tmp_path / "carried")
@@ -340,6 +353,27 @@ def test_what_was_measured_of_another_model_than_the_recorded_one_is_left_out(tr
     found = ingest(store, home, tmp_path / "second")
     assert (found.recorded, found.other) == (0, 1)
     assert [a.stage for a in store.attempts(suite.parent.name)] == [TRAIN]
+
+
+@pytest.mark.usefixtures("planned")
+def test_what_stands_on_a_pretraining_that_was_made_anew_is_left_out(troubled: Path, tmp_path: Path) -> None:
+    shutil.copytree(troubled, tmp_path / "first")
+    pretraining = folder_of(tmp_path / "first", "pretraining").name
+    for folder in (tmp_path / "first" / "home" / "cells").iterdir():
+        if folder.name != pretraining:
+            shutil.rmtree(folder)
+    home = home_in(tmp_path)
+    store = ResultStore(home.store_url)
+    assert ingest(store, home, tmp_path / "first").recorded == 1
+    assert ingest(store, home, troubled).recorded == 8, "the same pretraining: all that stands on it is taken"
+    other = home_in(tmp_path / "other")
+    store = ResultStore(other.store_url)
+    assert ingest(store, other, tmp_path / "first").recorded == 1
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "second")
+    with pytest.raises(CellsFailed):
+        run_there(tmp_path / "second", execution=Execution(micro_batch=1))  # another model under the same key
+    found = ingest(store, other, tmp_path / "second")
+    assert (found.recorded, found.known, found.other) == (0, 1, 8)
 
 
 @pytest.mark.usefixtures("planned")

@@ -275,7 +275,11 @@ def test_a_larger_teacher_and_chosen_experts_count() -> None:
 
 
 def test_pools(plans: dict[str, Plan]) -> None:
-    assert {cell.pool for name in ("demo", "tiny-smoke", "smollm2-smoke") for cell in plans[name].cells} == {"cpu"}
+    assert {cell.pool for name in ("demo", "tiny-smoke") for cell in plans[name].cells} == {"cpu"}
+    # Hours of a core, though it could: whoever has a GPU pool wants them there.
+    trials = expand(grid_named("smollm2-trials")).cells
+    assert {cell.pool for cell in (*trials, *plans["smollm2-smoke"].cells)} == {"gpu-1"}
+    assert max(cell.cost_hours for cell in trials) < 0.1
     assert placement_for(paper.forge(paper.zoo.GPT2)).pool == "gpu-1"
     assert placement_for(paper.forge(paper.zoo.LLAMA2_7B)).gpus == 8
     assert CPU_FLOPS < GPU_FLOPS

@@ -31,7 +31,7 @@ def test_a_known_model(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "predicted from a GPU" in text
     assert "7.27 GiB with 2:4, 12.55 dense" in text
-    assert "cache; 17.75 with 2:4 in mode throughput" in text
+    assert "cache; 7.27 with 2:4 in mode throughput" in text, "nothing else is worth its memory"
     assert run("doctor", "--model", "llama-3-8b") == 0
     assert "cache; at most " in capsys.readouterr().out, "nobody measured large batches of its shapes"
     assert run("doctor", "--model", "llama-2-7b", "--batch", "8", "--json") == 0
@@ -39,8 +39,6 @@ def test_a_known_model(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["batch"] == 8
     assert found["gain"] == pytest.approx(found["sparse_tokens_per_second"] / found["dense_tokens_per_second"])
     assert 1.3 < found["gain"] < 1.78
-    assert run("doctor", "--model", "llama-2-7b", "--batch", "65") == 0
-    assert "a step of more than 64 rows needs mode throughput" in capsys.readouterr().out
 
 
 def test_prompts_are_told_by_mode(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

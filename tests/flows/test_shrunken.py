@@ -9,12 +9,12 @@ import pytest
 
 from flows.grids import grid_named, paper
 from flows.grids.planned import CAPTION, expand
-from flows.grids.shrunken import LENGTH, STEPS, shrunk_name
+from flows.grids.shrunken import LENGTH, STEPS, WIDTH, shrunk_name
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.models.sources import Tiny
 
 
-@pytest.mark.parametrize("name", ["full", "ablations", "smollm2-smoke"])
+@pytest.mark.parametrize("name", ["full", "ablations", "smollm2-smoke", "smollm2-study", "gpt2-study"])
 def test_every_exhibit_stays_and_everything_runs_anywhere(name: str) -> None:
     whole, small = grid_named(name), grid_named(shrunk_name(name, 2))
     plan = expand(small)
@@ -23,7 +23,9 @@ def test_every_exhibit_stays_and_everything_runs_anywhere(name: str) -> None:
     assert set(rows) == set(whole.captions)
     assert max(rows.values()) <= 2
     assert {cell.pool for cell in plan.cells} == {"cpu"}
-    assert all(isinstance(entry.recipe.model, Tiny) for entry in small.entries)
+    sources = [getattr(entry.recipe.model, "recipe", entry.recipe).model for entry in small.entries]
+    assert all(isinstance(source, Tiny) and source.width == WIDTH for source in sources)
+    assert {cell.tokens > 0 for cell in plan.cells if cell.variant == "pretraining"} <= {True}
     assert all(len(entry.seeds) == 1 for entry in small.entries)
     assert max(cell.tokens for cell in plan.cells) <= STEPS * 2 * LENGTH
 

@@ -13,15 +13,28 @@ from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
 from flows.grids.study import BOOKS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
-from flows.grids.study_grid import FIVE, NAME, OTHER_TEXT, TUNED, ZERO_SHOT, ablations, tuned
-from flows.grids.study_lab import IDEAS
+from flows.grids.study_grid import (
+    FIGURE_SEEDS,
+    FIVE,
+    NAME,
+    OTHER_TEXT,
+    SEEDS,
+    TUNED,
+    ZERO_SHOT,
+    ablations,
+    tuned,
+)
+from flows.grids.study_lab import FORGETTING, FORGOTTEN, IDEAS, LONG, UNSHOWN
+from flows.provenance import ROOT
 from sparseforge_core import specs
+from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import Suite
 from sparseforge_core.identity import key_of
 from sparseforge_core.observe.curvature import Hutchinson
 from sparseforge_core.presets import PAPER
 from sparseforge_core.schedules import WarmupCosine
+from sparseforge_core.store.results import Results
 
 
 def test_every_method_has_the_same_trials_on_the_same_text_and_budget() -> None:
@@ -35,15 +48,18 @@ def test_every_method_has_the_same_trials_on_the_same_text_and_budget() -> None:
 
 
 def test_trials_and_ideas_never_see_what_is_reported() -> None:
-    for name in ("smollm2-trials", "smollm2-ideas"):
-        assert {suite for entry in grid_named(name).entries for suite in entry.suites} == {TRIED_ON}
-    assert TRIED_ON not in REPORTED
+    for name, texts in (("smollm2-trials", {TRIED_ON}), ("smollm2-ideas", {TRIED_ON, FORGOTTEN})):
+        assert {suite for entry in grid_named(name).entries for suite in entry.suites} == texts
+        assert not texts & set(REPORTED)
+    assert isinstance(FORGOTTEN.corpus, TextFiles)
+    assert not {*FORGOTTEN.corpus.sha256} & {*BOOKS.sha256, *OTHER_BOOKS.sha256, *OTHER_TEXT.sha256}
+    assert UNSHOWN not in SEEDS + FIGURE_SEEDS
     assert not {*BOOKS.sha256} & {*OTHER_BOOKS.sha256}
 
 
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
-    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS)
+    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG) + len(FORGETTING)
 
 
 def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
@@ -62,6 +78,26 @@ def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds() -> None
         assert rows[name].recipe.train.tokens == 733 * 16 * 1024
     assert {entry.suites for entry in rows.values()} == {(*REPORTED, ZERO_SHOT)}
     assert set(TUNED) == set(contenders(PEAKS[0]))
+
+
+def test_what_is_tuned_is_what_the_committed_trials_chose() -> None:
+    """The grid's peaks are those of the lowest held-out perplexity in the store, the figure's five the best."""
+    results = Results(f"sqlite:///{ROOT / 'results/smollm2/store.db'}")
+    try:
+        rows = results.tidy("smollm2-trials")
+    finally:
+        results.close()
+    plan = {cell.key: cell.variant for cell in expand(grid_named("smollm2-trials")).cells}
+    names = {contender.label: name for name, contender in contenders(PEAKS[0]).items()}
+    found: dict[str, dict[float, float]] = collections.defaultdict(dict)
+    for row in rows:
+        if row.metric == "perplexity" and row.value is not None:
+            label, _, peak = plan[row.cell_key].rpartition(" ")
+            found[names[label]][float(peak)] = row.value
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(TUNED, len(PEAKS))
+    assert {name: min(values, key=values.__getitem__) for name, values in found.items()} == TUNED
+    sparse = sorted((name for name in found if name != "dense-control"), key=lambda name: min(found[name].values()))
+    assert set(FIVE) == set(sparse[:5])
 
 
 def test_the_figure_has_five_methods_at_five_budgets() -> None:

@@ -149,7 +149,7 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
         self._restore(kept)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):  # torch's own is of the GPU that captured first
             self._step()
         self._restore(kept)
 

@@ -27,7 +27,6 @@ class Sparse(Product):
     def __init__(self, kernel: KernelWeight, bias: Tensor | None, name: str, steps: ModuleType) -> None:
         super().__init__(name, kernel.out_features, kernel.in_features, steps)
         self.kernel, self.bias = kernel, bias
-        self.unpacks = kernel.unpacks
         self.nbytes = self.held_bytes - sum(t.nbytes for t in (kernel.dense_copy, kernel.compressed) if t is not None)
         self._bare = kernel
         self._branch = kernel.branch if kernel.projection is None else None
@@ -38,6 +37,9 @@ class Sparse(Product):
     @property
     def held_bytes(self) -> int:
         return self.kernel.resident_bytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def unpacks(self, rows: int) -> bool:
+        return self.kernel.unpacks(rows)
 
     def times(self, rows: int) -> tuple[float, float] | None:
         if self.kernel.backend != "mma":

@@ -27,8 +27,6 @@ class Product:
 
     nbytes: int
     """Of the weights, side branches and biases included: what one step of few rows reads."""
-    unpacks = False
-    """Whether batches too large for the kernels unpack the weight each time."""
 
     def __init__(self, name: str, out: int, inputs: int, steps: ModuleType = plain) -> None:
         self.name, self.out, self.inputs, self.steps = name, out, inputs, steps
@@ -37,6 +35,10 @@ class Product:
     def held_bytes(self) -> int:
         """All that is in memory: forms for large batches too."""
         return self.nbytes
+
+    def unpacks(self, rows: int) -> bool:
+        """Whether a product of so many rows unpacks a weight, and takes the memory of a dense one for it."""
+        return False
 
     def times(self, rows: int) -> tuple[float, float] | None:
         """Seconds of the dense product and of this one for `rows` rows, where both were measured."""
@@ -66,8 +68,10 @@ class Modules(Product):
     def __init__(self, modules: Sequence[Any], name: str, steps: ModuleType = plain) -> None:
         super().__init__(name, sum(m.out_features for m in modules), modules[0].in_features, steps)
         self._modules = list(modules)
-        self.unpacks = any(isinstance(module, KernelLinear) and module.kernel.unpacks for module in modules)
         self.nbytes = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
+
+    def unpacks(self, rows: int) -> bool:
+        return any(isinstance(module, KernelLinear) and module.kernel.unpacks(rows) for module in self._modules)
 
     def apply(self, x: Tensor) -> Tensor:
         parts = [module(x) for module in self._modules]

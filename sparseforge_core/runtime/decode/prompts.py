@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 
 from sparseforge_core.runtime.decode.parts import Parts
-from sparseforge_core.runtime.kernels.choices import LARGEST_OURS
 from sparseforge_core.runtime.kernels.cusparselt import filled_up
 from sparseforge_core.runtime.kernels.support import check_memory, free_memory
 
@@ -73,8 +72,8 @@ class Prompts:
         sizes = parts.sizes
         made = 8 * sizes.width + sizes.qkv + sizes.heads * sizes.head + 3 * sizes.wide
         self._row = made * parts.embedding.element_size()
-        unpacked = [p.out * p.inputs * parts.embedding.element_size() for p in parts.products if p.unpacks]
-        self._unpacked = max(unpacked, default=0)
+        self._products = {(p.name, p.out, p.inputs): p for p in reversed(parts.products)}.values()
+        self._itemsize = parts.embedding.element_size()
         self._make = recorder
         self._recorder: Recorder | None = None
         self._met: set[int] = set()
@@ -91,10 +90,12 @@ class Prompts:
         """What a pass takes beside weights and cache: every result of one layer, and the weight that a product unpacks.
 
         Results of different sizes hardly find each other's memory in a pool: for LLaMA-2-7B this is 164 KB a token, and
-        graphs of 2,048 to 8,192 tokens took 168 to 177 on an H200. Mode `decode` unpacks for many rows alone.
+        graphs of 2,048 to 8,192 tokens took 168 to 177 on an H200. A weight is unpacked where that was measured to be
+        the fastest of what its forms allow.
         """
         rows = self._batch * size
-        return rows * self._row + (self._unpacked if rows > LARGEST_OURS else 0)
+        unpacked = (p.out * p.inputs * self._itemsize for p in self._products if p.unpacks(rows))
+        return rows * self._row + max(unpacked, default=0)
 
     def size(self, length: int) -> int:
         """Tokens that are computed for a prompt of `length`: 1/16 more at most, or 7, and never beyond the cache.

@@ -11,11 +11,14 @@ from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.support import COLUMNS
 from sparseforge_core.runtime.kernels.table import BUCKETS, Choice, Kind, Table
 
-LARGEST_OURS = 64
-"""Rows up to which our kernels are the default."""
+FEW = 64
+"""Rows that are bound by reading the weights: no form beside the packed one is held for them."""
 
 MARGIN = 1.02
 """How much faster than dense another way must be: two measurements of one product differ by about a percent."""
+
+WORTH = 1.05
+"""How many times faster a product must be somewhere for a form of 0.56 of a dense weight's bytes to be held for it."""
 
 WORST = 0.99
 """Of dense: what a product may lose before a dense copy is held for it, or before a batch is refused."""
@@ -64,10 +67,10 @@ def _handicapped(choice: Choice) -> float:
 
 @functools.cache
 def default(out: int, inputs: int, rows: int, forms: Forms = NONE) -> Choice:
-    """What is taken where nothing was measured: our kernel for few rows, a dense weight for many."""
-    if rows <= LARGEST_OURS:
-        return Choice("kernel", candidates(out, inputs, rows)[0])
-    return Choice("dense" if "dense" in forms else "expand")
+    """What is taken where nothing was measured: a dense copy for many rows, where one is held, else our kernel."""
+    if rows > FEW and "dense" in forms:
+        return Choice("dense")
+    return Choice("kernel", candidates(out, inputs, rows)[0])
 
 
 def against_dense(
@@ -81,22 +84,25 @@ def against_dense(
 
 
 def large_sizes(out: int, inputs: int, dtype: torch.dtype, device: int | None) -> list[int]:
-    """The numbers of rows beyond our kernels' for which something was measured."""
-    return [size for size in BUCKETS if size > LARGEST_OURS and table.line(out, inputs, size, dtype, device)]
+    """The numbers of rows beyond a few for which something was measured."""
+    return [size for size in BUCKETS if size > FEW and table.line(out, inputs, size, dtype, device)]
 
 
 def forms_for(out: int, inputs: int, dtype: torch.dtype, device: int | None) -> Forms:
-    """What a weight holds so that no batch beyond our kernels' rows loses: only forms that win somewhere.
+    """What a weight holds for batches beyond a few rows in mode `throughput`: only forms that are worth their memory.
 
-    cuSPARSELt's form where it is the choice of some size, a dense copy where without it some size would take more than
-    1 % longer than dense. Both where nothing was measured, as nothing is then known of either.
+    cuSPARSELt's form where some size takes WORTH less with it than by the packed weight alone, a dense copy where
+    without it some size would take more than 1 % longer than dense. Both where nothing was measured, as nothing is then
+    known of either.
     """
     sizes = large_sizes(out, inputs, dtype, device)
     if not sizes:
         return BOTH
     found: set[Kind] = set()
     for size in sizes:
-        if choose(out, inputs, size, dtype, device, BOTH).kind == "cusparselt":
+        alone = choose(out, inputs, size, dtype, device).seconds
+        best = choose(out, inputs, size, dtype, device, frozenset({"cusparselt"}))
+        if best.kind == "cusparselt" and (alone is None or best.seconds is None or alone >= WORTH * best.seconds):
             found.add("cusparselt")
         times = against_dense(out, inputs, size, dtype, device, frozenset({"cusparselt"}))
         if times is not None and times[0] < WORST * times[1]:

@@ -28,7 +28,7 @@ def seconds(calls: Sequence[Callable[[], object]], *, replays: int = 11, least: 
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # torch's own is of the GPU that captured first
         for _ in range(rounds):
             for call in calls:
                 call()

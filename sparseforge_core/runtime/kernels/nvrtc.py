@@ -51,6 +51,14 @@ MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
 
+class ByValue:
+    """Bytes that a kernel takes as they are, at an aligned address."""
+
+    def __init__(self, size: int, alignment: int) -> None:
+        self._memory = ctypes.create_string_buffer(size + alignment)
+        self.address = -(-ctypes.addressof(self._memory) // alignment) * alignment
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A loaded kernel and how it is launched."""
@@ -62,24 +70,32 @@ class Kernel:
     device: int
     """Where it is loaded."""
 
-    def __call__(self, grid: tuple[int, int], *arguments: torch.Tensor | int | None) -> None:
+    def __call__(self, grid: tuple[int, int], *arguments: torch.Tensor | ByValue | int | None) -> None:
         """Launch on torch's current stream of its device; tensors pass as pointers, None as a null pointer."""
-        held = [
-            ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(0 if a is None else a.data_ptr())
-            for a in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(a) for a in held))
+        held = [a if isinstance(a, ByValue) else _simple(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(held))(
+            *(a.address if isinstance(a, ByValue) else ctypes.addressof(a) for a in held)
+        )
         early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         config = _Config(
             grid=(grid[0], grid[1], 1),
             block=(self.threads, 1, 1),
             shared=self.shared,
-            stream=torch.cuda.current_stream(self.device).cuda_stream,
+            stream=torch._C._cuda_getCurrentRawStream(self.device),
             attributes=ctypes.pointer(early),
             count=1,
         )
+        if torch.cuda.current_device() == self.device:  # asking costs a tenth of setting
+            check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+            return
         with torch.cuda.device(self.device):
-            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+            check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+
+
+def _simple(argument: torch.Tensor | int | None) -> ctypes.c_int | ctypes.c_void_p:
+    if isinstance(argument, int):
+        return ctypes.c_int(argument)
+    return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
 
 
 @functools.cache
@@ -97,9 +113,9 @@ def load(file: str, constants: tuple[tuple[str, int], ...], threads: int, shared
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # the context exists from here on
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, file.encode()))
-        _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
+        check(driver().cuModuleLoadData(ctypes.byref(module), image))
+        check(driver().cuModuleGetFunction(ctypes.byref(function), module, file.encode()))
+        check(driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
     return Kernel(function, threads, shared, device)
 
 
@@ -142,8 +158,18 @@ def _compiler() -> ctypes.CDLL:
     raise ExportError("the CUDA compiler library libnvrtc is not found; install a CUDA build of torch, which brings it")
 
 
+def compiler_is_there() -> bool:
+    """Whether kernels can be compiled here; no GPU is needed for that."""
+    try:
+        _compiler()
+    except ExportError:
+        return False
+    return True
+
+
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The library of the CUDA driver."""
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -161,13 +187,14 @@ def compile_ahead(jobs: Iterable[tuple[str, tuple[tuple[str, int], ...]]], devic
 def driver_version() -> int:
     """The newest CUDA that the driver serves, as 1000 major + 10 minor."""
     found = ctypes.c_int()
-    _check(_driver().cuDriverGetVersion(ctypes.byref(found)))
+    check(driver().cuDriverGetVersion(ctypes.byref(found)))
     return found.value
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raise RuntimeError, with the driver's words, for a status that is not success."""
     if status:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
+        driver().cuGetErrorString(status, ctypes.byref(text))
         said = text.value.decode() if text.value else f"error {status}"
         raise RuntimeError(f"the CUDA driver says: {said}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -10,31 +11,48 @@ from torch import Tensor
 
 from sparseforge_core.runtime.kernels.nvrtc import SHARED_MEMORY, Kernel, load
 from sparseforge_core.runtime.kernels.support import COLUMNS, ROWS
+from sparseforge_core.runtime.kernels.tensor_map import COLUMNS as STAGE_INPUTS
+from sparseforge_core.runtime.kernels.tensor_map import tensor_map
 
 BLOCK_BYTES = 4096 + 512
 """Values and places of 16 outputs x 256 inputs."""
 
 STAGE_ROW = 512 + 16
-"""Bytes of one row of x in a stage, padded against bank conflicts."""
+"""Bytes of one row of x in a stage of `tiles`, padded against bank conflicts."""
+
+WIDE_ROW = STAGE_INPUTS * 2
+"""Bytes of one row of x in a stage of `wide`, and of 64 outputs of y on their way out."""
+
+WIDE_WEIGHTS = BLOCK_BYTES // 4
+"""Bytes of 16 outputs x 64 inputs: a stage of the weights of one warp in `wide`."""
+
+PAIRED, IN_FOURS = 2, 120 / 132
+"""Blocks of a cluster up to which clusters fill a chip, and the part of it that clusters of four fill: they do not
+cross its groups of 16 or 18 multiprocessors."""
+
+WARPGROUP = 4
+"""Warps that issue an instruction of 64 outputs together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Sizes of one kernel; which ones matter depends on the kernel (see the heads of the files in cuda/)."""
 
-    kernel: Literal["gemv", "stream", "tiles"]
+    kernel: Literal["gemv", "stream", "tiles", "wide"]
     rows: int
-    """Most rows of x: 1, or a multiple of 8."""
+    """Most rows of x in one pass or tile: 1, or a multiple of 8."""
     warps: int
-    """Warps that multiply; in `tiles` each takes `tiles / warps` tiles."""
+    """Warps that multiply; in `tiles` and `wide` each takes `tiles / warps` tiles."""
     depth: int
-    """Blocks (`gemv`), slots (`stream`) or stages (`tiles`) of loads under way."""
+    """Blocks (`gemv`), slots (`stream`) or stages (`tiles`, `wide`) of loads under way."""
     tiles: int = 1
-    """Tiles of 16 outputs per block of threads (`gemv`, `tiles`)."""
+    """Tiles of 16 outputs per block of threads (`gemv`, `tiles`, `wide`)."""
     split: int = 1
-    """Blocks of threads that share the inputs (`tiles`)."""
+    """Blocks of threads that share the inputs (`tiles`, `wide`)."""
     resident: int = 1
     """Blocks of threads per multiprocessor that registers must suffice for."""
+    share: int = 1
+    """Blocks of threads that share x, each with other outputs (`wide`)."""
 
     def shared(self, inputs: int) -> int:
         """Bytes of dynamic shared memory of one block of threads."""
@@ -44,8 +62,13 @@ class Plan:
         if self.kernel == "stream":
             x = blocks * 512 * self.rows
             return self.depth * (BLOCK_BYTES + 16) + x + 2 * self.warps * 64 * self.rows
+        parts = self.rows * (self.tiles * ROWS + 4) * 4
+        if self.kernel == "wide":
+            rings = self.depth * self.rows * WIDE_ROW + self.weights * self.tiles * WIDE_WEIGHTS
+            out = self.warps // WARPGROUP * 2 * self.chunk * WIDE_ROW
+            return 1024 + (rings + out if self.split == 1 else max(rings, parts)) + 16 * self.depth
         stages = self.depth * (self.rows * STAGE_ROW + self.tiles * BLOCK_BYTES)
-        return max(stages, self.rows * (self.tiles * ROWS + 4) * 4)
+        return max(stages, parts)
 
     def fits(self, inputs: int) -> bool:
         """Whether a multiprocessor has room for it."""
@@ -65,14 +88,34 @@ class Plan:
             found |= {"WARPS": self.warps, "DEPTH": self.depth, "GROUP": self.tiles}
         elif self.kernel == "stream":
             found |= {"WARPS": self.warps, "SLOTS": self.depth}
+        elif self.kernel == "wide":
+            found |= {"GROUPS": self.warps // WARPGROUP, "MT": self.tiles // self.warps, "STAGES": self.depth}
+            found |= {"SHARE": self.share, "SPLIT": self.split, "HELPERS": self.helpers, "WEIGHTS": self.weights}
         else:
             found |= {"TM": self.tiles, "MT": self.tiles // self.warps, "STAGES": self.depth, "SPLIT": self.split}
         return tuple(found.items())
 
+    @property
+    def weights(self) -> int:
+        """Stages of weights under way for each warp of `wide`: more where they may come from memory, not the cache."""
+        return 8 if self.resident == 1 and self.rows * self.tiles <= 1024 else 4
+
+    @property
+    def chunk(self) -> int:
+        """Rows of y that a warpgroup of `wide` sends at a time."""
+        return next(rows for rows in (64, 48, 32) if self.rows % rows == 0)
+
+    @property
+    def helpers(self) -> int:
+        """Threads that copy. In `wide` one does; it brings three that wait where the others need its registers."""
+        if self.kernel == "wide":
+            crowded = self.warps > WARPGROUP and self.resident == 1 and self.tiles // self.warps * self.rows > 128
+            return 128 if crowded else 32
+        return {"gemv": 0, "stream": 32, "tiles": 128}[self.kernel]
+
     def threads(self) -> int:
-        """Threads of one block; in `stream` one more warp copies, in `tiles` four do."""
-        more = {"gemv": 0, "stream": 1, "tiles": 4}[self.kernel]
-        return 32 * (self.warps * (self.tiles if self.kernel == "gemv" else 1) + more)
+        """Threads of one block."""
+        return 32 * self.warps * (self.tiles if self.kernel == "gemv" else 1) + self.helpers
 
     def grid(self, out: int, rows: int, processors: int) -> tuple[int, int]:
         """Blocks of threads for `rows` rows of x."""
@@ -81,7 +124,16 @@ class Plan:
             return -(-count // self.tiles), 1
         if self.kernel == "stream":
             return min(count, processors * self.resident), 1
+        if self.kernel == "wide":
+            clusters = -(-count // (self.tiles * self.share)) * -(-rows // self.rows)
+            if self.split == 1:  # tiles beyond those that fit at once are taken in turn
+                clusters = min(clusters, self.reached(processors) * self.resident // self.share)
+            return clusters * self.share * self.split, 1
         return -(-count // self.tiles) * self.split * -(-rows // self.rows), 1
+
+    def reached(self, processors: int) -> int:
+        """Of so many multiprocessors those that its clusters fill."""
+        return processors if self.share * self.split <= PAIRED else int(processors * IN_FOURS)
 
     def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
         """The loaded kernel; built when first asked for."""
@@ -89,11 +141,21 @@ class Plan:
 
     def run(self, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Fill `out [rows, out]` with `x [rows, in]` times the weight's transpose, plus the bias."""
-        device = x.device.index
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        kernel = self.build(out.shape[1], x.shape[1], x.dtype, device)
-        kernel(self.grid(out.shape[1], x.shape[0], processors), values, places, x, bias, out, x.shape[0])
+        rows, outputs = out.shape
+        kernel, processors = _built(self, outputs, x.shape[1], x.dtype, x.device.index)
+        grid = self.grid(outputs, rows, processors)
+        if self.kernel == "wide":
+            maps = tensor_map(x, self.rows // self.share), tensor_map(out, self.chunk)
+            kernel(grid, values, places, *maps, bias, out, rows)
+        else:
+            kernel(grid, values, places, x, bias, out, rows)
 
     def describe(self) -> dict[str, int | str]:
         """As it stands in a table of measurements."""
         return asdict(self)
+
+
+@functools.lru_cache(maxsize=1024)
+def _built(plan: Plan, out: int, inputs: int, dtype: torch.dtype, device: int) -> tuple[Kernel, int]:
+    """The kernel of a plan, and the multiprocessors of its device: what every launch asks for."""
+    return plan.build(out, inputs, dtype, device), torch.cuda.get_device_properties(device).multi_processor_count

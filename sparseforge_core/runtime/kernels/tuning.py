@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseforge_core.errors import ExportError
 from sparseforge_core.runtime.kernels import choices, cusparselt, table
 from sparseforge_core.runtime.kernels.candidates import candidates
-from sparseforge_core.runtime.kernels.choices import LARGEST_OURS
+from sparseforge_core.runtime.kernels.choices import FEW
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import to_fragments
 from sparseforge_core.runtime.kernels.measure import COLD, seconds
@@ -25,9 +25,6 @@ from sparseforge_core.runtime.kernels.table import Choice, Table
 log = logging.getLogger(__name__)
 
 Fragments = tuple[Tensor, Tensor]
-
-OURS_UP_TO = 256
-"""Rows beyond which our kernels are not measured: the tensor cores, not the memory, are then what limits."""
 
 CUSPARSELT_FROM = 65
 """Rows below which cuSPARSELt is not measured: there it never won."""
@@ -118,11 +115,11 @@ class _Trial:
         x = torch.randn(rows, self.inputs, dtype=self.dtype, device="cuda")
         exact = torch.nn.functional.linear(x, self.dense[0])
         y = torch.empty_like(exact)
-        plans = candidates(self.out, self.inputs, rows) if rows <= OURS_UP_TO else []
+        plans = candidates(self.out, self.inputs, rows)
         shape = (self.out, self.inputs, self.dtype)
         compile_ahead([(plan.kernel, plan.constants(*shape)) for plan in plans], x.device.index)
         found = [self._best([self._kernel(plan, x, y, exact) for plan in plans])]
-        if rows > LARGEST_OURS:
+        if rows > FEW:
             expanded = [functools.partial(self._expanded, x, pair) for pair in self.fragments]
             found.append(Choice("expand", seconds=self._seconds(expanded)))
         dense = [functools.partial(torch.nn.functional.linear, x, weight) for weight in self.dense]

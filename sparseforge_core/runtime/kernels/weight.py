@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparseforge_core.errors import ExportError, unknown
 from sparseforge_core.runtime.kernels import cusparselt
-from sparseforge_core.runtime.kernels.choices import FORMS, NONE, Forms, forms_for
+from sparseforge_core.runtime.kernels.choices import FORMS, NONE, Forms, choose, forms_for
 from sparseforge_core.runtime.kernels.expanding import expand
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
 from sparseforge_core.runtime.kernels.support import supported
@@ -34,10 +34,10 @@ TWO_FOUR = Layout(2, 4, transposed=False)
 class KernelWeight(nn.Module):
     """A 2:4 weight `[out, in]` on its device, with the factors of its side branch, if it has one.
 
-    In mode `decode` it holds the kept values and their places alone, 0.5625 of a dense weight of two-byte values;
-    batches too large for the kernels unpack it into memory that is given back at once. In mode `throughput` it also
-    holds what its shape needs so that no batch loses to dense, by the measurements of `choices.forms_for`: the form of
-    cuSPARSELt (0.5625 more), a dense copy (1 more), or both. `resident_bytes` counts everything.
+    In mode `decode` it holds the kept values and their places alone, 0.5625 of a dense weight of two-byte values, which
+    the kernels multiply by whatever the number of rows. In mode `throughput` it also holds what makes large batches of
+    its shape faster still, by the measurements of `choices.forms_for`: the form of cuSPARSELt (0.5625 more), a dense
+    copy (1 more), both or neither. `resident_bytes` counts everything.
     """
 
     values: Tensor
@@ -118,10 +118,12 @@ class KernelWeight(nn.Module):
         """The weight `[out, in]` unpacked, bit for bit, without its side branch."""
         return dense_of(self.values, self.places, (self.out_features, self.in_features))
 
-    @property
-    def unpacks(self) -> bool:
-        """Whether batches too large for the kernels unpack it each time."""
-        return self.backend == "mma" and self.mode == "decode"
+    def unpacks(self, rows: int) -> bool:
+        """Whether a product of so many rows unpacks it into memory that is given back after."""
+        if self.backend != "mma":
+            return False
+        device = self.values.device.index
+        return choose(self.out_features, self.in_features, rows, self.values.dtype, device, self.forms).kind == "expand"
 
     @property
     def forms(self) -> Forms:

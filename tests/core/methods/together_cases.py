@@ -31,7 +31,7 @@ from sparseforge_core.sparsity.patterns import nm
 from tests.interpreted import run_cases
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cpu"))
-LEAN = dataclasses.replace(preset_named("improved").method, update_every=10)
+LEAN = dataclasses.replace(preset_named("lean").method, update_every=10)
 SHAPES = [(16, 32), (16, 16)]
 
 

@@ -5,6 +5,7 @@ What a machine without a GPU cannot run is named by the skips; the Triton kernel
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,7 +22,14 @@ from sparseforge_core.errors import ExportError
 from sparseforge_core.runtime.kernels import KernelWeight, cusparselt, sparse_linear, supported
 from sparseforge_core.runtime.kernels.candidates import candidates
 from sparseforge_core.runtime.kernels.fragments import from_fragments, to_fragments
-from sparseforge_core.runtime.kernels.nvrtc import FOLDER, compile_ahead
+from sparseforge_core.runtime.kernels.nvrtc import (
+    FOLDER,
+    ByValue,
+    compile_ahead,
+    compile_source,
+    compiler_is_there,
+    source,
+)
 from sparseforge_core.runtime.kernels.operator import PRODUCT
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import PAIRS, random_packed
@@ -34,7 +42,7 @@ TWO_FOUR = Layout(2, 4, transposed=False)
 
 ON_GPU = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="no CUDA device: gemv.cu, stream.cu, tiles.cu, expand.cu, cuSPARSELt and compiled Triton kernels not run",
+    reason="no CUDA device: the kernels of cuda/, cuSPARSELt and compiled Triton kernels not run",
 )
 
 
@@ -206,7 +214,7 @@ LLAMA = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
 SMALL = ((16, 64), (32, 256), (768, 768), (576, 1536), (1536, 576), (2048, 5632))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 9, 17, 33, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 9, 17, 33, 64, 65, 100, 128, 257, 1000, 8192, 20_000])
 def test_every_shape_has_plans_that_fit(rows: int) -> None:
     for out, inputs in (*LLAMA, *SMALL):
         plans = candidates(out, inputs, rows)
@@ -218,6 +226,10 @@ def test_every_shape_has_plans_that_fit(rows: int) -> None:
             assert blocks % plan.split == 0
             if plan.kernel == "tiles":
                 assert blocks // plan.split * plan.tiles * 16 * plan.rows >= out * rows
+            if plan.kernel == "wide":
+                assert blocks % (plan.share * plan.split) == 0
+                assert plan.split == 1 or blocks // plan.split * plan.tiles * 16 * plan.rows >= out * rows
+                assert plan.split > 1 or blocks <= 132 * plan.resident, "tiles beyond those at once are taken in turn"
             assert Choice.from_json(json.loads(json.dumps(Choice("kernel", plan, seconds=1e-5).to_json()))).plan == plan
 
 
@@ -257,7 +269,8 @@ def test_triton_kernels_agree_in_the_interpreter() -> None:
 
 
 def test_the_sources_of_the_kernels_are_packaged() -> None:
-    assert {path.name for path in FOLDER.iterdir()} >= {"common.cuh", "gemv.cu", "stream.cu", "tiles.cu", "expand.cu"}
+    kernels = {f"{name}.cu" for name in ("gemv", "stream", "tiles", "wide", "expand")}
+    assert {path.name for path in FOLDER.iterdir()} >= {"common.cuh", *kernels}
 
 
 @ON_GPU
@@ -336,3 +349,99 @@ def test_building_during_a_capture_is_refused() -> None:
 def test_a_plan_knows_its_memory() -> None:
     assert Plan(kernel="gemv", rows=1, warps=4, depth=1).shared(4096) == 0
     assert not Plan(kernel="tiles", rows=64, warps=16, depth=4, tiles=16).fits(4096)
+    wide = Plan(kernel="wide", rows=256, warps=8, tiles=8, depth=4)
+    rings, outputs = 4 * 256 * 128 + 4 * 8 * 1152, 2 * 2 * 64 * 128
+    assert wide.shared(4096) == 1024 + rings + outputs + 4 * 16, "x, weights, outputs on their way, two barriers each"
+    assert wide.fits(4096)
+    assert not dataclasses.replace(wide, depth=5).fits(4096)
+    parts = dataclasses.replace(wide, depth=2, split=2)
+    assert parts.shared(4096) == 1024 + 256 * (128 + 4) * 4 + 2 * 16, "sums in float32 need more than such rings"
+
+
+def every_wide_plan() -> list[Plan]:
+    """All sizes of `wide` that may be measured, whatever the shape."""
+    plans = [
+        plan
+        for out, inputs in (*LLAMA, *SMALL)
+        for rows in (17, 33, 64, 96, 128, 192, 256, 512, 2048)
+        for plan in candidates(out, inputs, rows)
+        if plan.kernel == "wide"
+    ]
+    return list(dict.fromkeys(plans))
+
+
+def test_sizes_of_the_wide_kernel_are_those_of_its_instructions() -> None:
+    plans = every_wide_plan()
+    assert {plan.rows for plan in plans} <= {32, 48, 64, 96, 128, 192, 256}, "as wide.cu spells them out"
+    for plan in plans:
+        assert plan.share * plan.split <= 4, "clusters of more leave multiprocessors idle"
+        assert plan.warps % 4 == 0, "a warpgroup is four warps"
+        assert plan.tiles % plan.warps == 0
+        assert plan.rows % (8 * plan.share) == 0, "parts of x begin where the swizzle does"
+        assert plan.threads() * plan.resident <= 2048
+        constants = dict(plan.constants(4096, 4096, torch.bfloat16))
+        assert constants["GROUPS"] * constants["MT"] * 64 == plan.tiles * 16
+        assert plan.threads() == 128 * constants["GROUPS"] + constants["HELPERS"]
+
+
+@pytest.mark.skipif(not compiler_is_there(), reason="no libnvrtc: the text of the kernels is not compiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_wide_plan_compiles(dtype: torch.dtype) -> None:
+    """It needs the compiler library and no GPU."""
+    for plan in every_wide_plan()[:: 2 if dtype == torch.bfloat16 else 7]:
+        image = compile_source(source("wide"), "wide", plan.constants(272, 832, dtype), "sm_90a")
+        assert image.startswith(b"\x7fELF")
+
+
+def test_what_a_kernel_takes_by_value_is_aligned() -> None:
+    for alignment in (64, 128):
+        for _ in range(8):
+            assert ByValue(128, alignment).address % alignment == 0
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "inputs"), [(64, 256), (48, 576), (272, 832), (512, 2816)])
+def test_the_wide_kernel_agrees_with_float64(out: int, inputs: int, dtype: torch.dtype) -> None:
+    """Every size of tile, with rows just short of a tile, just over and several tiles long; each output is written."""
+    values, indices = random_packed(out, inputs, dtype, "cuda")
+    fragments = to_fragments(values, indices)
+    dense = unpack(values.cpu(), indices.cpu(), TWO_FOUR, (out, inputs)).double().cuda()
+    plans = [plan for plan in every_wide_plan() if plan.split <= -(-inputs // 256)]
+    compile_ahead([(p.kernel, p.constants(out, inputs, dtype)) for p in plans], 0)
+    for plan in plans:
+        for rows, biased in ((1, True), (plan.rows - 1, False), (plan.rows, True), (plan.rows + 1, True), (901, False)):
+            x = torch.randn(rows, inputs, device="cuda").to(dtype)
+            bias = torch.randn(out, device="cuda").to(dtype) if biased else None
+            exact = x.double() @ dense.T + (0.0 if bias is None else bias.double())
+            y = torch.full((rows + 1, out), float("nan"), dtype=dtype, device="cuda")
+            plan.run(x, *fragments, bias, y[:rows])
+            assert float((y[:rows].double() - exact).norm() / exact.norm()) < 1e-2, (rows, plan)
+            assert bool(y[rows].isnan().all()), (rows, plan, "nothing is written beyond the last row")
+
+
+@ON_GPU
+@pytest.mark.gpu
+def test_kernels_that_follow_each_other_wait_for_x() -> None:
+    """Each begins before the one in front has ended: x of one is y of the other, again and again, in a graph."""
+    weight = KernelWeight.of(packed_weight(512, 512, device="cuda"))
+    dense = weight.dense()
+    for rows in (8, 64, 100, 300):
+        x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+        for _ in range(2):  # once before the capture, for what is built
+            y = x
+            for _ in range(4):
+                y = sparse_linear(y, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x
+            for _ in range(4):
+                y = sparse_linear(y, weight)
+        for _ in range(20):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            expected = x
+            for _ in range(4):
+                expected = torch.nn.functional.linear(expected, dense)
+            assert float((y.float() - expected.float()).norm() / expected.float().norm()) < 2e-2, rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from sparseforge_core.runtime.decode.loop import Decoder
 from sparseforge_core.runtime.decode.on_kernels import Sparse, on_kernels
 from sparseforge_core.runtime.decode.parts import Block, Parts, parts_of
 from sparseforge_core.runtime.decode.products import Dense, Modules, reference
-from sparseforge_core.runtime.kernels import KernelWeight, choices
+from sparseforge_core.runtime.kernels import KernelWeight, choices, table
+from sparseforge_core.runtime.kernels.table import Choice
 from sparseforge_core.runtime.linear import KernelLinear, SparseLinear
 from sparseforge_core.runtime.loading import resident_bytes
 from tests.core.runtime.exports import packed_export, pruned_model
@@ -66,30 +67,52 @@ def seven_b(mode: str) -> Parts:
     return Parts(dataclasses.replace(sizes, layers=1), empty, [block], empty, head, empty, empty)
 
 
-def test_batches_that_packed_weights_lose_with_are_refused() -> None:
-    """By the committed measurements: none up to 64 rows; beyond, only what holds forms for large batches."""
+@pytest.fixture
+def slow_beyond_64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measurements of LLaMA-2-7B's shapes by which 128 rows take 1.25 times as long as dense, but with a dense copy."""
+    ways = (Choice("expand", seconds=1.25e-3), Choice("dense", seconds=1e-3))
+    lines = {
+        table.key(out, inputs, 128, torch.bfloat16): ways
+        for out, inputs in prediction.product_shapes(prediction.KNOWN["llama-2-7b"]).values()
+    }
+    choices.choose.cache_clear()
+    monkeypatch.setattr(table, "read_table", lambda major, minor: lines)
+    yield
+    choices.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("slow_beyond_64")
+def test_batches_that_were_measured_to_lose_are_refused() -> None:
     packed, prepared = seven_b("decode"), seven_b("throughput")
-    for rows in (1, 2, 17, 64):
+    for rows in (1, 17, 64):
         assert admission.refusal(packed, rows) is None
-        assert admission.refusal(prepared, rows) is None
-    for rows in (65, 100, 128, 200, 256, 1000):
+    for rows in (65, 100, 128):
         why = admission.refusal(packed, rows)
         assert why is not None
-        assert re.search(
-            rf"a step of {rows} rows: products in mode 'decode' took [12]\.\d\d times as long as dense", why
-        )
+        assert why.startswith(f"a step of {rows} rows: its products took 1.25 times as long as dense ones")
         assert "at most 64 rows at a time, or load with mode='throughput'" in why
-        assert admission.refusal(prepared, rows) is None
+        assert admission.refusal(prepared, rows) is None, "a dense copy is held where it wins"
+    assert all(product.unpacks(128) for product in packed.products if isinstance(product, Sparse))
+    assert not any(product.unpacks(128) for product in prepared.products)
     with pytest.raises(ExportError, match="a step of 128 rows"):
         Decoder(packed, batch=128, capacity=20)
 
 
-def test_a_shape_that_nobody_measured_is_not_trusted_with_large_batches() -> None:
+def test_no_batch_of_llama_is_refused() -> None:
+    """By the committed measurements the packed weight alone takes every number of rows."""
+    packed = seven_b("decode")
+    for rows in (1, 16, 64, 65, 96, 128, 200, 256, 500, 1000, 2048, 8192):
+        assert admission.refusal(packed, rows) is None, rows
+        assert not any(product.unpacks(rows) for product in packed.products), rows
+
+
+def test_a_shape_that_nobody_measured_is_multiplied_as_it_is_packed() -> None:
     values = torch.empty(1, 1, 8, 32, 8, dtype=torch.bfloat16, device="meta")
     weight = KernelWeight(values, torch.empty(0, dtype=torch.int32, device="meta"), (16, 256), "mma")
     parts = dataclasses.replace(seven_b("decode"), blocks=[], head=Sparse(weight, None, "head", plain))
-    assert admission.refusal(parts, 64) is None
-    assert "were not measured against dense ones" in str(admission.refusal(parts, 65))
     apart = dataclasses.replace(parts, head=Modules([KernelLinear(weight, None)], "head"))
-    assert admission.refusal(apart, 64) is None
-    assert "were not measured against dense ones" in str(admission.refusal(apart, 65)), "weights that cannot be joined"
+    for rows in (64, 65, 1000):
+        for each in (parts, apart):
+            assert admission.refusal(each, rows) is None
+            assert not each.head.unpacks(rows)
+    assert choices.choose(16, 256, 1000, torch.bfloat16, None).kind == "kernel"

@@ -177,12 +177,12 @@ def test_no_more_than_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_weight_that_is_unpacked_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = exact_parts("llama")
-    plain = Prompts(parts, 1, 512, fill=True, recorder=None)
-    monkeypatch.setattr(parts.blocks[0].down, "unpacks", True)
-    unpacking = Prompts(parts, 1, 512, fill=True, recorder=None)
+    sizes = Prompts(parts, 1, 512, fill=True, recorder=None)
+    packed = {rows: sizes.needed_bytes(rows) for rows in (64, 65)}
     down = parts.blocks[0].down
-    assert unpacking.needed_bytes(64) == plain.needed_bytes(64), "up to 64 rows the packed weight is multiplied"
-    assert unpacking.needed_bytes(65) == plain.needed_bytes(65) + down.out * down.inputs * 8
+    monkeypatch.setattr(down, "unpacks", lambda rows: rows > 64)
+    assert sizes.needed_bytes(64) == packed[64], "where the packed weight is multiplied it is nothing"
+    assert sizes.needed_bytes(65) == packed[65] + down.out * down.inputs * 8
 
 
 def off(one: Tensor, other: Tensor) -> float:
