@@ -26,12 +26,13 @@ def run_cases(cases: Mapping[str, Callable[[], None]]) -> None:
     print(AGREED)
 
 
-def assert_agreement(script: Path) -> None:
-    """Run all cases of a file on the CPU."""
+def assert_agreement(script: Path, device: str = "cpu") -> None:
+    """Run all cases of a file: interpreted on the CPU, or as they are on a GPU."""
+    how = {"TRITON_INTERPRET": "1"} if device == "cpu" else {"DEVICE": device}
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env={**os.environ, **how, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
         check=False,

@@ -18,6 +18,12 @@ def test_recorded_updates_are_those_of_launches() -> None:
     assert_agreement(Path(__file__).with_name("together_cases.py"))
 
 
+@pytest.mark.skipif(not (fused.available() and torch.cuda.is_available()), reason="needs a GPU and Triton")
+@pytest.mark.slow
+def test_recorded_updates_are_those_of_launches_on_a_gpu() -> None:
+    assert_agreement(Path(__file__).with_name("together_cases.py"), "cuda")
+
+
 def test_places_hold_while_every_tensor_is_the_same_and_stays_where_it_is() -> None:
     places = _Places()
     one, other = torch.ones(4), torch.ones(4)

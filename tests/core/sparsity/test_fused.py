@@ -52,6 +52,12 @@ def test_the_kernels_agree_with_plain_torch() -> None:
     assert_agreement(Path(__file__).with_name("fused_cases.py"))
 
 
+@pytest.mark.skipif(not (fused.available() and torch.cuda.is_available()), reason="needs a GPU and Triton")
+@pytest.mark.slow
+def test_the_kernels_agree_with_plain_torch_on_a_gpu() -> None:
+    assert_agreement(Path(__file__).with_name("fused_cases.py"), "cuda")
+
+
 def test_a_packed_mask_reads_what_was_written() -> None:
     weight = torch.zeros(8, 16)
     soft = PackedMask(weight, transposed=False, slorb=None)

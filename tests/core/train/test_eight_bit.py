@@ -122,6 +122,12 @@ def test_the_kernel_does_what_plain_torch_does() -> None:
     assert_agreement(Path(__file__).with_name("eight_bit_cases.py"))
 
 
+@pytest.mark.skipif(not (available() and torch.cuda.is_available()), reason="needs a GPU and Triton")
+@pytest.mark.slow
+def test_the_kernel_does_what_plain_torch_does_on_a_gpu() -> None:
+    assert_agreement(Path(__file__).with_name("eight_bit_cases.py"), "cuda")
+
+
 def test_what_the_kernel_does_not_cover_is_said() -> None:
     weight, gradient = torch.zeros(64, 80), torch.zeros(64, 80)
     last = None if available() else "Triton is not installed"
