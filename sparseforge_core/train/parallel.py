@@ -44,6 +44,9 @@ Sharding = Literal["auto", "none", "replicate", "shard"]
 RESTING = ("mask", "hard")
 """Parameters of a mask that no forward reads."""
 
+SHARDS_INTEGERS = (2, 12)
+"""The version of torch from which on FSDP2 cuts parameters of integers too."""
+
 FITS = 0.6
 """Share of a GPU's memory that a replica's state may take; the rest is for activations."""
 
@@ -145,6 +148,11 @@ def refuse(recipe: Recipe, sharding: Sharding, ranks: int, *, compiled: bool = F
             f"objective.correction: {ranks} ranks would each correct a teacher of their own by their share of a batch; "
             "use one rank, or a teacher that was corrected before (objective.teacher)"
         )
+    if sharding == "shard" and ranks > 1 and getattr(method, "mask_storage", "") == "int16" and not shards_integers():
+        raise RecipeError(
+            f"sharding shard: method.mask_storage='int16' needs torch 2.12 or newer, this is {torch.__version__}, "
+            "whose FSDP2 cuts no integers; use mask_storage='float32', or replicate"
+        )
     if sharding == "shard" and ranks > 1 and recipe.train.rule == "muon":
         raise RecipeError(
             "sharding shard: train.rule='muon' makes the singular values of whole matrices one, and a rank has a part "
@@ -177,6 +185,12 @@ def uncompiled_shards(recipe: Recipe) -> str | None:
     if curvature is not None and recipe.method.criterion.needs == "curvature" and curvature.looks_again:  # type: ignore[attr-defined]
         return f"curvature {type(curvature).__name__} looks again at the effective weights, which compiled blocks hide"
     return None
+
+
+def shards_integers() -> bool:
+    """Whether this torch can shard masks that are kept as integers."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= SHARDS_INTEGERS
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -161,7 +161,8 @@ def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     try:
         # Threads that load batches call the driver meanwhile; that is none of the recording's business.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream()  # torch's own is of the GPU that captured first
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     except torch.OutOfMemoryError:
         raise

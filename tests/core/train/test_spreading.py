@@ -62,6 +62,20 @@ def test_methods_and_options_that_need_one_process_or_one_forward() -> None:
     refuse(cell(SparseForge(curvature=Hutchinson())).recipe, "replicate", 2)
 
 
+@pytest.mark.parametrize(("version", "able"), [("2.11.0+cu130", False), ("2.12.0", True), ("3.0.1+cpu", True)])
+def test_masks_of_integers_are_sharded_by_a_torch_that_can(
+    version: str, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = cell(SparseForge(mask_storage="int16")).recipe
+    monkeypatch.setattr(torch, "__version__", version)
+    if able:
+        refuse(recipe, "shard", 2)
+    else:
+        with pytest.raises(RecipeError, match=r"mask_storage='int16' needs torch 2\.12 or newer, this is 2\.11\.0"):
+            refuse(recipe, "shard", 2)
+    refuse(recipe, "replicate", 2)
+
+
 def test_experts_in_a_list_are_not_sharded_and_fused_ones_are() -> None:
     with pytest.raises(RecipeError, match=r"model\.layers\.\d+ holds its experts as a list of modules"):
         refuse_lists_of_experts(tiny_model("deepseek-original"))
