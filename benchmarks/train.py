@@ -1,4 +1,4 @@
-"""Annealing over plain distillation, the fused mask update, and what else training costs: the figures of one GPU.
+"""Annealing over plain distillation, the fused mask update, and what else training costs, on one GPU and on two.
 
 python benchmarks/train.py [--parts mask_update 135m ...] [--seconds 160] [--out DIR] [--json]
 sparseforge bench train [the same]
@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import several_gpus
 from benchmarks.published_step import PublishedStep
 from benchmarks.steps import SHAPES, Shape, config_of, release, synchronize, timed
 from benchmarks.talking import talking
@@ -60,6 +61,10 @@ BARS: dict[str, tuple[float, str]] = {
     "annealing_over_dense_distillation.1_1b": (1.05, "ratio of step times"),
     "over_published_step": (2.0, "times faster"),
     "extra_bytes_per_masked_weight": (4, "bytes beyond dense AdamW"),
+    "two_gpu_speedup": (1.9, "times the tokens/s of one, same batch a GPU"),
+    "two_gpu_mask_agreement.replicate": (0.999, "share of entries"),
+    "two_gpu_mask_agreement.shard.longer": (0.999, "share of entries"),
+    "two_gpu_resume_bit_exact.shard": (1.0, "1: all weights and losses"),
 }
 """Measure -> bar and unit."""
 
@@ -82,6 +87,8 @@ class Figure:
     measure: str
     value: float
     note: str = ""
+    hardware: str | None = None
+    """Where it is not the one device that the other parts have."""
 
 
 Part = Callable[[argparse.Namespace, torch.device], Iterator[Figure]]
@@ -297,6 +304,16 @@ def moments(options: argparse.Namespace, device: torch.device) -> Iterator[Figur
     yield Figure("eight_bit_optimizer_over_float32", seconds["8-bit"] / seconds["float32"], note)
 
 
+def two_gpus(options: argparse.Namespace, device: torch.device) -> Iterator[Figure]:
+    """Two GPUs against one: speed, the same losses and masks, and a resume after a kill."""
+    why = several_gpus.why_not(device, small=options.tiny)
+    if why is not None:
+        print(f"{'two_gpus':14} not measured: {why}", flush=True)
+        return
+    for row in several_gpus.rows(small=options.tiny):
+        yield Figure(row["measure"], row["value"], row["unit"], row["hardware"])
+
+
 PARTS: dict[str, tuple[Part, float]] = {
     "extra_bytes": (extra_bytes, 1),
     "checks": (checks, 5),
@@ -307,6 +324,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "published": (published, 18),
     "1_1b": (middle, 36),
     "cudnn": (cudnn, 20),
+    "two_gpus": (two_gpus, 2 * several_gpus.SECONDS),
 }
 """Name -> what is measured, and the seconds that it takes on one H100."""
 
@@ -388,8 +406,9 @@ def _measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
                 command = f"sparseforge bench train --parts {name}" + (
                     " --no-record" if options.record is False else ""
                 )
+                where = figure.hardware or hardware(device)
                 rows.append({"measure": figure.measure, "value": figure.value, "unit": unit, "bar": bar,
-                             "hardware": hardware(device), "command": command, "commit": commit()})  # fmt: skip
+                             "hardware": where, "command": command, "commit": commit()})  # fmt: skip
                 write(options.out, rows)
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             traceback.print_exc()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ FAILURES, CLAIMS, CROWDED = "failures", "claims", "crowded"
 """Folder of a cell with what failed in it; folders of the bundle's home with the locks of its cells, and with how many
 others were at work when a cell found no memory."""
 LEAST = 0.25
-"""Share of the last cell's time that one of fewer tokens is expected to take: after a pretraining come short ones."""
+"""Share of another cell's time that one of fewer tokens is expected to take: after a pretraining come short ones."""
 POLL = 0.5
 """Seconds between two looks at cells that other processes hold."""
 FAILS = (SparseForgeError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, ImportError)
@@ -73,8 +74,8 @@ class Walk:
     """Whether the weights of a cell are deleted once all of it is measured and no other cell waits for them."""
     failed: dict[str, list[str]] = field(default_factory=dict)
     """What went wrong, by cell, since this process began."""
-    last: tuple[float, int] | None = None
-    """Seconds and tokens of the last cell that this process finished."""
+    took: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Seconds and tokens of the cells that were finished since this process began, by whomever."""
 
     def __post_init__(self) -> None:
         self.began, self.clock = time.time(), time.monotonic()
@@ -168,16 +169,40 @@ class Walk:
         return bool(needed)
 
     def _is_late(self, key: str, entry: Entry) -> bool:
-        """Whether a cell, by what the last one took, would not end in time."""
+        """Whether a cell, by what one like it took, would not end in time."""
         if self.seconds is None:
             return False
         rest = self.seconds - (time.monotonic() - self.clock)
-        took, tokens = self.last or (0.0, 0)
-        expected = took * max(LEAST, entry.cell.recipe.train.tokens / tokens if tokens else 1.0)
+        expected = self._expected(entry.cell.recipe.train.tokens)
         if rest > expected:
             return False
         self.late[key] = expected
         return True
+
+    def _expected(self, tokens: int) -> float:
+        """Seconds for a cell of so many tokens, by the finished one that is nearest to it; 0 where there is none.
+
+        Cells that train and cells that do not say nothing of each other.
+        """
+        for entry in self.bundle:
+            key = cell_key(entry.cell)
+            if key not in self.took and self.finished(entry) and (seconds := self._written(entry)) is not None:
+                self.took[key] = seconds, entry.cell.recipe.train.tokens
+        like = [(took, of) for took, of in self.took.values() if bool(of) == bool(tokens)]
+        if not like:
+            return 0.0
+        if not tokens:
+            return max(took for took, _ in like)
+        took, of = min(like, key=lambda known: abs(math.log(tokens / known[1])))
+        return took * max(LEAST, tokens / of)
+
+    def _written(self, entry: Entry) -> float | None:
+        """Seconds that a finished cell's stages say they took; None of one from before this process began."""
+        folder = self.cells / cell_key(entry.cell)
+        paths = [folder / stage / measured.FILE for stage in (TRAIN, *map(suite_key, entry.suites))]
+        if paths[0].stat().st_mtime < self.began:
+            return None
+        return float(sum(files.read_json(path)["context"].get("wall_seconds", 0.0) for path in paths))
 
     def _run(self, key: str, entry: Entry) -> None:
         """Train and measure a cell. Raises _NoRoom where it found no memory beside other cells."""
@@ -191,7 +216,7 @@ class Walk:
                     self._stage(key, stage, lambda suite=suite: self.work.measure(entry.cell, suite))  # type: ignore[misc]
         spent = time.monotonic() - began
         if key not in self.failed:
-            self.last = spent, entry.cell.recipe.train.tokens
+            self.took[key] = spent, entry.cell.recipe.train.tokens
             log.info("cell %s done in %.1f s", key, spent)
         _free_memory()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curvature, grid, packed, published_step, ranks, recorded_cells, steps, train
+from benchmarks import curvature, grid, packed, published_step, ranks, recorded_cells, several_gpus, steps, train
 from flows import cli
 from flows.memory import ASSUMED, rates
 from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
@@ -38,6 +38,25 @@ def test_train_counts_the_bytes_that_annealing_keeps(capsys: pytest.CaptureFixtu
     assert set(rows[0]) == {"measure", "value", "unit", "bar", "hardware", "command", "commit"}
     assert train.main(["--tiny", "--seconds", "0", "--parts", "135m"]) == 0
     assert "not measured" in capsys.readouterr().out
+
+
+def test_two_gpus_are_asked_for_by_name_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--device", "cpu", "--parts", "two_gpus", "--out", str(tmp_path)]
+    assert train.main(given) == 0
+    assert "two_gpus       not measured: it needs 2 GPUs, this machine has 0" in capsys.readouterr().out
+    monkeypatch.setattr(several_gpus, "SECONDS", 0.0)  # what is started then finds nothing in time, and that is said
+    assert train.main([*given, "--tiny"]) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_are_measured_by_the_same_command(tmp_path: Path) -> None:
+    assert train.main(["--tiny", "--device", "cpu", "--parts", "two_gpus", "--out", str(tmp_path)]) == 0
+    rows = {row["measure"]: row for row in json.loads((tmp_path / "train.json").read_text())}
+    assert set(rows) == set(several_gpus.MEASURES)
+    assert rows["two_gpu_resume_bit_exact.shard"]["value"] == 1.0
+    assert rows["two_gpu_mask_agreement.replicate"]["value"] >= rows["two_gpu_mask_agreement.replicate"]["bar"]
 
 
 def test_the_documented_bytes_are_those_of_the_tensors() -> None:

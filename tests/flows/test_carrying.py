@@ -289,9 +289,10 @@ def test_no_cell_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
     assert run_there(tmp_path / "carried", seconds=0.0) == home / "cells"
     assert not (home / "cells").exists()
     work = Work(train=never, measure=never, should_stop=lambda: False)
-    first = bundle.entries[0].cell
     walk = Walk(bundle.entries, bundle.entries, home / "cells", work, seconds=100.0)
-    walk.last = (99.0, first.recipe.train.tokens // 2)  # twice the tokens: 198 s
+    for entry in bundle.entries:  # twice the tokens: 198 s; what trains nothing has a cell of its own kind
+        of = entry.cell.recipe.train.tokens
+        walk.took[f"like {of}"] = (99.0 if of else 101.0, of // 2)
     walk.go()
     assert set(walk.left) == set(walk.late) == {cell_key(entry.cell) for entry in bundle.entries}
 
@@ -304,9 +305,26 @@ def test_a_short_cell_after_a_long_one_is_expected_to_take_a_part_of_it(tmp_path
     tokens = first.cell.recipe.train.tokens
     for took, of, late in ((300.0, tokens, True), (300.0, 2 * tokens, True), (300.0, 100 * tokens, False)):
         walk = Walk(bundle.entries, bundle.entries, tmp_path / "cells", work, seconds=100.0)
-        walk.last = (took, of)
+        walk.took["another"] = (took, of)
+        walk.took["one-shot"] = (9999.0, 0)  # says nothing of one that trains
         assert walk._is_late(cell_key(first.cell), first) is late
         assert walk.late == ({cell_key(first.cell): took * tokens / of} if late else {})
+
+
+def test_what_other_processes_took_counts_and_what_lies_there_from_before_does_not(tmp_path: Path) -> None:
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
+    run_there(tmp_path / "carried")
+    bundle = bundles.read_bundle(tmp_path / "carried")
+    cells = tmp_path / "carried" / "home" / "cells"
+    work = Work(train=never, measure=never, should_stop=lambda: False)
+    tokens = max(entry.cell.recipe.train.tokens for entry in bundle.entries)
+    after = Walk(bundle.entries, bundle.entries, cells, work, seconds=100.0)
+    assert after._expected(tokens) == 0.0
+    beside = Walk(bundle.entries, bundle.entries, cells, work, seconds=100.0)
+    beside.began = 0.0  # as if it had been at work all the while
+    once = beside._expected(tokens)
+    assert once > 0.0
+    assert beside._expected(3 * tokens) == pytest.approx(3 * once)
 
 
 def test_memory_that_ran_out_beside_others_is_tried_again_with_fewer_and_fails_alone(tmp_path: Path) -> None:
