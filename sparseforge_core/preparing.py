@@ -134,7 +134,7 @@ class Prepared:
             track.placed()
             ranks = Shards(beats)
         elif self.sharding == "replicate":
-            ranks = Replicas(self.model, beats)
+            ranks = Replicas(self.model, beats, teacher=self.teacher)
         return Run(
             recipe=self.cell.recipe,
             model=self.model,

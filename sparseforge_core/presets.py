@@ -170,8 +170,7 @@ LEAN = Preset(
 
 IMPROVED = Preset(
     name="improved",
-    about="what the study found best: begun from SparseGPT's solution, near ties settled in the first tenth of the "
-    "budget, a teacher that follows the text, a quarter of the rate for what carries no mask",
+    about="what the study found best: SparseGPT's solution, near ties settled early, a teacher that follows the text",
     method=SparseForge(
         start_from=SparseGPT(samples=128, length=1024),
         criterion=SparseGPTScore(),

@@ -1,7 +1,12 @@
-"""The teacher's own steps (`objective/correction.py`): its optimizer, and its state."""
+"""The teacher's own steps (`objective/correction.py`): its optimizer, and its state.
+
+On several ranks the teacher is spread as the student is: replicas average its gradients with the student's, FSDP2
+scatters them where it is sharded. Either way all ranks take the step of the whole batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +15,9 @@ from torch import Tensor, nn
 from sparseforge_core.methods.base import MaskTrack
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.recipe import TrainPlan
-from sparseforge_core.train.optimizer import clip
+
+Clip = Callable[[list[nn.Parameter], float], Tensor]
+"""`Ranks.clip`: by the norm of the whole gradient, wherever its parts are."""
 
 WEIGHTS, MOMENTS = "teacher/weights/", "teacher/moments/"
 
@@ -24,8 +31,14 @@ class Correction:
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=0.0, betas=plan.betas, eps=plan.eps, weight_decay=0.0, fused=True
         )
+        for weight in self.weights.values():  # as AdamW's first step would: ranks that resume must know what there is
+            self.optimizer.state[weight] = {
+                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
+            }
 
-    def step(self, progress: float) -> None:
+    def step(self, progress: float, clip: Clip) -> None:
         """One step down the gradients that the batch left, at the rate of a share of the plan."""
         clip(list(self.weights.values()), self.plan.clip)
         for group in self.optimizer.param_groups:

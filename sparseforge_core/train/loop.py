@@ -117,7 +117,7 @@ def train(
                 watch.before_update(step, losses["loss/total"], norm)
                 run.optimizer.step()
                 if run.correction is not None and _objective(run, step).correcting is not None:
-                    run.correction.step(step / plan.steps)
+                    run.correction.step(step / plan.steps, run.ranks.clip)
                 run.optimizer.zero_grad(set_to_none=True)
                 run.track.after_update(step, run.optimizer)
             # -----------------------------------------------------------------

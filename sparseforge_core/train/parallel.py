@@ -103,9 +103,10 @@ class Ranks:
 class Replicas(Ranks):
     """Every rank has everything; gradients are averaged, so that all take the same step."""
 
-    def __init__(self, model: nn.Module, beats: Beats | None = None) -> None:
+    def __init__(self, model: nn.Module, beats: Beats | None = None, *, teacher: nn.Module | None = None) -> None:
         super().__init__(beats)
-        self.average = Average([p for p in model.parameters() if p.requires_grad])
+        trained = [p for module in (model, teacher) if module is not None for p in module.parameters()]
+        self.average = Average([p for p in trained if p.requires_grad])
 
     def expect(self, *, last: bool) -> None:
         if last:
@@ -143,11 +144,6 @@ def refuse(recipe: Recipe, sharding: Sharding, ranks: int, *, compiled: bool = F
     why = method.unshardable() if sharding == "shard" and ranks > 1 else None
     if why:
         raise RecipeError(f"sharding shard: method {method.kind!r} cannot be sharded: {why}; use replicate")
-    if ranks > 1 and recipe.objective.correcting is not None:
-        raise RecipeError(
-            f"objective.correction: {ranks} ranks would each correct a teacher of their own by their share of a batch; "
-            "use one rank, or a teacher that was corrected before (objective.teacher)"
-        )
     if sharding == "shard" and ranks > 1 and getattr(method, "mask_storage", "") == "int16" and not shards_integers():
         raise RecipeError(
             f"sharding shard: method.mask_storage='int16' needs torch 2.12 or newer, this is {torch.__version__}, "

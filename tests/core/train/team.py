@@ -22,7 +22,7 @@ from sparseforge_core.execution import Execution
 from sparseforge_core.methods import METHODS
 from sparseforge_core.methods.base import Method
 from sparseforge_core.models.regions import compile_blocks
-from sparseforge_core.objective import Distill, batch
+from sparseforge_core.objective import Distill, Objective, batch
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.patterns import Pattern, nm
@@ -34,6 +34,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.core.train.team", "transformers.models.llama.modeling_llama"])
 
 TWO_OF_FOUR = nm(2, 4)
+TAUGHT = Distill()
 STEPS = 10
 
 Job = Callable[[], object]
@@ -47,6 +48,7 @@ def cell(
     steps: int = STEPS,
     pattern: Pattern = TWO_OF_FOUR,
     slorb: SLoRB | None = None,
+    objective: Objective = TAUGHT,
     seed: int = 0,
 ) -> Cell:
     """A few steps of a tiny model on sentences of a small grammar."""
@@ -57,7 +59,7 @@ def cell(
             method=chosen,
             corpus=Synthetic(documents_count=50),
             pattern=pattern if chosen.sparsifies else None,
-            objective=Distill(),
+            objective=objective,
             train=TrainPlan(steps=steps, sequences=4, length=16, lr=WarmupLinear(peak=1e-3)),
             slorb=slorb,
         ),

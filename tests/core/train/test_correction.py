@@ -22,7 +22,7 @@ from sparseforge_core.schedules import Constant, WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import read_journal
 from sparseforge_core.train.correction import Correction
-from sparseforge_core.train.parallel import refuse
+from sparseforge_core.train.optimizer import clip
 from tests.tiny import tiny_model, tiny_source, tokens
 
 STEPS = 12
@@ -53,7 +53,7 @@ def test_a_step_is_adamws_at_a_share_of_the_rate() -> None:
     plan = TrainPlan(steps=10, lr=Constant(value=0.02), clip=1e9)
     x = torch.randn(6, 4)
     teacher(x).square().mean().backward()
-    Correction(teacher, TeacherCorrection(rate_scale=0.25), plan).step(0.5)
+    Correction(teacher, TeacherCorrection(rate_scale=0.25), plan).step(0.5, clip)
     assert teacher.weight.grad is None
     rule = torch.optim.AdamW(alone.parameters(), lr=0.005, betas=plan.betas, eps=plan.eps, weight_decay=0.0)
     alone(x).square().mean().backward()
@@ -123,7 +123,5 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         TeacherCorrection(rate_scale=0.0)
     with pytest.raises(RecipeError, match=r"after\.correction"):
         Then(before=CORRECTED, after=Distill(), switch_at=0.5)
-    with pytest.raises(RecipeError, match=r"objective\.correction: 2 ranks"):
-        refuse(_recipe(), "replicate", 2)
     assert Then(before=CORRECTED, after=TaskOnly(), switch_at=0.5).correcting == CORRECTED.correction
     assert [objective.teacher_bytes for objective in (TaskOnly(), Distill(), CORRECTED)] == [0, 2, 16]

@@ -24,6 +24,8 @@ from sparseforge_core.methods.maskllm import MaskLLM
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.models.heads import split
+from sparseforge_core.objective import Distill
+from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.observe.curvature import MicroBatchFisher
 from sparseforge_core.sparsity.fused import available
 from sparseforge_core.sparsity.patterns import BLOCK_16
@@ -50,6 +52,9 @@ ROOT = Path(__file__).resolve().parents[3]
 WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2), statistics_of="last-update"))
 """Its curvature is each replica's own, or in shards: what a checkpoint must keep apart; its statistics are of all."""
 
+FOLLOWED = cell(objective=Distill(kl_weight=0.75, correction=TeacherCorrection(rate_scale=0.5)))
+"""Its teacher takes steps too, fast enough that ranks which took others would show."""
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "replicas": (cell(), {"sharding": "replicate", "micro_batch": 1}),
     "shards": (cell(), {"sharding": "shard", "recompute": True}),
@@ -68,6 +73,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "maskllm": (cell(MaskLLM(prior=None)), {"sharding": "replicate"}),
     "from-a-solution": (cell(FrozenMask(prior=SparseGPT(samples=4, length=16))), {"sharding": "replicate"}),
     "experts": (cell(architecture="qwen3_moe"), {"sharding": "replicate"}),
+    "teacher-follows": (FOLLOWED, {"sharding": "replicate", "micro_batch": 1}),
+    "teacher-follows-in-shards": (FOLLOWED, {"sharding": "shard", "chunks": True}),
 }
 
 
@@ -164,6 +171,26 @@ def test_interrupted_ranks_go_on_to_the_bit_and_on_other_numbers_of_ranks(tmp_pa
     for name in (*parts, "four", "1-to-2", "2-to-1", "4-to-2"):
         assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "alone"), rel=1e-5), name
         assert agreement(tmp_path / "alone", tmp_path / name) >= 0.999, name
+
+
+def test_a_teacher_that_follows_goes_on_to_the_bit_and_on_one_rank(tmp_path: Path) -> None:
+    assert trained(FOLLOWED, tmp_path / "alone") == "done"
+    parts = ("shard", "replicate")
+    jobs = [job(FOLLOWED, tmp_path / how, sharding=how) for how in parts]
+    for how in parts:
+        jobs += [job(FOLLOWED, tmp_path / f"{how}-cut", sharding=how, stop_after=5)]
+        jobs += [job(FOLLOWED, tmp_path / f"{how}-cut", sharding=how)]
+    jobs += [job(FOLLOWED, tmp_path / "2-to-1", sharding="shard", stop_after=5)]
+    for said in team(2, jobs):
+        assert [str(what).partition(":")[0] for what in said] == [
+            *("done", "done"),
+            *("Interrupted", "done", "Interrupted", "done", "Interrupted"),
+        ]
+    for how in parts:
+        assert same_bits(tmp_path / how, tmp_path / f"{how}-cut"), f"{how}: went on from another state"
+    assert trained(FOLLOWED, tmp_path / "2-to-1") == "done"
+    for name in (*parts, "2-to-1"):
+        assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "alone"), rel=1e-5), name
 
 
 def test_ranks_that_were_given_different_cells_stop_at_once(tmp_path: Path) -> None:
