@@ -119,7 +119,7 @@ def serve(options: argparse.Namespace, announce: Callable[[dict[str, str]], None
     listener = bound(options.host, options.port)
     try:
         given = {"device": options.device, "dense": options.dense, "cache": options.cache, "mode": options.mode}
-        voice = Voice.load(options.folder, **given)
+        voice = Voice.load(options.folder, **given, warm=True)
         name = options.name or Path(options.folder).resolve().name
         host, port = listener.getsockname()[:2]
         announce({"address": f"http://{host}:{port}/v1", "model": name})

@@ -41,11 +41,14 @@ class Generated:
 class Speaker:
     """A model with the cache that it decodes with, prepared once."""
 
-    def __init__(self, model: Any, cache: CacheKind = "auto") -> None:
-        """Raises UnsupportedModel, with the reason, if `static` is asked for and cannot be."""
+    def __init__(self, model: Any, cache: CacheKind = "auto", *, warm: bool = False) -> None:
+        """`warm` is for who will say many things: the first short prompt then is a graph already, on a GPU.
+
+        Raises UnsupportedModel, with the reason, if `static` is asked for and cannot be.
+        """
         if cache not in CACHES:
             raise ExportError(unknown("cache", cache, CACHES))
-        self.model = model
+        self.model, self.warm = model, warm
         why = refusal(model) if cache != "ordinary" else "asked for"
         if cache == "static" and why is not None:
             raise UnsupportedModel(f"{why}; use --cache ordinary")
@@ -106,6 +109,8 @@ class Speaker:
             capacity = min(self.longest, -(-needed // 256) * 256)
             steps = _small_operations(self.model.device)
             self._decoder = Decoder(self.parts, capacity=capacity, steps=steps)
+            if self.warm:
+                self._decoder.warm()
         return self._decoder
 
 

@@ -50,8 +50,12 @@ class Voice:
         dense: bool = False,
         cache: CacheKind = "auto",
         mode: Mode = "decode",
+        warm: bool = False,
     ) -> Voice:
-        """From a packed export. Raises as `load_packed` and `arm` do, and ExportError where there is no tokenizer."""
+        """From a packed export; `warm` as for a `Speaker`.
+
+        Raises as `load_packed` and `arm` do, and ExportError where there is no tokenizer.
+        """
         if cache not in CACHES:
             raise ExportError(unknown("cache", cache, CACHES))
         place = place_named(device)
@@ -62,7 +66,7 @@ class Voice:
         check_device(folder, place, dense=dense, mode=mode)
         model, report = load_packed(folder, dense=dense)
         loaded: Any = arm(model, place, mode=mode) if place.type == "cuda" else model.to(place)  # type: ignore[arg-type]
-        speaker = Speaker(loaded, cache)
+        speaker = Speaker(loaded, cache, warm=warm)
         report.mode, report.resident_bytes = mode, speaker.resident_bytes
         theirs = loaded.generate
         loaded.generate = functools.partial(_generate, speaker, theirs)

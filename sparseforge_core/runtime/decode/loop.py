@@ -21,7 +21,7 @@ from sparseforge_core.runtime.decode import plain
 from sparseforge_core.runtime.decode.admission import refusal
 from sparseforge_core.runtime.decode.cache import Cache
 from sparseforge_core.runtime.decode.parts import Block, Parts
-from sparseforge_core.runtime.decode.prompts import Graphs, Prompts
+from sparseforge_core.runtime.decode.prompts import SHORT, Graphs, Prompts
 
 LOOK = 16
 """Steps between two looks of the host at what was found; text beyond its end is cut off."""
@@ -89,6 +89,17 @@ class Decoder:
         with on(self.tokens.device):
             self.prompts.run(size, functools.partial(self._prompt, size))
         return self.logits
+
+    def warm(self) -> None:
+        """Record a prompt of `prompts.SHORT` rows, or of the cache's, so that the first short ones are one launch.
+
+        It takes three passes, and memory as `Prompts.needed_bytes` says; nothing where nothing is recorded.
+        """
+        length = min(SHORT // self.cache.batch, self.cache.capacity)
+        if not self._wanted or length < 1:
+            return
+        for _ in range(2):  # the second is recorded
+            self.prefill(torch.zeros(self.cache.batch, length, dtype=torch.long, device=self.tokens.device))
 
     def _prompt(self, size: int) -> None:
         """Pass the first `size` tokens of `prompt`, of which the cache's position says how many are real."""

@@ -2,7 +2,9 @@
 
 A prompt of 2,048 tokens is some 500 kernels, which a host may take longer to launch than the device to run. A graph
 costs a capture and holds memory, so the first prompt of a size is launched kernel by kernel, the second is too and
-captures, and from the third on one launch is all. Each gives the same numbers, as each computes the same rows.
+captures, and from the third on one launch is all. Each gives the same numbers, as each computes the same rows. A short
+prompt of a size that has not come before is filled up to the next size that is recorded, where there is one: to compute
+what nobody asked for takes a device less time than to launch a pass takes a host.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 BUDGET = 2**30
 """Bytes that the graphs of one decoder's prompts may hold on the device: beyond, all are let go and begun anew."""
+
+SHORT = 1024
+"""Rows up to which a pass is sooner computed than launched: for LLaMA-2-7B on an H200 16 ms and 20 to 34."""
 
 MOST = 64
 """Graphs of one decoder: their launches lie in the driver's memory, which `BUDGET` does not count."""
@@ -98,12 +103,21 @@ class Prompts:
         return rows * self._row + max(unpacked, default=0)
 
     def size(self, length: int) -> int:
-        """Tokens that are computed for a prompt of `length`: 1/16 more at most, or 7, and never beyond the cache.
+        """Tokens that are computed for the next prompt, of `length`: 1/16 more at most, or 7, never beyond the cache.
 
-        Those behind the end are seen by none before them. A prompt too large for a graph is not filled up.
+        More where the size is short and new and a larger one of at most SHORT rows is recorded; it is not new any more
+        then. Those behind the end are seen by none before them. A prompt too large for a graph is not filled up.
         """
         size = min(filled_up(length), self._capacity)
-        return size if self._fill and self.needed_bytes(size) <= BUDGET else length
+        if not self._fill or self.needed_bytes(size) > BUDGET:
+            return length
+        if size in self._met or size in self._recorded:
+            return size
+        larger = [known for known in self._recorded if size < known <= SHORT // self._batch]
+        if not larger:
+            return size
+        self._met.add(size)
+        return min(larger)
 
     def run(self, size: int, work: Work) -> None:
         """Pass a prompt of a size that `size` gave; `work` does it launch by launch.

@@ -145,6 +145,37 @@ def test_a_size_is_recorded_when_it_comes_again_and_memory_is_bounded(monkeypatc
     assert (sizes.recorded, sizes.held_bytes) == ((), 0)
 
 
+def test_a_short_prompt_of_a_new_size_takes_the_next_one_that_is_recorded_and_says_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts, made = exact_parts("llama"), Notes(0)
+    alone, filled = Decoder(parts, capacity=60), Decoder(parts, capacity=60, fill=True)
+    sizes = filled.prompts = Prompts(parts, 1, 60, fill=True, recorder=lambda: made)
+    filled.prefill(tokens(1, 40)), filled.prefill(tokens(1, 40))
+    assert sizes.recorded == (40,)
+    torch.testing.assert_close(filled.prefill(tokens(1, 13)), alone.prefill(tokens(1, 13)))
+    assert (sizes.recorded, made.records) == ((40,), 1), "the graph of 40 tokens did"
+    torch.testing.assert_close(filled.prefill(tokens(1, 14)), alone.prefill(tokens(1, 14)))
+    assert (sizes.recorded, made.records) == ((16, 40), 2), "what comes again is recorded in its own size"
+    monkeypatch.setattr(prompts, "SHORT", 39)
+    assert sizes.size(20) == 24, "beyond that a device computes longer than a host launches"
+    assert Prompts(parts, 2, 60, fill=True, recorder=lambda: made).size(9) == 16, "nothing is recorded yet"
+
+
+def test_who_is_warm_has_a_short_prompt_recorded_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, made = exact_parts("llama"), Notes(0)
+    decoder = Decoder(parts, capacity=60, fill=True)
+    decoder.warm()
+    assert decoder.prompts.recorded == (), "a CPU records nothing"
+    decoder.prompts = Prompts(parts, 1, 60, fill=True, recorder=lambda: made)
+    monkeypatch.setattr(decoder, "_wanted", True)
+    decoder.warm()
+    assert decoder.prompts.recorded == (60,)
+    said = decoder.prefill(tokens(1, 13))
+    assert (decoder.prompts.recorded, made.records) == ((60,), 1)
+    torch.testing.assert_close(said, Decoder(parts, capacity=60).prefill(tokens(1, 13)))
+
+
 def test_a_prompt_without_memory_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(exact_parts("llama"), capacity=60, fill=True)
     monkeypatch.setattr(support, "free_memory", lambda device: 1000)
