@@ -50,15 +50,6 @@ def test_two_gpus_are_asked_for_by_name_where_there_are_none(
     assert train.main([*given, "--tiny"]) == 1
 
 
-@pytest.mark.slow
-def test_two_ranks_are_measured_by_the_same_command(tmp_path: Path) -> None:
-    assert train.main(["--tiny", "--device", "cpu", "--parts", "two_gpus", "--out", str(tmp_path)]) == 0
-    rows = {row["measure"]: row for row in json.loads((tmp_path / "train.json").read_text())}
-    assert set(rows) == set(several_gpus.MEASURES)
-    assert rows["two_gpu_resume_bit_exact.shard"]["value"] == 1.0
-    assert rows["two_gpu_mask_agreement.replicate"]["value"] >= rows["two_gpu_mask_agreement.replicate"]["bar"]
-
-
 def test_the_documented_bytes_are_those_of_the_tensors() -> None:
     """The table of docs/training-speed.md, computed again."""
     adam = dataclasses.replace(train.LEAN, curvature=AdamSecondMoment())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from sparseforge_core.data.corpora import PythonDocs
+from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import CheckpointMismatch
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.methods import MagnitudePruning
@@ -40,7 +40,7 @@ def test_a_packaged_model_is_pruned_saved_and_measured(home: Path) -> None:
     recipe = Recipe(
         model=Packaged(name="smollm2-135m"),
         method=MagnitudePruning(),
-        corpus=PythonDocs(),
+        corpus=Synthetic(documents_count=400),
         pattern=nm(2, 4),
     )
     cell = Cell(recipe=recipe)
