@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from flows.failures import patiently
 from flows.home import Home
 from flows.placements import placement_for
 from flows.provenance import here, machine_of
@@ -36,7 +37,8 @@ def restore_models(store: ResultStore, home: Home, cells: tuple[Cell, ...], shou
 def _restore(store: ResultStore, home: Home, cell: Cell, should_stop: Callable[[], bool]) -> None:
     key = cell_key(cell)
     directory = home.cell(key) / TRAIN
-    done = [a for a in store.attempts(key) if (a.stage, a.status) == (TRAIN, "done")]
+    attempts = patiently(lambda: store.attempts(key))
+    done = [a for a in attempts if (a.stage, a.status) == (TRAIN, "done")]
     if not done or (directory / FINAL).is_dir() or done[0].cause == "diverged":
         # A cell that was never trained is another matter, and the stage that needs it says so; one that diverged has
         # no model by rights, and would only diverge again.

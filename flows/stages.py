@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.failures import halvings, inputs_of, is_out_of_memory
+from flows.failures import halvings, inputs_of, is_out_of_memory, patiently
 from flows.home import Home
 from sparseforge_core import files, measured
 from sparseforge_core.errors import CheckpointMismatch, DoesNotFit, OutOfMemory
@@ -28,7 +28,7 @@ def finished(store: ResultStore, home: Home, key: str, stage: str) -> Path | Non
     path = home.cell(key) / stage / measured.FILE
     if stage == TRAIN or not path.is_file():
         return None
-    if measured.read(path).get("suite") != json.loads(store.suite_spec(stage)):
+    if measured.read(path).get("suite") != json.loads(patiently(lambda: store.suite_spec(stage))):
         log.warning("%s says another suite than the store; measuring again", path)
         return None
     return path
@@ -54,18 +54,19 @@ def run_stage(
     from sparseforge_core.evaluate.suites import Suite
     from sparseforge_core.identity import loads, required_cells
 
-    _write_inputs(store, home, key, stage)
-    cell = loads(store.cell_body(key))
+    body = patiently(lambda: store.cell_body(key))  # the attempt has begun: a store that is away must not cost it
+    asked = None if stage == TRAIN else patiently(lambda: store.suite_spec(stage))
+    _write_inputs(home, key, stage, body, asked)
+    cell = loads(body)
     placement = placement_for(cell.recipe)
     directory = home.cell(key) / stage
-    halved = halvings(store.attempts(key), stage)
+    halved = halvings(patiently(lambda: store.attempts(key)), stage)
     restore_models(store, home, (() if stage == TRAIN else (cell,)) + required_cells(cell), should_stop)
-    if stage == TRAIN:
+    if asked is None:
         plan = cell.recipe.train
         whole = placement.micro_batch or plan.sequences
         size = max(1, whole >> halved)
         if placement.gpus > 1:  # a process of its own for each device
-            body = store.cell_body(key)
             return train_on_ranks(
                 body, directory, home.root, placement, micro_batch=size, on_step=on_step, should_stop=should_stop
             )
@@ -77,17 +78,17 @@ def run_stage(
                 )
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{error}; or delete {directory} to train this cell anew") from error
-    suite = specs.decode(json.loads(store.suite_spec(stage)), Suite, "suite")
+    suite = specs.decode(json.loads(asked), Suite, "suite")
     size = max(1, BATCH_SIZE >> halved)
     with _memory_accounted(cell.recipe, size, halved, execution.device_memory()):
         return run.evaluate_cell(cell, suite, directory, home.root, batch_size=size)
 
 
-def _write_inputs(store: ResultStore, home: Home, key: str, stage: str) -> None:
+def _write_inputs(home: Home, key: str, stage: str, body: str, suite: str | None) -> None:
     """The cell file, and that of the suite: what it takes to run the stage again without the store."""
     for path in inputs_of(home, key, stage):
         if not path.is_file():
-            files.write_text(path, store.suite_spec(stage) if path.stem == stage else store.cell_body(key))
+            files.write_text(path, body if suite is None or path.stem != stage else suite)
         if path.stem == stage:  # only who holds the stage writes it; the rest of the folder is cleaned by training
             files.remove_leftovers(path)
 

@@ -194,6 +194,23 @@ def test_a_result_waits_for_a_store_that_is_away(space: Workspace, tmp_path: Pat
     assert space.store.fsck() == []
 
 
+def test_a_store_that_goes_away_right_after_the_claim_costs_no_attempt(
+    space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, moved, run = space.home.root / "store.db", tmp_path / "moved.db", cycle.run_stage
+
+    def away(*given: Any) -> Path:
+        store.rename(moved)
+        threading.Timer(1.5, lambda: moved.rename(store)).start()
+        return run(*given)
+
+    monkeypatch.setattr(cycle, "run_stage", away)
+    for stage in sorted({s.stage for s in space.store.work("tiny-smoke") if s.cell_key == space.first}, reverse=True):
+        space.execute(space.first, stage)
+        assert [a.status for a in space.store.attempts(space.first) if a.stage == stage] == ["done"], stage
+    assert space.store.fsck() == []
+
+
 def test_a_cell_for_many_gpus_is_refused_before_anything_is_loaded(space: Workspace) -> None:
     plan_grid(space.store, "table-2")
     cell = next(s.cell_key for s in space.store.work("table-2") if s.pool == "gpu-8")

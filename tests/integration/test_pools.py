@@ -106,7 +106,7 @@ def test_a_grid_on_pools_waits_for_a_store_and_for_a_prefect_server_that_are_awa
     assert "does not answer" not in errors
     assert "asking again" in errors, "it never met a store or a server that was away"
     summary = json.loads(said.splitlines()[-1])
-    assert summary["complete"], summary
+    assert summary["complete"], json.dumps(summary) + errors
     found = ResultStore(site.home.store_url)
     assert set(site.statuses()) == {"done"}
     assert found.fsck() == []
