@@ -617,7 +617,8 @@ def write(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     if one:
         add("one_gpu_tokens_per_second", one["tokens_per_second"], "tokens/s")
     if "seven" in found:
-        rows += _seven(found["seven"], LARGE if not options.small else SMALL)
+        sizes = SMALL if options.small else LARGE
+        rows += seven_rows(found["seven"], sizes.seven, sizes.seven_batch, GPUS)
     if "seven.plain" in found:
         slow = found["seven.plain"]
         add("seven_b_shape.step_seconds.plain", slow["seconds"], "s, neither compiled nor fused")
@@ -655,8 +656,10 @@ def finished(folder: Path) -> bool:
     return (folder / "measurements.json").is_file()
 
 
-def _seven(found: dict[str, float], sizes: Sizes) -> list[tuple[str, float, str, float | None]]:
-    config = sizes.seven
+def seven_rows(
+    found: dict[str, float], config: dict[str, Any], batch: tuple[int, int], gpus: int, measure: str = "seven_b_shape"
+) -> list[tuple[str, float, str, float | None]]:
+    """What `loop` found of a 7B shape on so many GPUs, beside what the plan says: measure, value, unit, bar."""
     shape = memory.decoder(
         "7B shape",
         layers=config["num_hidden_layers"],
@@ -664,15 +667,15 @@ def _seven(found: dict[str, float], sizes: Sizes) -> list[tuple[str, float, str,
         intermediate=config["intermediate_size"],
         vocabulary=config["vocab_size"],
     )
-    spread = memory.Spread(gpus=GPUS, micro_batch=sizes.seven_batch[0], length=sizes.seven_batch[1])
+    spread = memory.Spread(gpus=gpus, micro_batch=batch[0], length=batch[1])
     return [
-        ("seven_b_shape.layers", float(shape.layers), "of 32; the rest is the plan's arithmetic", None),
-        ("seven_b_shape.steps", found["steps"], "real steps, 2 GPUs, sharded, recomputed", 20.0),
-        ("seven_b_shape.peak_gib", found["peak_bytes"] / memory.GIB, "GiB allocated on one GPU", None),
-        ("seven_b_shape.reserved_gib", found["reserved_bytes"] / memory.GIB, "GiB reserved on one GPU", None),
-        ("seven_b_shape.planned_gib", memory.need(shape, spread) / memory.GIB, "GiB by the plan", None),
-        ("seven_b_shape.step_seconds", found["seconds"], "s", None),
-        ("seven_b_shape.tokens_per_second", found["tokens_per_second"], "tokens/s, 2 GPUs", None),
+        (f"{measure}.layers", float(shape.layers), "of 32; the rest is the plan's arithmetic", None),
+        (f"{measure}.steps", found["steps"], f"real steps, {gpus} GPUs, sharded, recomputed", 20.0),
+        (f"{measure}.peak_gib", found["peak_bytes"] / memory.GIB, "GiB allocated on one GPU", None),
+        (f"{measure}.reserved_gib", found["reserved_bytes"] / memory.GIB, "GiB reserved on one GPU", None),
+        (f"{measure}.planned_gib", memory.need(shape, spread) / memory.GIB, "GiB by the plan", None),
+        (f"{measure}.step_seconds", found["seconds"], "s", None),
+        (f"{measure}.tokens_per_second", found["tokens_per_second"], f"tokens/s, {gpus} GPUs", None),
     ]
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import ranks as benchmark
-from sparseforge_core import distributed, memory, ranks
+from sparseforge_core import distributed, ranks
 from sparseforge_core.methods.sparseforge import SparseForge
 from sparseforge_core.observe.curvature import Fisher
 from sparseforge_core.train import parallel
@@ -54,24 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 def write(found: dict[str, float], config: dict[str, int], batch: tuple[int, int], options: argparse.Namespace) -> None:
     """The measures, printed and in a file."""
     world = distributed.world()
-    shape = memory.decoder(
-        "LLaMA-2-7B's shape",
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-    )
-    spread = memory.Spread(gpus=world, micro_batch=batch[0], length=batch[1])
-    where = f"{world} GPUs" if world > 1 else "1 GPU"
-    rows = [
-        ("whole_seven_b.layers", float(shape.layers), "of 32, random weights", None),
-        ("whole_seven_b.steps", found["steps"], f"real steps of {batch[0]} x {batch[1]} tokens a GPU, {where}", 20.0),
-        ("whole_seven_b.step_seconds", found["seconds"], "s, a mask update every ten steps in it", None),
-        ("whole_seven_b.tokens_per_second", found["tokens_per_second"], f"tokens/s, {where}", None),
-        ("whole_seven_b.peak_gib", found["peak_bytes"] / memory.GIB, "GiB allocated on one GPU", None),
-        ("whole_seven_b.reserved_gib", found["reserved_bytes"] / memory.GIB, "GiB reserved on one GPU", None),
-        ("whole_seven_b.planned_gib", memory.need(shape, spread) / memory.GIB, "GiB a GPU by the plan", None),
-    ]
+    rows = benchmark.seven_rows(found, config, batch, world, "whole_seven_b")
     command = f"torchrun --standalone --nproc-per-node={world} benchmarks/seven_b.py"
     context = {"hardware": benchmark.hardware(), "command": command, "commit": options.commit}
     listed = [{"measure": m, "value": v, "unit": u, "bar": b, **context} for m, v, u, b in rows]
