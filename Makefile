@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -q
+# The order of files is tests/conftest.py's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 export PYTHON
 # Every process would compile all that it imports anew: half of each start.
 unexport PYTHONDONTWRITEBYTECODE

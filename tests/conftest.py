@@ -6,6 +6,7 @@ Nothing heavy is imported here: a test of the store must not pay for torch.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,16 +33,27 @@ QUIET = {
 
 WORKSPACE_VARIABLES = ("SPARSEFORGE_HOME", "SPARSEFORGE_DB", "MLFLOW_TRACKING_URI")
 
+SERVED = Path(__file__).parent / "integration"
+"""Tests of whole systems."""
+
 os.environ.update(QUIET)
 for variable in WORKSPACE_VARIABLES:
     os.environ.pop(variable, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs PostgreSQL, so that `-m "not postgres"` leaves it out."""
+    """Mark what needs PostgreSQL, so that `-m "not postgres"` leaves it out; put files in the order to run them in.
+
+    Fast files first, so that a mistake shows soon; then those that start servers, then those with most slow tests: a
+    long file that begins last is waited for by the other workers.
+    """
+    slow: Counter[Path] = Counter()
     for item in items:
         if "postgres_server" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.postgres)
+        slow[item.path] += item.get_closest_marker("slow") is not None
+    served = {path: path.is_relative_to(SERVED) for path in slow}
+    items.sort(key=lambda item: (slow[item.path] > 0, not served[item.path], -slow[item.path]))
 
 
 @pytest.fixture
