@@ -1,6 +1,6 @@
 """The product with a 2:4 weight as one operator of torch, which compilers and CUDA graphs take as it is.
 
-Where nobody looks at operators, what the operator does is called as it is: to find it costs the host as much again.
+Where nobody looks at operators, what the operator does is called as it is: to find it costs the host a fifth more.
 """
 
 from __future__ import annotations
