@@ -82,24 +82,25 @@ def _product(
             f"x is {x.dtype} on {x.device}, the 2:4 weight {values.dtype} on {values.device}; convert x, or load the "
             "model again with the type and device wanted"
         )
-    inputs = x.shape[-1]
+    shape = [*x.shape]
+    inputs, shape[-1] = shape[-1], out
     rows = x.numel() // inputs
     if backend == "reference" or rows == 0:
         weight = dense_of(values, places, (out, inputs)) if dense is None else dense
-        return torch.nn.functional.linear(x.reshape(-1, inputs), weight, bias).view(*x.shape[:-1], out)
+        return torch.nn.functional.linear(x.reshape(-1, inputs), weight, bias).view(shape)
     x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
     if backend == "triton":
         from sparseforge_core.runtime.kernels import triton_products  # Triton is there on GPUs alone
 
-        y = x.new_empty(rows, out)
+        y = x.new_empty(shape)
         with torch.cuda.device(x.device):  # Triton launches on the current one
-            triton_products.run(x.view(rows, inputs), values, places, bias, y)
-        return y.view(*x.shape[:-1], out)
+            triton_products.run(x.view(rows, inputs), values, places, bias, y.view(rows, out))
+        return y
     choice = choose(out, inputs, rows, x.dtype, x.device.index, FORMS[dense is not None, compressed is not None])
     if choice.plan is not None:
-        y = x.new_empty((*x.shape[:-1], out))
+        y = x.new_empty(shape)
         choice.plan.run(x, values, places, bias, y)
         return y
     flat = x.view(rows, inputs)
@@ -108,7 +109,7 @@ def _product(
     else:
         weight = dense if choice.kind == "dense" and dense is not None else expand(values, places, (out, inputs))
         y = torch.nn.functional.linear(flat, weight, bias)
-    return y.view(*x.shape[:-1], out)
+    return y.view(shape)
 
 
 def _shape_of_product(
