@@ -5,12 +5,13 @@ python benchmarks/host_path.py [--rows 1 64 256 1024] [--ways wide expand ...] [
 Each kernel that suits a number of rows is forced in turn and called many times without a wait; a figure is the median
 of seven rounds, in microseconds a call. `module` is a `KernelLinear`'s call, `product` is `sparse_linear`, `operator`
 the operator of torch that compilers see, `way` what was chosen, with its output made before where that is a kernel of
-ours. The weight is so small that a GPU is done before the host's next call.
+ours, `launch` the last launch once more, which is the driver's part. The weight is so small that a GPU is done before
+the host's next call.
 
 On a GPU the launches are real, and `linear` is torch's own dense product beside them. Without one, the few entries of
-the driver and of cuSPARSELt are a function of the C library that does nothing (`driver` is its call alone), tensors lie
-in the host's memory, and torch's dense product returns an empty tensor: what is timed is Python, ctypes and torch's own
-bookkeeping. What a driver does, a GPU's allocator and its guards are not in those figures.
+the driver and of cuSPARSELt are a function of the C library that does nothing, tensors lie in the host's memory, and
+torch's dense product returns an empty tensor: what is timed is Python, ctypes and torch's own bookkeeping. What a
+driver does, a GPU's allocator and its guards are not in those figures.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from sparseforge_core.runtime.kernels.rehearsal import random_packed
 from sparseforge_core.runtime.kernels.table import Choice
 from sparseforge_core.runtime.linear import KernelLinear
 
-OUT, INPUTS = 256, 256
+OUT, INPUTS = 256, 1024
 
 PROCESSORS = 132
 """Of the GPU that is not there."""
@@ -146,14 +147,19 @@ class Case:
         """What is timed of a way."""
         self.weight.dense_copy = self.dense if choice.kind == "dense" else None
         self.weight.compressed = self.compressed if choice.kind == "cusparselt" else None
-        return {
+        found: dict[str, Callable[[], object]] = {
             "module": functools.partial(self.module, self.x),
+            "product": functools.partial(sparse_linear, self.x, self.weight, None),
             "operator": functools.partial(
                 PRODUCT, self.x, *self.weight.held[:2], None, *self.weight.held[2:4], OUT, "mma"
             ),
-            "product": functools.partial(sparse_linear, self.x, self.weight, None),
             "way": self._way(choice),
         }
+        if choice.plan is not None:
+            found["way"]()
+            kernel, _ = plans._prepared(choice.plan, OUT, INPUTS, len(self.y), self.x.dtype, self.x.device.index)
+            found["launch"] = functools.partial(kernel._launch, kernel._frames[-1])
+        return found
 
     def _way(self, choice: Choice) -> Callable[[], object]:
         x, pair = self.x[0], (self.weight.values, self.weight.places)
@@ -170,12 +176,6 @@ class Case:
         return torch.nn.functional.linear(self.x, self.dense)
 
 
-def driver_alone() -> Callable[[], object]:
-    """The call of an entry with what a launch gives it."""
-    config, pointers = ctypes.byref(ctypes.create_string_buffer(64)), (ctypes.c_void_p * 8)()
-    return functools.partial(nvrtc.driver().cuLaunchKernelEx, config, ctypes.c_void_p(1), pointers, None)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; 0 if all ran."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -189,8 +189,6 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"# {torch.cuda.get_device_name() if there else 'no GPU: nothing is launched'}, torch {torch.__version__}"
         )
-        if not there:
-            print(f"driver {microseconds(driver_alone(), options.calls):.2f} us")
         for rows in options.rows:
             case = Case(rows, "cuda" if there else "cpu")
             if there:

@@ -133,6 +133,6 @@ def test_the_path_of_a_product_is_timed_without_a_gpu(capsys: pytest.CaptureFixt
     before = torch.nn.functional.linear
     assert host_path.main(["--rows", "1", "64", "--calls", "2"]) == 0
     said = capsys.readouterr().out
-    for way in ("stream", "tiles", "wide", "expand", "dense", "cusparselt"):
+    for way in ("gemv", "stream", "tiles", "wide", "expand", "dense", "cusparselt"):
         assert f" {way} " in said
     assert torch.nn.functional.linear is before, "what stood in for the driver is gone again"

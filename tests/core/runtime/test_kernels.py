@@ -41,7 +41,7 @@ from sparseforge_core.runtime.kernels.operator import PRODUCT
 from sparseforge_core.runtime.kernels.plans import Plan
 from sparseforge_core.runtime.kernels.rehearsal import PAIRS, random_packed
 from sparseforge_core.runtime.kernels.table import Choice
-from sparseforge_core.runtime.linear import PackedWeight, SparseLinear
+from sparseforge_core.runtime.linear import KernelLinear, PackedWeight, SparseLinear
 from sparseforge_core.runtime.packed import Layout, Packed, check_indices, layout_of, pack, unpack
 from sparseforge_core.sparsity.patterns import nm, top_mask
 
@@ -144,11 +144,30 @@ def test_a_side_branch_is_added_as_two_factors(stored: bool) -> None:
     assert torch.allclose(sparse_linear(x, KernelWeight.of(whole)), expected, atol=1e-5)
 
 
+class Asked:
+    """A compiler that runs a graph as it is, and remembers what it calls."""
+
+    def __init__(self) -> None:
+        self.targets: list[object] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _given: object) -> Callable[..., Any]:
+        self.targets += [node.target for node in graph.graph.nodes]
+        return graph.forward
+
+
 def test_compilers_take_the_product_whole() -> None:
     weight = KernelWeight.of(packed_weight(16, 64, torch.float32))
     x = torch.randn(3, 64)
     compiled = torch.compile(lambda x: sparse_linear(x, weight) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), sparse_linear(x, weight) + 1)
+    branch = torch.randn(16, 4), torch.randn(4, 64)
+    packed = packed_weight(16, 64, torch.float32)
+    whole = PackedWeight(Packed(packed.values, packed.indices), TWO_FOUR, (16, 64), branch)
+    module = KernelLinear(KernelWeight.of(whole), torch.nn.Parameter(torch.randn(16), requires_grad=False))
+    asked = Asked()
+    compiled = torch.compile(module, backend=asked, fullgraph=True)
+    assert torch.equal(compiled(x[None]), module(x[None]))
+    assert operator.PRODUCT in asked.targets, "the product is one operator to a compiler"
 
 
 def test_a_product_has_no_gradient_and_says_so() -> None:
