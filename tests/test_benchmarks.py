@@ -125,3 +125,14 @@ def test_ranks_measures_the_rates_that_the_plan_reads(tmp_path: Path) -> None:
     rows = {row["measure"]: row["value"] for row in ranks.write(tmp_path, options)}
     assert rows == found, "what failed is left out"
     assert rates(tmp_path / "out" / "placement.json").values == {**ASSUMED, **found}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: real launches are timed by hand")
+def test_the_path_of_a_product_is_timed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    host_path = importlib.import_module("benchmarks.host_path")
+    before = torch.nn.functional.linear
+    assert host_path.main(["--rows", "1", "64", "--calls", "2"]) == 0
+    said = capsys.readouterr().out
+    for way in ("gemv", "stream", "tiles", "wide", "expand", "dense", "cusparselt"):
+        assert f" {way} " in said
+    assert torch.nn.functional.linear is before, "what stood in for the driver is gone again"

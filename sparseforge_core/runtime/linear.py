@@ -109,7 +109,8 @@ class KernelLinear(nn.Module):
         return add_branch(weight, Layout(2, 4, transposed=False), (self.kernel.branch, self.kernel.projection))
 
     def forward(self, x: Tensor) -> Tensor:
-        return sparse_linear(x, self.kernel, self.bias)
+        kernel: Any = self._modules["kernel"]  # to look it up as an attribute costs as much as two launches
+        return sparse_linear(x, kernel, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, 2:4 on kernels"

@@ -7,6 +7,8 @@ H200 the fastest was among the first two of the ranking for two in three of 46 s
 
 from __future__ import annotations
 
+import functools
+
 from sparseforge_core.runtime.kernels.nvrtc import SHARED_MEMORY
 from sparseforge_core.runtime.kernels.plans import BLOCK_BYTES, IN_FOURS, PAIRED, STAGE_ROW, WIDE_ROW, Plan
 from sparseforge_core.runtime.kernels.support import COLUMNS, ROWS
@@ -124,12 +126,18 @@ def _wide(out: int, inputs: int, rows: int, processors: int) -> list[Plan]:
         for share, split in clusters:
             if split > -(-inputs // COLUMNS) or size >= 2 * -(-rows // 16) * 16 or size < min(rows, AT_ONCE):
                 continue
-            plan = Plan(
-                kernel="wide", rows=size, warps=warps, depth=_stages(size, warps, warps * each, resident),
-                tiles=warps * each, split=split, resident=resident, share=share,
-            )  # fmt: skip
+            plan = _wide_plan(size, warps, each, resident, share, split)
             ranked.append((_cycles(plan, out, inputs, rows, processors), plan))
     return [plan for _, plan in sorted(ranked, key=lambda found: found[0])[:MOST_WIDE]]
+
+
+@functools.cache
+def _wide_plan(size: int, warps: int, each: int, resident: int, share: int, split: int) -> Plan:
+    """One of few, which every new number of rows ranks anew while a product waits."""
+    return Plan(
+        kernel="wide", rows=size, warps=warps, depth=_stages(size, warps, warps * each, resident), tiles=warps * each,
+        split=split, resident=resident, share=share,
+    )  # fmt: skip
 
 
 def _stages(size: int, warps: int, tiles: int, resident: int) -> int:

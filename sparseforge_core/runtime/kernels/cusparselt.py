@@ -39,12 +39,26 @@ A plan costs a millisecond and is made for a number of rows; what is filled up i
 """
 
 
+_ONE, _ZERO, _STREAMS = ctypes.c_float(1.0), ctypes.c_float(0.0), ctypes.c_int32(1)
+
+
+class _Frame:
+    """The arguments of one launch, in memory that is kept: addresses and the stream alone change."""
+
+    def __init__(self, handle: ctypes.Array[ctypes.c_char], plan: ctypes.Array[ctypes.c_char]) -> None:
+        self.compressed, self.x, self.y, self.work, self.stream = (ctypes.c_void_p() for _ in range(5))
+        one, zero, streams = ctypes.byref(_ONE), ctypes.byref(_ZERO), ctypes.byref(self.stream)
+        operands = one, self.compressed, self.x, zero, self.y, self.y
+        self.arguments = (handle, plan, *operands, self.work, streams, _STREAMS)
+
+
 class Plan:
     """How one product is computed: `x [rows, in]` with a compressed weight `[out, in]`."""
 
     def __init__(self, out: int, inputs: int, rows: int, dtype: torch.dtype, algorithm: int, device: int) -> None:
         """Raises ExportError if the library has no such algorithm for these sizes."""
-        self._handle, kind = _handle(device), REAL_TYPES[dtype]
+        self._handle, self._device, kind = _handle(device), device, REAL_TYPES[dtype]
+        self._frames: list[_Frame] = []  # those that no launch is using; taken and given back as a kernel's are
         weight, x, y, product, chosen = (_opaque() for _ in range(5))
         self._plan = _opaque()
         sizes = [ctypes.c_int64(n) for n in (out, inputs, rows)]
@@ -64,19 +78,25 @@ class Plan:
         _call("MatmulPlanInit", handle, self._plan, product, chosen)
         needed = ctypes.c_size_t()
         _call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(needed))
-        self.workspace = needed.value
+        self._work = -(-max(16, needed.value) // dtype.itemsize)
         self._held = (weight, x, y, product, chosen)  # the plan refers to them
 
     def run(self, x: Tensor, compressed: Tensor, y: Tensor) -> None:
         """Fill `y [rows, out]`; the workspace is torch's, given back at once."""
-        work = torch.empty(max(16, self.workspace), dtype=torch.uint8, device=x.device)
-        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        a, b, d, w = (ctypes.c_void_p(t.data_ptr()) for t in (compressed, x, y, work))
-        streams = ctypes.byref(stream)
-        one_, zero_ = ctypes.byref(one), ctypes.byref(zero)
-        with torch.cuda.device(x.device):
-            _call("Matmul", self._handle, self._plan, one_, a, b, zero_, d, d, w, streams, ctypes.c_int32(1))
+        work = x.new_empty(self._work)
+        try:
+            frame = self._frames.pop()
+        except IndexError:
+            frame = _Frame(self._handle, self._plan)
+        frame.compressed.value, frame.x.value = compressed.data_ptr(), x.data_ptr()
+        frame.y.value, frame.work.value = y.data_ptr(), work.data_ptr()
+        frame.stream.value = torch._C._cuda_getCurrentRawStream(self._device)
+        if torch._C._cuda_getDevice() == self._device:  # asking costs a tenth of setting
+            _call("Matmul", *frame.arguments)
+        else:
+            with torch.cuda.device(self._device):
+                _call("Matmul", *frame.arguments)
+        self._frames.append(frame)
 
 
 @functools.lru_cache(maxsize=512)
@@ -93,7 +113,9 @@ def run(x: Tensor, compressed: Tensor, bias: Tensor | None, out: int, algorithm:
         x = torch.nn.functional.pad(x, (0, 0, 0, filled - rows))
     y = x.new_empty(filled, out)
     plan(out, inputs, filled, x.dtype, algorithm, x.device.index).run(x, compressed, y)
-    return y[:rows] if bias is None else y[:rows].add_(bias)
+    if filled != rows:
+        y = y[:rows]
+    return y if bias is None else y.add_(bias)
 
 
 def filled_up(rows: int) -> int:

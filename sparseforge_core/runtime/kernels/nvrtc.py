@@ -3,6 +3,9 @@
 No host compiler and no CUDA toolkit is needed. A kernel is built for one set of compile-time sizes and one device, and
 stays loaded. Launches go to torch's current stream and are captured by CUDA graphs like any other; building is not
 possible while a graph is captured, so every product is run once before.
+
+A launch costs its host about what it costs a library in C++: what is the same each time lies in memory that is kept
+(`_Frame`), and addresses, the grid and the stream alone are written anew.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import concurrent.futures
 import ctypes
 import functools
 import os
+import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,6 +51,9 @@ class _Config(ctypes.Structure):
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: may start before the kernel in front has ended."""
 
+INVALID_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT: also of a thread that has asked the driver for nothing yet."""
+
 MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
@@ -59,6 +66,35 @@ class ByValue:
         self.address = -(-ctypes.addressof(self._memory) // alignment) * alignment
 
 
+_put_grid = struct.Struct("2I").pack_into
+
+_put_stream = struct.Struct("Q").pack_into
+
+
+class _Frame:
+    """Memory that describes one launch of a kernel to the driver, which copies all of it before it returns.
+
+    Arguments are words of eight bytes each, of which an `int` of the kernel is the low half (x86 and Arm are little
+    endian). One that is taken by value lies elsewhere, and is pointed to where it lies.
+    """
+
+    def __init__(self, kernel: Kernel, by_value: tuple[bool, ...]) -> None:
+        self.words = (ctypes.c_uint64 * len(by_value))()
+        first = ctypes.addressof(self.words)
+        self.pointers = (ctypes.c_void_p * len(by_value))(*(first + 8 * n for n in range(len(by_value))))
+        self.by_value = tuple(n for n, apart in enumerate(by_value) if apart)
+        self.put = struct.Struct(f"{len(by_value)}Q").pack_into
+        self._early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self.config = _Config(
+            grid=(1, 1, 1),
+            block=(kernel.threads, 1, 1),
+            shared=kernel.shared,
+            attributes=ctypes.pointer(self._early),
+            count=1,
+        )
+        self.reference = ctypes.byref(self.config)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A loaded kernel and how it is launched."""
@@ -69,33 +105,51 @@ class Kernel:
     """Bytes of dynamic shared memory."""
     device: int
     """Where it is loaded."""
+    _frames: list[_Frame] = field(default_factory=list, compare=False, repr=False)
+    """Those that no launch is using: as many as threads ever launched it at once."""
 
     def __call__(self, grid: tuple[int, int], *arguments: torch.Tensor | ByValue | int | None) -> None:
-        """Launch on torch's current stream of its device; tensors pass as pointers, None as a null pointer."""
-        held = [a if isinstance(a, ByValue) else _simple(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(held))(
-            *(a.address if isinstance(a, ByValue) else ctypes.addressof(a) for a in held)
-        )
-        early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        config = _Config(
-            grid=(grid[0], grid[1], 1),
-            block=(self.threads, 1, 1),
-            shared=self.shared,
-            stream=torch._C._cuda_getCurrentRawStream(self.device),
-            attributes=ctypes.pointer(early),
-            count=1,
-        )
-        if torch.cuda.current_device() == self.device:  # asking costs a tenth of setting
-            check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
-            return
-        with torch.cuda.device(self.device):
-            check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+        """Launch on torch's current stream of its device; tensors pass as pointers, None as a null pointer.
+
+        Whole numbers are not negative. Threads may launch at once: each takes a frame of its own from the list, in one
+        operation of Python. One that raised is not given back.
+        """
+        words = [
+            a if type(a) is int else 0 if a is None else a.address if type(a) is ByValue else a.data_ptr()  # type: ignore[union-attr]
+            for a in arguments
+        ]
+        try:
+            frame = self._frames.pop()
+        except IndexError:
+            frame = _Frame(self, tuple(type(a) is ByValue for a in arguments))
+        frame.put(frame.words, 0, *words)
+        for n in frame.by_value:
+            frame.pointers[n] = words[n]
+        _put_grid(frame.config, 0, *grid)
+        _put_stream(frame.config, _Config.stream.offset, torch._C._cuda_getCurrentRawStream(self.device))
+        if torch._C._cuda_getDevice() == self.device:  # asking costs a tenth of setting
+            self._launch(frame)
+        else:
+            with torch.cuda.device(self.device):
+                self._launch(frame)
+        self._frames.append(frame)
+
+    def _launch(self, frame: _Frame) -> None:
+        entry = driver().cuLaunchKernelEx
+        status = entry(frame.reference, self.function, frame.pointers, None)
+        if status == INVALID_CONTEXT:
+            check(driver().cuCtxSetCurrent(_context(self.device)))
+            status = entry(frame.reference, self.function, frame.pointers, None)
+        check(status)
 
 
-def _simple(argument: torch.Tensor | int | None) -> ctypes.c_int | ctypes.c_void_p:
-    if isinstance(argument, int):
-        return ctypes.c_int(argument)
-    return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
+@functools.cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The context of a device that torch uses too; held from here on."""
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver().cuDeviceGet(ctypes.byref(number), device))
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number))
+    return context
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""The product with a 2:4 weight as one operator of torch, which compilers and CUDA graphs take as it is."""
+"""The product with a 2:4 weight as one operator of torch, which compilers and CUDA graphs take as it is.
+
+Where nobody looks at operators, what the operator does is called as it is: to find it costs the host a fifth more.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,41 @@ ALIGNMENT = 16
 def sparse_linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
     """`x [..., in]` times the transposed weight, plus `bias [out]`: `[..., out]` in the type of x.
 
-    A side branch is added as its two factors: (x P^T) B^T, eq. (1). Raises ValueError for an x that wants a gradient.
+    A side branch is added as its two factors: (x P^T) B^T, eq. (1). Raises ValueError for an x that wants a gradient,
+    or that has another number of inputs, type or device than the weight.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "x wants a gradient, and products with packed 2:4 weights compute none; run them under torch.no_grad(), or "
             "load the model with dense=True to train it"
         )
-    rows = x.reshape(-1, weight.in_features)
-    copies = (weight.dense_copy, weight.compressed)
-    out: Tensor = PRODUCT(rows, weight.values, weight.places, bias, *copies, weight.out_features, weight.backend)
-    if weight.branch is not None:
-        out = out + through_branch(rows, weight.branch, weight.projection)
-    return out.reshape(*x.shape[:-1], weight.out_features)
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x has {x.shape[-1]} inputs a row, the 2:4 weight {weight.in_features}")
+    product = PRODUCT if _seen(x, bias) else _product
+    values, places, dense, compressed, branch = weight.held
+    out: Tensor = product(x, values, places, bias, dense, compressed, weight.out_features, weight.backend)
+    if branch is not None:
+        rows = x.reshape(-1, weight.in_features)
+        out = out + through_branch(rows, branch, weight.projection).reshape(out.shape)
+    return out
+
+
+_ORDINARY = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr()
+_ORDINARY |= torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
+"""What torch's dispatch is given in every thread, beside the tensors' own; the latter not in inference mode."""
+
+
+def _seen(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product must be an operator: for a compiler, a trace, a mode, a transform, another kind of tensor.
+
+    And for a bias that wants a gradient, as torch then warns of a backward pass that has none.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_ORDINARY != 0
+        or (bias is not None and bias.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def through_branch(rows: Tensor, branch: Tensor, projection: Tensor | None) -> Tensor:
@@ -51,48 +76,40 @@ def _product(
     out: int,
     backend: str,
 ) -> Tensor:
-    """`x [rows, in]` -> `[rows, out]`, accumulated in float32 on a GPU."""
-    rows, inputs = x.shape
+    """`x [..., in]` -> `[..., out]`, accumulated in float32 on a GPU."""
     if x.dtype != values.dtype or x.device != values.device:
         raise ValueError(
             f"x is {x.dtype} on {x.device}, the 2:4 weight {values.dtype} on {values.device}; convert x, or load the "
             "model again with the type and device wanted"
         )
+    shape = [*x.shape]
+    inputs, shape[-1] = shape[-1], out
+    rows = x.numel() // inputs
     if backend == "reference" or rows == 0:
-        return torch.nn.functional.linear(x, dense_of(values, places, (out, inputs)) if dense is None else dense, bias)
+        weight = dense_of(values, places, (out, inputs)) if dense is None else dense
+        return torch.nn.functional.linear(x.reshape(-1, inputs), weight, bias).view(shape)
     x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
     if backend == "triton":
         from sparseforge_core.runtime.kernels import triton_products  # Triton is there on GPUs alone
 
-        y = x.new_empty(rows, out)
+        y = x.new_empty(shape)
         with torch.cuda.device(x.device):  # Triton launches on the current one
-            triton_products.run(x, values, places, bias, y)
+            triton_products.run(x.view(rows, inputs), values, places, bias, y.view(rows, out))
         return y
-    return _fastest(x, values, places, bias, dense, compressed, out)
-
-
-def _fastest(
-    x: Tensor,
-    values: Tensor,
-    places: Tensor,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    compressed: Tensor | None,
-    out: int,
-) -> Tensor:
-    rows, inputs = x.shape
-    forms = FORMS[dense is not None, compressed is not None]
-    choice = choose(out, inputs, rows, x.dtype, x.device.index, forms)
+    choice = choose(out, inputs, rows, x.dtype, x.device.index, FORMS[dense is not None, compressed is not None])
     if choice.plan is not None:
-        y = x.new_empty(rows, out)
+        y = x.new_empty(shape)
         choice.plan.run(x, values, places, bias, y)
         return y
+    flat = x.view(rows, inputs)
     if choice.kind == "cusparselt" and compressed is not None:
-        return cusparselt.run(x, compressed, bias, out, choice.algorithm)
-    weight = dense if choice.kind == "dense" and dense is not None else expand(values, places, (out, inputs))
-    return torch.nn.functional.linear(x, weight, bias)
+        y = cusparselt.run(flat, compressed, bias, out, choice.algorithm)
+    else:
+        weight = dense if choice.kind == "dense" and dense is not None else expand(values, places, (out, inputs))
+        y = torch.nn.functional.linear(flat, weight, bias)
+    return y.view(shape)
 
 
 def _shape_of_product(
@@ -105,7 +122,7 @@ def _shape_of_product(
     out: int,
     backend: str,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], out)
+    return x.new_empty(*x.shape[:-1], out)
 
 
 NAME = "sparseforge::linear_24"

@@ -100,7 +100,7 @@ class Plan:
         """Stages of weights under way for each warp of `wide`: more where they may come from memory, not the cache."""
         return 8 if self.resident == 1 and self.rows * self.tiles <= 1024 else 4
 
-    @property
+    @functools.cached_property
     def chunk(self) -> int:
         """Rows of y that a warpgroup of `wide` sends at a time."""
         return next(rows for rows in (64, 48, 32) if self.rows % rows == 0)
@@ -135,18 +135,26 @@ class Plan:
         """Of so many multiprocessors those that its clusters fill."""
         return processors if self.share * self.split <= PAIRED else int(processors * IN_FOURS)
 
+    def __hash__(self) -> int:
+        return self._hash  # a product looks its plan up, and eight fields take longer than the rest of that
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.warps, self.depth, self.tiles, self.split, self.resident, self.share))
+
     def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
         """The loaded kernel; built when first asked for."""
         return load(self.kernel, self.constants(out, inputs, dtype), self.threads(), self.shared(inputs), device)
 
     def run(self, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Fill `out [rows, out]` with `x [rows, in]` times the weight's transpose, plus the bias."""
-        rows, outputs = out.shape
-        kernel, processors = _built(self, outputs, x.shape[1], x.dtype, x.device.index)
-        grid = self.grid(outputs, rows, processors)
+        """Fill `out [..., out]` with `x [..., in]` times the weight's transpose, plus the bias; both are contiguous."""
+        outputs, inputs = out.shape[-1], x.shape[-1]
+        rows = out.numel() // outputs
+        kernel, grid = _prepared(self, outputs, inputs, rows, x.dtype, x.device.index)
         if self.kernel == "wide":
-            maps = tensor_map(x, self.rows // self.share), tensor_map(out, self.chunk)
-            kernel(grid, values, places, *maps, bias, out, rows)
+            x_map = tensor_map(x.data_ptr(), rows, inputs, self.rows // self.share, x.dtype)
+            y_map = tensor_map(out.data_ptr(), rows, outputs, self.chunk, x.dtype)
+            kernel(grid, values, places, x_map, y_map, bias, out, rows)
         else:
             kernel(grid, values, places, x, bias, out, rows)
 
@@ -155,7 +163,10 @@ class Plan:
         return asdict(self)
 
 
-@functools.lru_cache(maxsize=1024)
-def _built(plan: Plan, out: int, inputs: int, dtype: torch.dtype, device: int) -> tuple[Kernel, int]:
-    """The kernel of a plan, and the multiprocessors of its device: what every launch asks for."""
-    return plan.build(out, inputs, dtype, device), torch.cuda.get_device_properties(device).multi_processor_count
+@functools.lru_cache(maxsize=8192)
+def _prepared(
+    plan: Plan, out: int, inputs: int, rows: int, dtype: torch.dtype, device: int
+) -> tuple[Kernel, tuple[int, int]]:
+    """The kernel of a plan, and its blocks of threads for so many rows: what every launch asks for."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return plan.build(out, inputs, dtype, device), plan.grid(out, rows, processors)

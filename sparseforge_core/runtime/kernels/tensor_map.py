@@ -10,7 +10,6 @@ import ctypes
 import functools
 
 import torch
-from torch import Tensor
 
 from sparseforge_core.runtime.kernels.nvrtc import ByValue, check, driver
 
@@ -27,14 +26,13 @@ SIZE, ALIGNMENT = 128, 64
 """Bytes of a CUtensorMap, and what its address must be a multiple of."""
 
 
-def tensor_map(matrix: Tensor, rows: int) -> ByValue:
-    """Of a contiguous matrix of two-byte values, aligned to 16 bytes, in parts of `rows` rows (256 at most)."""
-    return _encoded(matrix.data_ptr(), *matrix.shape, rows, matrix.dtype)
-
-
 @functools.lru_cache(maxsize=4096)
-def _encoded(address: int, height: int, width: int, rows: int, dtype: torch.dtype) -> ByValue:
-    """A map says nothing but these numbers: one of memory that was given back is right for who has it next."""
+def tensor_map(address: int, height: int, width: int, rows: int, dtype: torch.dtype) -> ByValue:
+    """Of a contiguous matrix `[height, width]` of two-byte values in parts of `rows` rows (256 at most).
+
+    The address is a multiple of 16. A map says nothing but these numbers: one of memory that was given back is right
+    for who has it next.
+    """
     found = ByValue(SIZE, ALIGNMENT)
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     status = driver().cuTensorMapEncodeTiled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,15 @@ class KernelWeight(nn.Module):
             return False
         device = self.values.device.index
         return choose(self.out_features, self.in_features, rows, self.values.dtype, device, self.forms).kind == "expand"
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What a product reads: values, places, dense copy, compressed form, branch.
+
+        By torch's own look-up of a module's buffers each would cost the host as much as a launch.
+        """
+        held: dict[str, Any] = self._buffers
+        return held["values"], held["places"], held["dense_copy"], held["compressed"], held["branch"]
 
     @property
     def forms(self) -> Forms:
