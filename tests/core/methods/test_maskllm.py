@@ -9,7 +9,14 @@ import torch
 
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods import MagnitudePruning, MaskLLM
-from sparseforge_core.methods.maskllm import PatternLogits, patterns_of
+from sparseforge_core.methods.maskllm import (
+    MaskLLMTrack,
+    PatternLogits,
+    Sampling,
+    alike,
+    keep_alive_gradient,
+    patterns_of,
+)
 from sparseforge_core.schedules import Constant
 from sparseforge_core.sparsity.patterns import BLOCK_16, nm
 from tests.core.methods.one_layer import OneLayer
@@ -56,13 +63,14 @@ def test_the_prior_gives_each_shared_entry_three_standard_deviations() -> None:
 
 def test_samples_are_functions_of_the_step_and_only_logits_train() -> None:
     layer = OneLayer(MaskLLM(prior=None), [[4.0, 3.0, 2.0, 1.0]], steps=4)
-    law = law_of(layer)
+    law, track = law_of(layer), layer.track
+    assert isinstance(track, MaskLLMTrack)
     first = law.sample()
     assert torch.equal(first, law.sample())
     at = {"temperature": float(law.temperature), "confidence": float(law.confidence)}
-    law.begin(2, **at)
+    track.sampling.begin([law], 2, **at)
     assert not torch.equal(first, law.sample())
-    law.begin(1, **at)
+    track.sampling.begin([law], 1, **at)
     assert torch.equal(first, law.sample())
     trained = [name for name, parameter in layer.model.named_parameters() if parameter.requires_grad]
     assert trained == ["parametrizations.weight.0.law.logits"]
@@ -79,7 +87,7 @@ def test_the_regularisation_is_the_gradient_of_the_kept_weights_energy() -> None
     law.confidence.fill_(1.0)
     layer.track.before_update(1)
     logits = law.logits.detach().clone().requires_grad_()
-    noise = torch.empty_like(logits).exponential_(generator=law._generator(1, torch.device("cpu")))
+    noise = torch.empty_like(logits).exponential_(generator=Sampling(torch.device("cpu")).stream(law.seed, 1))
     mask = torch.softmax(logits - noise.log(), -1) @ patterns_of(4, 2)
     (-0.5 * (torch.tensor([[4.0, 3.0, 2.0, 1.0]]) * mask).square().sum()).backward()
     assert torch.allclose(law.logits.grad, logits.grad)  # type: ignore[arg-type]
