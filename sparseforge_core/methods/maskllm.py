@@ -6,7 +6,8 @@ mask may give the logits a head start, and a term -lambda sum ||W * mask||^2 kee
 each group takes its likeliest pattern.
 
 What a step does besides forward and backward (noise, the term's gradient, masks) is done for many sites by each kernel:
-a model has hundreds, a device is done with one of them sooner than a host has started its kernels.
+a model has hundreds, and a device is done with one of them sooner than a host has started its kernels. Where steps are
+recorded, these kernels are recorded too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sparseforge_core.methods.directed import regroup
 from sparseforge_core.methods.one_shot import one_shot_solution
 from sparseforge_core.methods.sparsegpt import SparseGPT
 from sparseforge_core.models.sites import Site
+from sparseforge_core.recorded import Again, Capture
 from sparseforge_core.schedules import Linear, Schedule
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.sparsity.patterns import Pattern
@@ -36,9 +38,9 @@ MOST_PATTERNS = 128
 ADDED = 8
 """Patterns up to which a compiled forward adds up the mask: inductor writes so few terms out and fuses them."""
 
-LOGITS_AT_ONCE = 2**23
-"""Logits of the sites that share a kernel, 32 MB: enough for the device to be the slower one, and about six tensors of
-that size are all that a step needs beside what it keeps."""
+LOGITS_AT_ONCE = 2**22
+"""Logits of the sites that share a kernel. About six tensors of so many entries, 16 MB each, are all that a step needs
+beside what it keeps, and they lie in a large cache."""
 
 
 @spec("maskllm")
@@ -198,12 +200,12 @@ def keep_alive_gradient(
     *,
     temperature: Tensor,
     confidence: Tensor,
-    strength: float,
+    strength: Tensor,
 ) -> Tensor:
     """The gradient of -lambda sum (w m)^2 in the logits p, m = y S, y = softmax((kappa p + noise) / tau).
 
-    In the mask it is -2 lambda w^2 m, so in p it is -2 lambda (kappa / tau) y ((w^2 m) S^T - sum_j w_j^2 m_j^2): the sum
-    over patterns that softmax subtracts is one over entries.
+    In the mask it is -2 lambda w^2 m, so in p it is -2 lambda (kappa / tau) y ((w^2 m) S^T - sum_j w_j^2 m_j^2): what
+    softmax subtracts, a sum over patterns, is one over entries.
 
     Args:
         logits: p, `[..., groups, patterns]`.
@@ -212,7 +214,7 @@ def keep_alive_gradient(
         patterns: S, `[patterns, size]`.
         temperature: tau, 0-d.
         confidence: kappa, 0-d.
-        strength: lambda.
+        strength: lambda, 0-d.
     """
     chosen = torch.softmax(torch.addcmul(noise, logits, confidence).div_(temperature), dim=-1)
     kept = (chosen @ patterns).mul_(weights)
@@ -233,8 +235,8 @@ class Alike:
         self.temperature, self.confidence = laws[0].temperature, laws[0].confidence
 
     @torch.no_grad()
-    def keep_alive(self, strength: float) -> None:
-        """Add the gradient of -strength sum ||W * mask||^2, the mask of this step, to those of the logits."""
+    def keep_alive(self, strength: Tensor) -> None:
+        """Add the gradient of -strength sum ||W * mask||^2, the mask of this step, to those that the logits have."""
         gradients = keep_alive_gradient(
             self._stacked(law.logits for law in self.laws),
             self._stacked(law.noise for law in self.laws),
@@ -244,11 +246,7 @@ class Alike:
             confidence=self.confidence,
             strength=strength,
         )
-        found = []
-        for law in self.laws:
-            if law.logits.grad is None:  # nothing of the batch reached this site
-                law.logits.grad = torch.zeros_like(law.logits)
-            found.append(law.logits.grad)
+        found = [law.logits.grad for law in self.laws if law.logits.grad is not None]
         torch._foreach_add_(found, [g.view_as(of) for g, of in zip(gradients.unbind(), found, strict=True)])
 
     @torch.no_grad()
@@ -311,7 +309,13 @@ class MaskLLMTrack(MaskedTrack):
         order = torch.tensor(list(itertools.chain(*places))).argsort()
         self._order = order.to(self.sampling.temperature.device)
         """Where each site is among those of all batches, in turn."""
+        self._strength = torch.zeros_like(self.sampling.temperature)
+        self._flipped = torch.zeros(len(self.sites), dtype=torch.int64, device=self._order.device)
+        self._pressing, self._settling = Again(self._press, None), Again(self._settle, None)
         self._prepare(0)
+
+    def record(self, capture: Capture) -> None:
+        self._pressing, self._settling = Again(self._press, capture), Again(self._settle, capture)
 
     def optimizer(
         self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
@@ -322,10 +326,20 @@ class MaskLLMTrack(MaskedTrack):
         return super().optimizer(groups, betas=betas, eps=eps)
 
     def before_update(self, step: int) -> None:
-        weight = self.method.keep_alive.at(step / self.steps)
-        if weight > 0:
-            for batch in self.batches:
-                batch.keep_alive(weight)
+        strength = self.method.keep_alive.at(step / self.steps)
+        if strength <= 0:
+            return
+        self._strength.fill_(strength)
+        moving: list[Tensor] = [site.weight for site in self.sites]
+        for law in self.laws:
+            if law.logits.grad is None:  # nothing of the batch reached this site
+                law.logits.grad = torch.zeros_like(law.logits)
+            moving += [law.logits, law.noise, law.logits.grad]
+        self._pressing(moving)
+
+    def _press(self) -> None:
+        for batch in self.batches:
+            batch.keep_alive(self._strength)
 
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         self._prepare(step)
@@ -333,7 +347,12 @@ class MaskLLMTrack(MaskedTrack):
     def _prepare(self, step: int) -> None:
         """Masks as they are after `step`, and the constants of the step that follows."""
         self._begin_after(step)
-        self.count_flips(torch.cat([batch.settle() for batch in self.batches])[self._order])
+        masks = [mask for site in self.sites for mask in (site.mask.hard, site.mask.mask)]
+        self._settling([*masks, *(law.logits for law in self.laws)])
+        self.count_flips(self._flipped)
+
+    def _settle(self) -> None:
+        self._flipped.copy_(torch.cat([batch.settle() for batch in self.batches])[self._order])
 
     def _begin_after(self, step: int) -> None:
         progress = step / self.steps
@@ -342,6 +361,8 @@ class MaskLLMTrack(MaskedTrack):
         self.step = step
 
     def finish(self) -> dict[str, Branch]:
+        self._pressing.forget()
+        self._settling.forget()
         for site in self.sites:
             site.mask.law = None
         for parameter in self.resting:
