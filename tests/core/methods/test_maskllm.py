@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods import MagnitudePruning, MaskLLM
 from sparseforge_core.methods.base import Surroundings
-from sparseforge_core.methods.maskllm import (
-    MaskLLMTrack,
+from sparseforge_core.methods.maskllm import MaskLLMTrack
+from sparseforge_core.methods.pattern_logits import (
     PatternLogits,
     Sampling,
     alike,
