@@ -16,6 +16,7 @@ from sparseforge_core.errors import PatternViolation
 from sparseforge_core.methods.shards import whole
 from sparseforge_core.models.sites import Site
 from sparseforge_core.observe.curvature import Batch
+from sparseforge_core.recorded import Capture
 from sparseforge_core.sparsity.arriving import Arriving
 from sparseforge_core.sparsity.masking import Branch, Storage
 from sparseforge_core.sparsity.patterns import Pattern, check_weight
@@ -70,6 +71,12 @@ class MaskTrack:
         """The model's parameters have given way to their shards: whatever was kept of the old ones is made anew.
 
         Called once, before the first step and before any checkpoint is restored.
+        """
+
+    def record(self, capture: Capture) -> None:
+        """Steps are recorded: what the track itself does in each may be recorded too, by `capture`.
+
+        Called before the first step, and after a checkpoint was restored.
         """
 
     def optimizer(

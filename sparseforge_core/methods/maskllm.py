@@ -9,24 +9,21 @@ each group takes its likeliest pattern.
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.methods.base import MaskedTrack, Method, MethodCard, Surroundings
 from sparseforge_core.methods.directed import regroup
 from sparseforge_core.methods.one_shot import one_shot_solution
+from sparseforge_core.methods.pattern_logits import Alike, PatternLogits, Sampling, alike
 from sparseforge_core.methods.sparsegpt import SparseGPT
-from sparseforge_core.models.sites import Site
+from sparseforge_core.recorded import Again, Capture
 from sparseforge_core.schedules import Linear, Schedule
 from sparseforge_core.sparsity.masking import Branch
 from sparseforge_core.specs import spec
-
-MOST_PATTERNS = 128
-"""A group with more ways to keep its entries needs more logits than a model has weights many times over."""
 
 
 @spec("maskllm")
@@ -66,89 +63,6 @@ class MaskLLM(Method):
         return MaskLLMTrack(self, around)
 
 
-class PatternLogits(nn.Module):
-    """The effective weight W * mask, the mask sampled from the logits of one site, `[..., tiles, patterns]`.
-
-    The noise is a function of (seed, step), drawn when a step begins and kept: a forward that is repeated (recomputed
-    activations, another micro-batch, a run that goes on) sees the same mask. What changes from step to step is in
-    tensors, so that a compiled forward is compiled once, for all sites of a shape.
-    """
-
-    of_tensors: ClassVar[bool] = True
-    """Whether all that it depends on is in tensors that change in place: a recorded step then follows it."""
-
-    def __init__(self, site: Site, seed: int, spread: float) -> None:
-        super().__init__()
-        self.seed, self.pattern, self.transposed = seed, site.pattern, site.transposed
-        matrix = site.matrix(site.weight.detach())
-        self.shape = matrix.shape
-        grouped = site.pattern.groups(matrix)
-        size = grouped.shape[-1]
-        keep = site.pattern.keep_of(size)
-        if math.comb(size, keep) > MOST_PATTERNS:
-            raise RecipeError(
-                f"pattern {site.pattern.name}: a group of {size} has {math.comb(size, keep):,} ways to keep {keep}; "
-                f"MaskLLM learns a logit for each and takes at most {MOST_PATTERNS}: use 2:4 or 4:8"
-            )
-        self.patterns = patterns_of(size, keep).to(grouped.device)
-        start = torch.empty((*grouped.shape[:-1], len(self.patterns)), device=grouped.device)
-        self.logits = nn.Parameter(start.normal_(std=spread, generator=self._generator(0, start.device)))
-        self.temperature, self.confidence = start.new_ones(()), start.new_ones(())
-        self.noise = torch.zeros_like(start)
-        """Gumbel noise of the step."""
-        self.begin(0, temperature=1.0, confidence=1.0)
-
-    @torch.no_grad()
-    def begin(self, step: int, *, temperature: float, confidence: float) -> None:
-        """Draw the noise of a step, and set its constants tau and kappa."""
-        self.temperature.fill_(temperature)
-        self.confidence.fill_(confidence)
-        drawn = self.noise.exponential_(generator=self._generator(step, self.noise.device))
-        drawn.clamp_min_(torch.finfo(drawn.dtype).tiny).log_().neg_()
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.sample()
-
-    def sample(self) -> Tensor:
-        """The soft mask of this step, in the weight's layout."""
-        return self._mask(torch.softmax((self.confidence * self.logits + self.noise) / self.temperature, dim=-1))
-
-    def expected(self) -> Tensor:
-        """The mask without noise."""
-        return self._mask(torch.softmax(self.confidence * self.logits / self.temperature, dim=-1))
-
-    def likeliest(self) -> Tensor:
-        """The pattern of the largest logit of each group; bool, in the weight's layout."""
-        return self._mask(nn.functional.one_hot(self.logits.argmax(-1), len(self.patterns)).to(self.logits.dtype)) > 0.5
-
-    @torch.no_grad()
-    def favour(self, hard: Tensor, strength: float) -> None:
-        """p += (|S_i & M0| - its mean over the patterns) std(p) strength, M0 = `hard` in the weight's layout."""
-        grouped = self.pattern.groups(self._matrix(hard)).to(self.logits.dtype)
-        overlap = grouped @ self.patterns.T
-        usual = float(self.patterns[0].sum()) ** 2 / self.patterns.shape[1]
-        self.logits.add_((overlap - usual) * self.logits.std() * strength)
-
-    def _mask(self, chosen: Tensor) -> Tensor:
-        """y S in the weight's layout."""
-        with torch.autocast(chosen.device.type, enabled=False):
-            grouped = chosen @ self.patterns
-        return self._matrix(self.pattern.ungroup(grouped, self.shape))
-
-    def _matrix(self, x: Tensor) -> Tensor:
-        """A tensor of the weight's layout as `[..., out, in]`, and back."""
-        return x.transpose(-1, -2) if self.transposed else x
-
-    def _generator(self, step: int, device: torch.device) -> torch.Generator:
-        return torch.Generator(device).manual_seed((self.seed * 1_000_003 + step) % 2**63)
-
-
-def patterns_of(size: int, keep: int) -> Tensor:
-    """S: every way to keep `keep` of `size` entries, `[C(size, keep), size]`, of zeros and ones."""
-    ways = list(itertools.combinations(range(size), keep))
-    return torch.stack([torch.zeros(size).index_fill_(0, torch.tensor(way), 1.0) for way in ways])
-
-
 class MaskLLMTrack(MaskedTrack):
     """Logits under the loop's optimizer; every other parameter of the model rests."""
 
@@ -156,17 +70,29 @@ class MaskLLMTrack(MaskedTrack):
         prior = one_shot_solution(method.prior, around) if method.prior is not None else {}
         super().__init__(around)
         self.method = method
+        self.sampling = Sampling(self.sites[0].weight.device)
         self.laws: list[PatternLogits] = []
         self.resting = [p for p in around.model.parameters() if p.requires_grad]
         for parameter in self.resting:
             parameter.requires_grad_(False)
         for index, site in enumerate(self.sites):
-            law = PatternLogits(site, around.seed * 100_003 + index, method.spread)
+            law = PatternLogits(site, around.seed * 100_003 + index, method.spread, self.sampling)
             if site.name in prior:
                 law.favour(prior[site.name].hard, method.prior_strength)
             site.mask.law = law
             self.laws.append(law)
+        places = alike(self.laws)
+        self.batches = [Alike([self.sites[i] for i in some], [self.laws[i] for i in some]) for some in places]
+        order = torch.tensor(list(itertools.chain(*places))).argsort()
+        self._order = order.to(self.sampling.temperature.device)
+        """Where each site is among those of all batches, in turn."""
+        self._strength = torch.zeros_like(self.sampling.temperature)
+        self._flipped = torch.zeros(len(self.sites), dtype=torch.int64, device=self._order.device)
+        self._pressing, self._settling = Again(self._press, None), Again(self._settle, None)
         self._prepare(0)
+
+    def record(self, capture: Capture) -> None:
+        self._pressing, self._settling = Again(self._press, capture), Again(self._settle, capture)
 
     def optimizer(
         self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
@@ -177,34 +103,43 @@ class MaskLLMTrack(MaskedTrack):
         return super().optimizer(groups, betas=betas, eps=eps)
 
     def before_update(self, step: int) -> None:
-        weight = self.method.keep_alive.at(step / self.steps)
-        if weight > 0:
-            for site, law in zip(self.sites, self.laws, strict=True):
-                kept = (site.weight.detach() * law.sample()).square().sum()
-                (-weight * kept).backward()  # type: ignore[no-untyped-call]
+        strength = self.method.keep_alive.at(step / self.steps)
+        if strength <= 0:
+            return
+        self._strength.fill_(strength)
+        moving: list[Tensor] = [site.weight for site in self.sites]
+        for law in self.laws:
+            if law.logits.grad is None:  # nothing of the batch reached this site
+                law.logits.grad = torch.zeros_like(law.logits)
+            moving += [law.logits, law.noise, law.logits.grad]
+        self._pressing(moving)
+
+    def _press(self) -> None:
+        for batch in self.batches:
+            batch.keep_alive(self._strength)
 
     def after_update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         self._prepare(step)
 
-    @torch.no_grad()
     def _prepare(self, step: int) -> None:
         """Masks as they are after `step`, and the constants of the step that follows."""
-        counts = []
-        for site, law in zip(self.sites, self.laws, strict=True):
-            self._begin_after(law, step)
-            before = site.mask.hard.clone()
-            site.mask.hard.copy_(law.likeliest())
-            site.mask.mask.copy_(law.expected())
-            counts.append((before != site.mask.hard).sum())
-        self.step = step
-        self.count_flips(torch.stack(counts))
+        self._begin_after(step)
+        masks = [mask for site in self.sites for mask in (site.mask.hard, site.mask.mask)]
+        self._settling([*masks, *(law.logits for law in self.laws)])
+        self.count_flips(self._flipped)
 
-    def _begin_after(self, law: PatternLogits, step: int) -> None:
+    def _settle(self) -> None:
+        self._flipped.copy_(torch.cat([batch.settle() for batch in self.batches])[self._order])
+
+    def _begin_after(self, step: int) -> None:
         progress = step / self.steps
         at = {"temperature": self.method.temperature.at(progress), "confidence": self.method.confidence.at(progress)}
-        law.begin(step + 1, **at)
+        self.sampling.begin(self.laws, step + 1, **at)
+        self.step = step
 
     def finish(self) -> dict[str, Branch]:
+        self._pressing.forget()
+        self._settling.forget()
         for site in self.sites:
             site.mask.law = None
         for parameter in self.resting:
@@ -216,6 +151,4 @@ class MaskLLMTrack(MaskedTrack):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
-        self.step = int(state["step"])
-        for law in self.laws:
-            self._begin_after(law, self.step)
+        self._begin_after(int(state["step"]))

@@ -102,6 +102,8 @@ def train(
     clock = _Clock(plan.sequences * plan.length, first - 1)
     saving = _Saving(patient=run.ranks.world == 1)
     watch = Watch(run.optimizer, run.device, deferred=run.ranks.deferred)
+    if run.recording is not None:
+        run.track.record(run.recording.beside)
     trained = [p for p in run.model.parameters() if p.requires_grad]  # a step has no time to look for hundreds
     with Ahead(functools.partial(run.ranks.batch, run.stream), run.device, plan.steps) as ahead:
         for step in range(first, plan.steps + 1):

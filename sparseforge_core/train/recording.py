@@ -11,18 +11,15 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseforge_core.objective import Objective
+from sparseforge_core.recorded import WARM, Capture, on_gpu
 from sparseforge_core.sparsity.masking import SoftMask
 
 log = logging.getLogger(__name__)
-
-WARM = 3
-"""Plain steps of a kind before it is recorded: what is compiled, loaded or tuned at first use must not be recorded."""
 
 ASKED = "synchronizing CUDA operation"
 """What torch says of an operation that makes the host wait."""
@@ -30,8 +27,6 @@ ASKED = "synchronizing CUDA operation"
 Losses = dict[str, Tensor]
 Passes = Callable[[Tensor], Losses]
 """Forward and backward of a batch of tokens: leaves gradients in the parameters, returns the losses."""
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Turns work into what does it again with the tensors of the first time."""
 
 
 def unrecordable(objective: Objective, masks: Iterable[SoftMask]) -> str | None:
@@ -58,6 +53,7 @@ class Recording:
         teacher: nn.Module | None,
         *,
         capture: Capture | None = None,
+        beside: Capture | None = None,
         required: bool = True,
         strict: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     ) -> None:
@@ -66,6 +62,7 @@ class Recording:
             model: the student.
             teacher: what teaches it, if anything does.
             capture: what records; a CUDA graph unless told.
+            beside: what records a method's own work of a step (`MaskTrack.record`); a CUDA graph unless told.
             required: whether a step whose host asks the device for numbers (a router's choice of experts) is an error
                 when it is recorded. Otherwise steps of this model stay plain, and the log says so.
             strict: a context in which such a question raises RuntimeError; `host_ahead` unless told.
@@ -78,6 +75,7 @@ class Recording:
         laws = [soft.law for soft in self.masks if soft.law is not None]
         self.tensors += [own for law in laws for own in vars(law).values() if isinstance(own, Tensor)]
         self._capture, self._strict = capture or on_gpu, strict or host_ahead
+        self.beside = beside or on_gpu
         self._required, self._never = required, False
         self._kind: Hashable = None
         self._plain = 0
@@ -154,22 +152,6 @@ class Recording:
         self._replay = self._capture(lambda: losses.update(passes(static)))
         self._tokens, self._losses = static, losses
         self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
-
-
-def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` as a CUDA graph of the current device. Its tensors stay in memory as long as what is returned."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Threads that load batches call the driver meanwhile; that is none of the recording's business.
-        stream = torch.cuda.Stream()  # torch's own is of the GPU that captured first
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            work()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise RuntimeError(f"a step could not be recorded as a CUDA graph; run with --no-record: {error}") from error
-    replay: Any = graph.replay
-    return replay  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

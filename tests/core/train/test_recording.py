@@ -29,10 +29,11 @@ from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.objective.teaching import Sampled
+from sparseforge_core.recorded import WARM, on_gpu
 from sparseforge_core.run import train_cell
 from sparseforge_core.sparsity.masking import SoftMask
 from sparseforge_core.train.loop import Progress, train
-from sparseforge_core.train.recording import WARM, Recording, on_gpu, unrecordable
+from sparseforge_core.train.recording import Recording, unrecordable
 from tests.core.train.team import cell
 
 SHAPE = Shape(2, 32, 64, 2, 1, 128, True, 4, 8)
@@ -51,6 +52,12 @@ class DoneAgain:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]
         self.recordings = 0
+        self.beside_recorded = 0
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What a method does beside the passes: its tensors are its own business, so it is simply done again."""
+        self.beside_recorded += 1
+        return work
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recordings += 1
@@ -82,7 +89,8 @@ def trained(
     run = made.run
     if recorded:
         capture = recorder if device == "cpu" else on_gpu
-        run = dataclasses.replace(run, recording=Recording(run.model, made.teacher, capture=capture))
+        beside = recorder.beside if device == "cpu" else on_gpu
+        run = dataclasses.replace(run, recording=Recording(run.model, made.teacher, capture=capture, beside=beside))
 
     def on_step(progress: Progress) -> None:
         if progress.step == steps:
@@ -114,6 +122,7 @@ def test_recorded_steps_train_as_plain_ones_do(tmp_path: Path, method: Method, o
     plain, _ = trained(tmp_path / "plain", method, objective, recorded=False)
     recorded, recorder = trained(tmp_path / "recorded", method, objective, recorded=True)
     assert recorder.recordings == 1
+    assert recorder.beside_recorded == (2 if isinstance(method, MaskLLM) else 0)
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
 
 
