@@ -185,6 +185,16 @@ FORGETTING: tuple[Contender, ...] = (
     replace(contenders(6e-4)["ast-slorb"], label="AST + SLoRB 6e-4"),
 )
 """What keeps other text: 6 M tokens, a seed that no table has. The last is who forgets least of the rivals."""
+GRADUAL: tuple[Contender, ...] = (
+    replace(contenders(6e-4)["ast"], label="AST 6e-4, a teacher that follows", objective=FOLLOWING),
+    replace(
+        contenders(1.2e-3)["ast"], label="AST 1.2e-3, a teacher that follows", objective=FOLLOWING, unmasked_rate=0.25
+    ),
+    replace(contenders(1.2e-3)["improved"], label="annealed from ones, 1.2e-3", method=SOFT),
+    _but("annealed from ones, 2.4e-3", method=SOFT),
+)
+"""Whether weights that are pruned little by little keep other text better than SparseGPT's solution repaired at once."""
+
 UNSHOWN = 3
 """That seed."""
 
@@ -203,7 +213,7 @@ def ideas() -> Grid:
             seeds=(UNSHOWN,),
             suites=(TRIED_ON, FORGOTTEN),
         )
-        for one in FORGETTING
+        for one in (*FORGETTING, *GRADUAL)
     ]
     entries = (*short, *long, *forgetting)
     return Grid(name="smollm2-ideas", title="SmolLM2-135M, ideas", entries=entries, captions={})
