@@ -2,7 +2,7 @@
 
 python benchmarks/lab_log.py [results/smollm2/lab] [--stretches 1-40 146-250 331-366]
 
-Then what was explored many at a time (`explored.jsonl`, one line a run), best first.
+Then what was explored many at a time (`explored.jsonl` and `forgetting.jsonl`, one line a run), best first.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def perplexity(folder: Path) -> str:
 def explored(path: Path) -> list[str]:
     """Lines of a table of the runs in a file, by held-out perplexity."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = ["| idea | held-out | WikiText-2 validation | CE, KL at the end |", "|---|---|---|---|"]
+    lines = [f"| {path.stem} | held-out | WikiText-2 validation | CE, KL at the end |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["heldout_perplexity"]):
-        losses = f"{row['loss_task']:.3f}, {row['loss_kl']:.3f}"
+        losses = ", ".join(f"{row[name]:.3f}" for name in ("loss_task", "loss_kl") if name in row)
         held, other = row["heldout_perplexity"], row["wikitext2_valid_perplexity"]
         lines.append(f"| {row['idea']} | {held:.2f} | {other:.2f} | {losses} |")
     return lines
@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [losses(folder, *map(int, stretch.split("-"))) for stretch in options.stretches]
         name = names.get(folder.name, folder.name)
         print(f"| {name} | " + " | ".join(cells) + f" | {perplexity(folder)} |")
-    if (options.folder / "explored.jsonl").is_file():
-        print("\n" + "\n".join(explored(options.folder / "explored.jsonl")))
+    for path in sorted(options.folder.glob("*.jsonl")):
+        print("\n" + "\n".join(explored(path)))
     return 0
 
 

@@ -29,7 +29,6 @@ from sparseforge_core.distributed import rank, world
 from sparseforge_core.errors import BundleError, Diverged, Interrupted, RecipeError, SparseForgeError
 from sparseforge_core.evaluate.contamination import NGRAM
 from sparseforge_core.evaluate.measure import evaluate_model
-from sparseforge_core.evaluate.precision import products_in_tf32
 from sparseforge_core.evaluate.result import measurement
 from sparseforge_core.evaluate.subject import Subject
 from sparseforge_core.evaluate.suites import Suite, metrics_of, suite_key
@@ -51,6 +50,7 @@ from sparseforge_core.rank_checkpoint import RankCheckpoints
 from sparseforge_core.ranks import HEARTBEAT, LOST, Beats, agree, join, launched, leave, was_lost
 from sparseforge_core.recipe import Cell
 from sparseforge_core.stage_rows import context_of, facts, row, train_rows, write_stage
+from sparseforge_core.tf32 import products_in_tf32
 from sparseforge_core.tracking.tracker import Journal, NullTracker, Tracker
 from sparseforge_core.train.loop import Outcome, Progress, train
 from sparseforge_core.train.parallel import (

@@ -52,10 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "memory": set(),
     CORE + "distributed": set(),
     CORE + "recorded": set(),
+    CORE + "tf32": set(),
     CORE + "ranks": core("distributed"),
     CORE + "rank_checkpoint": core("checkpoint distributed files methods.base shard_files"),
     CORE + "shard_files": core("checkpoint distributed files"),
-    CORE + "observe": core("distributed sparsity models.sites models.layouts"),
+    CORE + "observe": core("distributed sparsity models.sites models.layouts tf32"),
     CORE + "methods": core("sparsity schedules models.sites observe data.calibration distributed recorded"),
     CORE + "objective": core("models.sources models.heads models.regions models.rows"),
     CORE + "recipe": core("methods sparsity objective schedules models.sources data.corpora"),
@@ -79,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
     CORE + "run": BELOW_TRAIN
     | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint")
-    | core("bundle_run packing"),
+    | core("bundle_run packing tf32"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
@@ -138,7 +139,7 @@ DOORS: dict[str, tuple[str, ...]] = {
                 *("runtime", "export"),
             )
         ),
-        *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed", "recorded")),
+        *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed", "recorded", "tf32")),
         *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "solutions", "stage_rows")),
         *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "shard_files", "bundle_run")),
         "flows/outlook.py",  # what a GPU there is copies in a second

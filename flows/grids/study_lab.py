@@ -25,9 +25,10 @@ from sparseforge_core.methods import SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
-from sparseforge_core.schedules import Constant
+from sparseforge_core.schedules import Constant, Linear, Product
 from sparseforge_core.sparsity.compensation import Compensation
 from sparseforge_core.sparsity.criteria import HessianOBD, SparseGPTScore, WandaScore
+from sparseforge_core.sparsity.slorb import SLoRB
 
 SOFT = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION // 2)
 """The specification's schedules, the strongest one-shot score."""
@@ -185,15 +186,28 @@ FORGETTING: tuple[Contender, ...] = (
     replace(contenders(6e-4)["ast-slorb"], label="AST + SLoRB 6e-4"),
 )
 """What keeps other text: 6 M tokens, a seed that no table has. The last is who forgets least of the rivals."""
-GRADUAL: tuple[Contender, ...] = (
+
+
+def _slower(label: str, peak: float, **changes: Any) -> Contender:
+    """The study's method at another peak, changed in a few things."""
+    return replace(contenders(peak)["improved"], label=label, **changes)
+
+
+STEEP = Product(first=rate(PEAK), second=Linear(first=1.0, last=0.0))
+"""To zero as the square of what is left: the same peak, two thirds of the way."""
+MOSTLY_TAUGHT = replace(FOLLOWING, kl_weight=0.9)
+
+RATES: tuple[Contender, ...] = (
+    _but("improved"),
+    _slower("improved 1.2e-3", 1.2e-3),
+    _slower("improved 6e-4", 6e-4),
+    _but("improved, falling as a square", lr=STEEP),
+    _slower("improved 1.2e-3, KL 0.9", 1.2e-3, objective=MOSTLY_TAUGHT),
+    _slower("improved 1.2e-3, KL 0.9, SLoRB", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
     replace(contenders(6e-4)["ast"], label="AST 6e-4, a teacher that follows", objective=FOLLOWING),
-    replace(
-        contenders(1.2e-3)["ast"], label="AST 1.2e-3, a teacher that follows", objective=FOLLOWING, unmasked_rate=0.25
-    ),
-    replace(contenders(1.2e-3)["improved"], label="annealed from ones, 1.2e-3", method=SOFT),
-    _but("annealed from ones, 2.4e-3", method=SOFT),
+    replace(contenders(6e-4)["ast-slorb"], label="AST + SLoRB 6e-4"),
 )
-"""Whether weights that are pruned little by little keep other text better than SparseGPT's solution repaired at once."""
+"""Whether the rate is what forgets: the main budget, 12 M tokens, the same seed."""
 
 UNSHOWN = 3
 """That seed."""
@@ -208,12 +222,13 @@ def ideas() -> Grid:
     ]
     forgetting = [
         Planned(
-            recipe=one.recipe(6 * MILLION),
-            variant=f"{one.label}, seed {UNSHOWN}",
+            recipe=one.recipe(millions * MILLION),
+            variant=f"{one.label}, {millions} M, seed {UNSHOWN}",
             seeds=(UNSHOWN,),
             suites=(TRIED_ON, FORGOTTEN),
         )
-        for one in (*FORGETTING, *GRADUAL)
+        for millions, some in ((6, FORGETTING), (12, RATES))
+        for one in some
     ]
     entries = (*short, *long, *forgetting)
     return Grid(name="smollm2-ideas", title="SmolLM2-135M, ideas", entries=entries, captions={})

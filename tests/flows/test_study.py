@@ -24,7 +24,7 @@ from flows.grids.study_grid import (
     ablations,
     tuned,
 )
-from flows.grids.study_lab import FORGETTING, FORGOTTEN, GRADUAL, IDEAS, LONG, UNSHOWN
+from flows.grids.study_lab import FORGETTING, FORGOTTEN, IDEAS, LONG, RATES, UNSHOWN
 from flows.provenance import ROOT
 from sparseforge_core import specs
 from sparseforge_core.data.corpora import TextFiles
@@ -59,7 +59,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
-    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG) + len(FORGETTING) + len(GRADUAL)
+    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG) + len(FORGETTING) + len(RATES)
 
 
 def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
