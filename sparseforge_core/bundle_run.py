@@ -301,7 +301,7 @@ def _free_memory() -> None:
 
 
 def add_commands(commands: Any) -> argparse.ArgumentParser:
-    """Add `bundle` and `pack` to the command line of one cell; returns the parser of `bundle`."""
+    """Add `bundle`, `status` and `pack` to the command line of one cell; returns the parser of `bundle`."""
     bundle: argparse.ArgumentParser = commands.add_parser(
         "bundle", help="run many cells in one warm process, for machines without a store; processes may share it"
     )
@@ -315,6 +315,9 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="delete weights once all is measured; manifests say what they were",
     )
+    looking = commands.add_parser("status", help="how far each cell of a bundle is, from here or beside those at work")
+    looking.add_argument("folder", type=Path, help="the bundle's folder, with its home/ in it")
+    looking.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     packing = commands.add_parser("pack", help="what a bundle has made so far, without weights, in one archive")
     packing.add_argument("folder", type=Path, help="the bundle's folder, with its home/ in it")
     packing.add_argument("out", type=Path, help="NAME.tar.xz; in parts NAME.tar.xz.00 and so on where it is large")

@@ -16,13 +16,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from sparseforge_core import bundles, files, measured, specs
+from sparseforge_core import bundle_status, bundles, files, measured, specs
 from sparseforge_core.bundle_run import Walk, Work, add_commands
 from sparseforge_core.checkpoint import MANIFEST, save_final, verify
 from sparseforge_core.distributed import rank, world
@@ -297,6 +297,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.command != "train":
                 raise RecipeError(f"{options.command}: one process does that; start it without torchrun")
             join()
+        if options.command == "status":
+            print(_status(options.folder, options.home, as_json=options.json))
+            return 0
         path = _run(options, lambda: stopping[0])
         if rank() == 0:
             print(path)
@@ -341,6 +344,11 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
         )
     cell = loads(options.cell.read_text())
     return train_cell(cell, options.directory, runs, should_stop=should_stop, execution=execution)
+
+
+def _status(folder: Path, home: Path | None, *, as_json: bool) -> str:
+    lines = bundle_status.status(folder, home)
+    return json.dumps([asdict(line) for line in lines], indent=1) if as_json else bundle_status.table(lines)
 
 
 def run_bundle(

@@ -28,11 +28,13 @@ from flows.grids.planned import Grid, expand
 from flows.grids.smoke import tiny_smoke
 from flows.home import Home
 from flows.ingesting import Ingested, ingest
-from sparseforge_core import bundles, files
+from sparseforge_core import bundles, files, measured
+from sparseforge_core.bundle_status import status
 from sparseforge_core.checkpoint import verify
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import BundleError, CellTaken, DataError, FolderHeld, RecipeError
 from sparseforge_core.evaluate.suites import WIKITEXT2_2048, HarnessSuite, Suite
+from sparseforge_core.run import main
 from sparseforge_core.store.store import ResultStore
 from tests.flows.command import GRID, register
 from tests.there import run_there
@@ -389,6 +391,38 @@ def test_a_text_that_is_another_one_there_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(BundleError, match=r"corpus python-docs: this machine has .*Install the same versions"):
         run_there(folder)
+
+
+def test_status_says_how_far_each_cell_is(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    def states() -> list[str]:
+        return [line.state for line in status(here.folder)]
+
+    assert states() == ["finished"] * 4
+    cells = here.folder / "home" / "cells"
+    model, *lines = status(here.folder)
+    assert not model.results  # a pretraining, by no suite
+    for line in lines:
+        suite, value = next(iter(line.results.items()))
+        rows = measured.read(next(cells.glob(f"{line.key}/{suite}-*/measurements.json")))["measurements"]
+        assert value == next(row["value"] for row in rows if row["metric"] == "perplexity")
+        assert line.step == line.steps
+    stopped, failed, held = (cells / line.key for line in lines)
+    for folder in (stopped, failed, held):
+        shutil.rmtree(next(path for path in folder.iterdir() if path.name.startswith("heldout")))
+    files.write_json(failed / "failures" / "heldout.json", {"cell": "", "stage": "heldout", "error": "no room"})
+    shutil.rmtree(cells / model.key)
+    with files.held(here.folder / "home" / "claims" / held.name, seconds=0):
+        assert states() == ["waiting", "stopped", "failed", "at work"]
+        assert main(["status", str(here.folder)]) == 0
+        shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[:4]] == [line.key for line in (model, *lines)]
+    assert "heldout: no room" in shown[2]
+    assert shown[4] == "1 waiting, 1 stopped, 1 failed, 1 at work"
+    assert main(["status", str(here.folder), "--json"]) == 0
+    assert [line["state"] for line in json.loads(capsys.readouterr().out)][3] == "stopped"
+    (here.folder / "bundle.json").unlink()
+    assert main(["status", str(here.folder)]) == 2
+    assert "cannot be read as a bundle" in capsys.readouterr().err
 
 
 def test_an_index_that_the_bundle_lacks_is_refused(carried: Path) -> None:
