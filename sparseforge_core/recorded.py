@@ -61,11 +61,30 @@ class Again:
 
 def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a CUDA graph of the current device. Its tensors stay in memory as long as what is returned."""
+    # A stream of its own: torch's for captures is of the GPU that captured first.
+    return _graph(work, torch.cuda.Stream(), None)
+
+
+def taking_turns() -> Capture:
+    """What makes graphs as `on_gpu` does, in memory that they share: for work that is never under way at once.
+
+    What one of them leaves in tensors that somebody holds stays as it is; the rest is overwritten by the others.
+    """
+    shared: list[tuple[torch.cuda.Stream, Any]] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        if not shared:  # memory of one stream is not given to another
+            shared.append((torch.cuda.Stream(), torch.cuda.graph_pool_handle()))
+        return _graph(work, *shared[0])
+
+    return capture
+
+
+def _graph(work: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     try:
         # Threads that load batches call the driver meanwhile; that is none of the recording's business.
-        stream = torch.cuda.Stream()  # torch's own is of the GPU that captured first
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
     except torch.OutOfMemoryError:
         raise

@@ -195,6 +195,8 @@ def _slower(label: str, peak: float, **changes: Any) -> Contender:
 
 STEEP = Product(first=rate(PEAK), second=Linear(first=1.0, last=0.0))
 """To zero as the square of what is left: the same peak, two thirds of the way."""
+RARELY = TeacherCorrection(rate_scale=0.08, every=4)
+"""A quarter of the backward passes of the teacher, and the same way to go."""
 MOSTLY_TAUGHT = replace(FOLLOWING, kl_weight=0.9)
 
 RATES: tuple[Contender, ...] = (
@@ -202,6 +204,7 @@ RATES: tuple[Contender, ...] = (
     _slower("improved 1.2e-3", 1.2e-3),
     _slower("improved 6e-4", 6e-4),
     _but("improved, falling as a square", lr=STEEP),
+    _but("improved, the teacher learns from every fourth batch", objective=replace(FOLLOWING, correction=RARELY)),
     _slower("improved 1.2e-3, KL 0.9", 1.2e-3, objective=MOSTLY_TAUGHT),
     _slower("improved 1.2e-3, KL 0.9, SLoRB", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
     replace(contenders(6e-4)["ast"], label="AST 6e-4, a teacher that follows", objective=FOLLOWING),

@@ -18,9 +18,18 @@ class TeacherCorrection:
     rate_scale: float = 0.02
     """Factor on the plan's learning rate for all of the teacher's weights. They are whole: small steps do, and large
     ones forget other text (docs/lab-log.md)."""
+    every: int = 1
+    """Batches from one of its steps to the next; by the others it teaches and learns nothing, which saves its backward
+    pass. Its steps are as large as before: where they are rarer, raise `rate_scale`."""
 
     def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RecipeError(f"correction.every={self.every}: must be at least 1")
         if not self.rate_scale > 0:
             raise RecipeError(
                 f"correction.rate_scale={self.rate_scale}: must be above 0; leave `correction` out for a fixed teacher"
             )
+
+    def is_due(self, step: int) -> bool:
+        """Whether the teacher takes a step of its own on the batch of `step`, counted from 1."""
+        return step % self.every == 0

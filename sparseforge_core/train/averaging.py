@@ -25,25 +25,28 @@ class Average:
     bucket is summed at once. Buckets are summed in a fixed order, whatever a rank's own backward reached.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.buckets: list[_Bucket] = []
-        taken: list[nn.Parameter] = []
-        for parameter in reversed(parameters):
-            taken.append(parameter)
-            if sum(p.numel() * p.element_size() for p in taken) >= bucket_bytes:
-                self.buckets.append(_Bucket(taken))
-                taken = []
-        if taken:
-            self.buckets.append(_Bucket(taken))
+    def __init__(
+        self, parameters: list[nn.Parameter], guests: list[nn.Parameter] | None = None, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        """
+        Args:
+            parameters: those with gradients in every step.
+            guests: those with gradients in steps that say so; backward comes to them first.
+            bucket_bytes: size from which on a bucket is full.
+        """
+        self.own, self.guests = _buckets(parameters, bucket_bytes), _buckets(guests or [], bucket_bytes)
+        self.buckets = self.own
+        """Those of this step."""
         self.armed = False
         self.next = 0
-        for bucket in self.buckets:
+        for bucket in [*self.guests, *self.own]:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._seen(bucket))
 
-    def arm(self) -> None:
-        """The next backward is the step's last: what it leaves is complete."""
+    def arm(self, *, guests: bool = False) -> None:
+        """The next backward is the step's last: what it leaves is complete, with the guests' gradients or without."""
         self.armed, self.next = True, 0
+        self.buckets = [*self.guests, *self.own] if guests else self.own
         for bucket in self.buckets:
             bucket.missing = {id(parameter) for parameter in bucket.parameters}
 
@@ -68,6 +71,17 @@ class Average:
         while self.next < len(self.buckets) and (everything or not self.buckets[self.next].missing):
             self.buckets[self.next].sum()
             self.next += 1
+
+
+def _buckets(parameters: list[nn.Parameter], full: int) -> list[_Bucket]:
+    found: list[_Bucket] = []
+    taken: list[nn.Parameter] = []
+    for parameter in reversed(parameters):
+        taken.append(parameter)
+        if sum(p.numel() * p.element_size() for p in taken) >= full:
+            found.append(_Bucket(taken))
+            taken = []
+    return [*found, _Bucket(taken)] if taken else found
 
 
 class _Bucket:

@@ -118,7 +118,7 @@ def train(
                 norm = run.ranks.clip(trained, plan.clip)
                 watch.before_update(step, losses["loss/total"], norm)
                 run.optimizer.step()
-                if run.correction is not None and _objective(run, step).correcting is not None:
+                if run.correction is not None and _corrects(run, step):
                     run.correction.step(step / plan.steps, run.ranks.clip)
                 run.optimizer.zero_grad(set_to_none=True)
                 run.track.after_update(step, run.optimizer)
@@ -168,6 +168,12 @@ def _objective(run: Run, step: int) -> Objective:
     return run.recipe.objective.at((step - 1) / run.recipe.train.steps)
 
 
+def _corrects(run: Run, step: int) -> bool:
+    """Whether the teacher takes a step of its own, too."""
+    spec = _objective(run, step).correcting
+    return run.correction is not None and spec is not None and spec.is_due(step)
+
+
 def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Tensor]:
     """Forward and backward of our share of a batch, in micro-batches whose gradients add up to that of the mean loss.
 
@@ -175,17 +181,17 @@ def _backward(run: Run, tokens: Tensor, step: int, watch: Watch) -> dict[str, Te
     """
     size = run.micro_batch or tokens.shape[0]
     first = run.ranks.first(tokens.shape[0])
-    objective = _objective(run, step)
+    objective, correct = _objective(run, step), _corrects(run, step)
     means: dict[str, Tensor] = {}
     alone = run.ranks.world == 1
     for row, piece in zip(range(0, tokens.shape[0], size), tokens.split(size), strict=True):
         draws = Draws(seed=run.seed, step=step, row=first + row)
         share = piece.shape[0] / tokens.shape[0]
-        run.ranks.expect(last=row + size >= tokens.shape[0])
+        run.ranks.expect(last=row + size >= tokens.shape[0], correct=correct)
         on_device = piece.to(run.device)
-        passes = functools.partial(_passes, run, objective, draws=draws, share=share)
+        passes = functools.partial(_passes, run, objective, draws=draws, share=share, correct=correct)
         if run.recording is not None and size >= tokens.shape[0]:
-            found = run.recording(objective, on_device, passes)
+            found = run.recording(objective, on_device, passes, turn=correct)
         else:
             # Ranks look at their losses together, below: one that left alone would leave them waiting.
             found = passes(on_device, look=functools.partial(watch.refuse_loss, step=step) if alone else None)
@@ -205,11 +211,11 @@ def _passes(
     *,
     draws: Draws,
     share: float,
+    correct: bool,
     look: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Forward, a look at the loss, and backward of a micro-batch on the device; its share of the batch's losses."""
     with _autocast(run):
-        correct = run.correction is not None and objective.correcting is not None
         losses = batch_losses(run.forward, run.teacher, objective, tokens, draws, correct=correct)
     if look is not None:
         look(losses.total)

@@ -74,8 +74,8 @@ class Ranks:
         """A step begins."""
         self.beats.pass_point(2 * step)
 
-    def expect(self, *, last: bool) -> None:
-        """A backward follows, perhaps the step's last."""
+    def expect(self, *, last: bool, correct: bool = False) -> None:
+        """A backward follows, perhaps the step's last; with `correct` the teacher has gradients of its own."""
 
     def complete(self, step: int) -> None:
         """All backwards of the step are through: make the gradients those of the whole batch."""
@@ -105,12 +105,15 @@ class Replicas(Ranks):
 
     def __init__(self, model: nn.Module, beats: Beats | None = None, *, teacher: nn.Module | None = None) -> None:
         super().__init__(beats)
-        trained = [p for module in (model, teacher) if module is not None for p in module.parameters()]
-        self.average = Average([p for p in trained if p.requires_grad])
+        students, teachers = (
+            [p for p in module.parameters() if p.requires_grad] if module is not None else []
+            for module in (model, teacher)
+        )
+        self.average = Average(students, teachers)
 
-    def expect(self, *, last: bool) -> None:
+    def expect(self, *, last: bool, correct: bool = False) -> None:
         if last:
-            self.average.arm()
+            self.average.arm(guests=correct)
 
     def complete(self, step: int) -> None:
         super().complete(step)

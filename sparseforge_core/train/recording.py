@@ -8,6 +8,7 @@ reads must stay where it is, and is recorded anew where it has moved or where an
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_core.objective import Objective
-from sparseforge_core.recorded import WARM, Capture, on_gpu
+from sparseforge_core.recorded import WARM, Capture, on_gpu, taking_turns
 from sparseforge_core.sparsity.masking import SoftMask
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,18 @@ def unrecordable(objective: Objective, masks: Iterable[SoftMask]) -> str | None:
     return None
 
 
+@dataclasses.dataclass
+class _Turn:
+    """The steps of a kind that differ from those beside them in what is done, not in what it is done with."""
+
+    plain: int = 0
+    """Of its steps that were not recorded."""
+    replay: Callable[[], None] | None = None
+    tokens: Tensor | None = None
+    losses: Losses = dataclasses.field(default_factory=dict)
+    gradients: list[tuple[nn.Parameter, Tensor]] = dataclasses.field(default_factory=list)
+
+
 class Recording:
     """The passes of a step of `model` and its teacher, recorded once for each kind of step."""
 
@@ -61,7 +74,7 @@ class Recording:
         Args:
             model: the student.
             teacher: what teaches it, if anything does.
-            capture: what records; a CUDA graph unless told.
+            capture: what records; CUDA graphs that share their memory unless told.
             beside: what records a method's own work of a step (`MaskTrack.record`); a CUDA graph unless told.
             required: whether a step whose host asks the device for numbers (a router's choice of experts) is an error
                 when it is recorded. Otherwise steps of this model stay plain, and the log says so.
@@ -74,20 +87,18 @@ class Recording:
         self.masks = [part for part in model.modules() if isinstance(part, SoftMask)]
         laws = [soft.law for soft in self.masks if soft.law is not None]
         self.tensors += [own for law in laws for own in vars(law).values() if isinstance(own, Tensor)]
-        self._capture, self._strict = capture or on_gpu, strict or host_ahead
+        self._given, self._strict = capture, strict or host_ahead
+        self._capture = capture or taking_turns()
         self.beside = beside or on_gpu
         self._required, self._never = required, False
         self._kind: Hashable = None
-        self._plain = 0
-        self._replay: Callable[[], None] | None = None
-        self._tokens: Tensor | None = None
-        self._losses: Losses = {}
-        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._turns: dict[Hashable, _Turn] = {}
 
-    def __call__(self, objective: Objective, tokens: Tensor, passes: Passes) -> Losses:
+    def __call__(self, objective: Objective, tokens: Tensor, passes: Passes, *, turn: Hashable = None) -> Losses:
         """The losses of `tokens`, which are on the device; gradients are left where `passes` leaves them.
 
-        Losses and gradients of a recorded step are overwritten by the next one.
+        Losses and gradients of a recorded step are overwritten by the next one. Where steps of one kind do not all do
+        the same, `turn` says which of them this is: each has a recording of its own.
         """
         if self._never:
             return passes(tokens)
@@ -102,18 +113,19 @@ class Recording:
         if kind != self._kind:
             self.forget()
             self._kind = kind
-        if self._replay is None and self._plain < WARM:
-            self._plain += 1
-            return passes(tokens) if self._required or self._plain < WARM else self._tried(tokens, passes)
-        if self._replay is None:
-            self._record(tokens, passes)
-        assert self._replay is not None
-        assert self._tokens is not None
-        self._tokens.copy_(tokens)
-        self._replay()
-        for parameter, gradient in self._gradients:
+        now = self._turns.setdefault(turn, _Turn())
+        if now.replay is None and now.plain < WARM:
+            now.plain += 1
+            return passes(tokens) if self._required or now.plain < WARM else self._tried(tokens, passes)
+        if now.replay is None:
+            self._record(now, tokens, passes)
+        assert now.replay is not None
+        assert now.tokens is not None
+        now.tokens.copy_(tokens)
+        now.replay()
+        for parameter, gradient in now.gradients:
             parameter.grad = gradient
-        return self._losses
+        return now.losses
 
     def _tried(self, tokens: Tensor, passes: Passes) -> Losses:
         """A plain step, done again as one if its host asked the device something: then no step is ever recorded."""
@@ -132,9 +144,9 @@ class Recording:
 
     def forget(self) -> None:
         """Give the recording and its memory back."""
-        recorded = self._replay is not None
-        self._replay, self._tokens, self._losses, self._gradients = None, None, {}, []
-        self._kind, self._plain = None, 0
+        recorded = any(turn.replay is not None for turn in self._turns.values())
+        self._kind, self._turns = None, {}
+        self._capture = self._given or taking_turns()  # memory that was given back is not shared any more
         if recorded and torch.cuda.is_initialized():
             # A graph's memory is a pool of its own: plain steps find none of it until the driver has it back.
             torch.cuda.empty_cache()
@@ -144,14 +156,14 @@ class Recording:
         switches = tuple((soft.frozen, soft.branch_on, soft.law is None) for soft in self.masks)
         return switches, tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in self.tensors)
 
-    def _record(self, tokens: Tensor, passes: Passes) -> None:
+    def _record(self, now: _Turn, tokens: Tensor, passes: Passes) -> None:
         assert all(p.grad is None for p in self.parameters), "gradients would be added to those of another step"
         gc.collect()  # graphs of plain steps would keep their streams in the recording
         static = tokens.clone()
         losses: Losses = {}
-        self._replay = self._capture(lambda: losses.update(passes(static)))
-        self._tokens, self._losses = static, losses
-        self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        now.replay = self._capture(lambda: losses.update(passes(static)))
+        now.tokens, now.losses = static, losses
+        now.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
 
 
 @contextlib.contextmanager

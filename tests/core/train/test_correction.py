@@ -91,6 +91,19 @@ def test_it_teaches_a_batch_before_it_learns_from_it(tmp_path: Path) -> None:
     assert not _losses(tmp_path / "stays", "loss/teacher")
 
 
+def test_it_may_learn_from_some_batches_and_teach_all(tmp_path: Path) -> None:
+    rare = Distill(correction=TeacherCorrection(rate_scale=0.5, every=5))
+    for name, objective in (("rare", rare), ("stays", Distill())):
+        train_cell(Cell(recipe=_recipe(objective)), tmp_path / name, tmp_path / "home")
+    spec = rare.correction
+    assert spec is not None
+    assert [step for step in range(1, STEPS + 1) if spec.is_due(step)] == [5, 10]
+    assert set(_losses(tmp_path / "rare", "loss/teacher")) == {5, 10}
+    taught, stays = (_losses(tmp_path / name, "loss/kl") for name in ("rare", "stays"))
+    assert taught[1] == stays[1]
+    assert taught[STEPS] != stays[STEPS]
+
+
 @pytest.mark.parametrize("method", [FrozenMask(), SparseForge()])
 @pytest.mark.parametrize("stop", [1, 7])
 def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, method: FrozenMask | SparseForge, stop: int) -> None:
@@ -121,6 +134,8 @@ def test_micro_batches_make_the_same_step(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match=r"correction\.rate_scale=0"):
         TeacherCorrection(rate_scale=0.0)
+    with pytest.raises(RecipeError, match=r"correction\.every=0"):
+        TeacherCorrection(every=0)
     with pytest.raises(RecipeError, match=r"after\.correction"):
         Then(before=CORRECTED, after=Distill(), switch_at=0.5)
     assert Then(before=CORRECTED, after=TaskOnly(), switch_at=0.5).correcting == CORRECTED.correction

@@ -41,6 +41,7 @@ STEPS = 9
 
 FROZEN = FrozenMask(prior=MagnitudePruning())
 FOLLOWING = Distill(correction=TeacherCorrection())
+NOW_AND_THEN = Distill(correction=TeacherCorrection(every=2))
 
 
 class DoneAgain:
@@ -123,6 +124,14 @@ def test_recorded_steps_train_as_plain_ones_do(tmp_path: Path, method: Method, o
     recorded, recorder = trained(tmp_path / "recorded", method, objective, recorded=True)
     assert recorder.recordings == 1
     assert recorder.beside_recorded == (2 if isinstance(method, MaskLLM) else 0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+
+
+def test_steps_that_take_turns_are_recorded_apart(tmp_path: Path) -> None:
+    steps = 2 * WARM + 6
+    plain, _ = trained(tmp_path / "plain", FROZEN, NOW_AND_THEN, recorded=False, steps=steps)
+    recorded, recorder = trained(tmp_path / "recorded", FROZEN, NOW_AND_THEN, recorded=True, steps=steps)
+    assert recorder.recordings == 2
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
 
 
@@ -269,8 +278,11 @@ def test_steps_whose_host_asks_stay_plain_unless_recording_was_asked_for(caplog:
 
 
 def test_another_error_of_a_tried_step_is_none_of_recordings(tmp_path: Path) -> None:
+    done: list[Tensor] = []
+
     def passes(tokens: Tensor) -> dict[str, Tensor]:
-        if recording._plain == WARM:
+        done.append(tokens)
+        if len(done) == WARM:
             raise RuntimeError("shapes do not fit")
         return {}
 
@@ -296,11 +308,11 @@ def test_questions_are_noticed_on_a_gpu() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("objective", [Distill(), FOLLOWING])
+@pytest.mark.parametrize("objective", [Distill(), FOLLOWING, NOW_AND_THEN])
 def test_recorded_steps_train_as_plain_ones_do_on_a_gpu(tmp_path: Path, objective: Distill) -> None:
     """Products of bfloat16 are added in the same order by the same kernels; the embedding's gradient may not be."""
     found = [
-        trained(tmp_path / str(recorded), FROZEN, objective, recorded=recorded, device="cuda")[0]
+        trained(tmp_path / str(recorded), FROZEN, objective, recorded=recorded, device="cuda", steps=2 * WARM + 6)[0]
         for recorded in (False, True)
     ]
     for plain, recorded in zip(*found, strict=True):
