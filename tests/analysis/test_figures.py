@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures import AccuracyVsTokens, accuracy_vs_tokens, chance, series, short, ticks
+from analysis.aggregate import Estimate
+from analysis.figures import AccuracyVsTokens, Point, accuracy_vs_tokens, chance, series, short, ticks
 from analysis.frames import ExhibitData, exhibit_data
 from analysis.make_tables import make_tables
 from sparseforge_core.store.results import Results
@@ -53,9 +54,8 @@ def test_one_series_a_method_in_order_of_tokens(data: ExhibitData) -> None:
     assert list(drawn) == ["Wanda", "SparseForge", "CAST"]
     assert [point.tokens for point in drawn["SparseForge"]] == [50_000, 100_000, 200_000]
     first = drawn["SparseForge"][0]
-    assert first.perplexity is not None
     assert first.accuracy is not None
-    assert first.perplexity.mean == 40.5
+    assert [value.mean for value in first.perplexities.values()] == [40.5]
     assert first.accuracy.mean == pytest.approx(30.5)
 
 
@@ -76,7 +76,7 @@ def test_a_quoted_accuracy_on_other_tasks_is_not_drawn_on_our_axis(data: Exhibit
     first, second = series(data)["CAST"]
     assert first.accuracy is not None
     assert first.accuracy.mean == 57.0
-    assert (second.tokens, second.accuracy, second.perplexity) == (800_000, None, None)
+    assert (second.tokens, second.accuracy, second.perplexities) == (800_000, None, {})
 
 
 def test_quoted_points_are_hollow_and_ours_are_not(data: ExhibitData) -> None:
@@ -92,7 +92,7 @@ def test_the_axis_shows_every_budget_and_guessing(data: ExhibitData) -> None:
     for axes in figure.axes:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["50k", "100k", "200k", "400k", "800k"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["Wanda", "SparseForge", "CAST (published)", "uniform guessing"]
+    assert labels == ["SparseForge", "CAST (published)", "Wanda", "uniform guessing"]
 
 
 def test_labels_of_crowded_budgets_do_not_touch() -> None:
@@ -127,7 +127,7 @@ def test_more_methods_than_colours_all_appear(sqlite_url: str) -> None:
 
 def test_a_method_far_above_the_curves_is_named_and_its_line_does_not_press_them_together(sqlite_url: str) -> None:
     grid = Filled()
-    for name, tokens, ppl in (("Magnitude", 0, 2740.0), ("Wanda", 0, 50.0), ("A", 50_000, 30.0), ("B", 50_000, 28.0)):
+    for name, tokens, ppl in (("Magnitude", 0, 2740.0), ("Wanda", 0, 40.0), ("A", 50_000, 30.0), ("B", 50_000, 28.0)):
         grid.row(FIGURE, f"{name}/{tokens}", name, scores([0.3], [0.4], [ppl]), tokens=tokens)
     grid.write(sqlite_url).close()
     figure = drawing_of(data_of(sqlite_url)).draw()
@@ -139,6 +139,36 @@ def test_a_method_far_above_the_curves_is_named_and_its_line_does_not_press_them
     assert "Magnitude" in {line.get_label() for line in right.get_lines()}, "its accuracy has a place"
     assert across["Wanda"] not in {container.lines[0].get_color() for container in left.containers}
     assert "Magnitude,0,perplexity,2740" in drawing_of(data_of(sqlite_url)).csv()
+
+
+def test_each_text_has_a_panel_and_the_legend_the_place_that_is_left() -> None:
+    def estimate(mean: float) -> Estimate:
+        return Estimate(mean, None, 1, None)
+
+    points = {
+        "Dense": [Point(0, {"books": estimate(34.0), "wiki": estimate(12.0)}, estimate(41.0))],
+        "Wanda": [Point(0, {"books": estimate(300.0), "wiki": estimate(35.0)}, estimate(34.0))],
+        "A": [Point(t, {"books": estimate(b), "wiki": estimate(w)}, None) for t, b, w in ((1, 40, 30), (2, 30, 28))],
+    }
+    drawing = AccuracyVsTokens(points, None, ("books", "wiki"))
+    figure = drawing.draw()
+    books, wiki, accuracy, free = figure.axes
+    titles = [axes.get_title() for axes in (books, wiki, accuracy)]
+    assert titles == [
+        *("Perplexity on books (lower is better)", "Perplexity on wiki (lower is better)"),
+        "Mean zero-shot accuracy, %",
+    ]
+    assert [text.get_text() for text in books.texts] == ["above the axis:\nWanda 300"]
+    assert [text.get_text() for text in wiki.texts] == ["below the axis:\nDense 12.0"]
+    assert {text.get_text() for text in free.get_legend().get_texts()} == set(points)
+    assert not figure.legends
+    dashes = [
+        {line._unscaled_dash_pattern for line in axes.get_lines() if line.get_label() == "Wanda"}
+        for axes in (wiki, accuracy)
+    ]
+    assert dashes[0] == dashes[1]
+    rows = list(csv.DictReader(io.StringIO(drawing.csv())))
+    assert {row["quantity"] for row in rows} == {"perplexity on books", "perplexity on wiki", "accuracy"}
 
 
 def test_a_budget_in_whole_steps_is_labelled_by_what_it_is_called() -> None:
