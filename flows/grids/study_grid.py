@@ -213,7 +213,7 @@ CAPTIONS = {
         "model with this tokenizer is at hand, so that there is no row with a larger teacher."
     ),
     "accuracy-vs-tokens": (
-        "SmolLM2-135M, retraining tokens against perplexity on books that no cell trains on; accuracy at the main "
-        f"budget alone. {len(SEEDS)} seeds at the main budget, {len(FIGURE_SEEDS)} at the others."
+        "SmolLM2-135M, retraining tokens against perplexity on books no cell trains on and on WikiText-2; accuracy"
+        f" at the main budget alone. {len(SEEDS)} seeds at the main budget, {len(FIGURE_SEEDS)} at the others."
     ),
 }
