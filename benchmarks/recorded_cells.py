@@ -27,13 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.step_profile import CASES, FOLLOWING, rounded
+from benchmarks.step_profile import CASES, FOLLOWING, LoggedLosses, rounded
 from benchmarks.steps import SHAPES, Shape, bench, release, synchronize
 from benchmarks.train import commit, hardware, small_shapes
 from sparseforge_core.methods import AST, FrozenMask, MagnitudePruning, Method
 from sparseforge_core.objective import Distill, Objective
 from sparseforge_core.presets import preset_named
-from sparseforge_core.tracking.tracker import NullTracker
 from sparseforge_core.train.loop import Progress, train
 from sparseforge_core.train.recording import Recording
 
@@ -45,16 +44,6 @@ CELLS: dict[str, tuple[Method, Objective]] = {
     "ast": (AST(), Distill(kl_weight=0.67)),
 }
 """Name -> method and objective; `following` is `lean` with the teacher that takes steps of its own."""
-
-
-class _Losses(NullTracker):
-    """Keeps the loss of each step."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self.seen[step] = values["loss/total"]
 
 
 @dataclasses.dataclass
@@ -80,7 +69,7 @@ def run_cell(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    losses, marks = _Losses(), {}
+    losses, marks = LoggedLosses(), {}
 
     def on_step(progress: Progress) -> None:
         if progress.step in (steps // 3, steps):

@@ -79,7 +79,7 @@ class _EnoughError(Exception):
     """All steps were seen."""
 
 
-class _Losses(NullTracker):
+class LoggedLosses(NullTracker):
     """Keeps the loss of each logged step."""
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ def steps_of(shape: Shape, method: Method, objective: Objective, device: torch.d
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    losses = _Losses()
+    losses = LoggedLosses()
     with tempfile.TemporaryDirectory() as folder:
         made = bench(shape, method, device, compiled=on_gpu, folder=Path(folder), objective=objective)
         run = dataclasses.replace(made.run, tracker=losses, log_every=10)
