@@ -99,11 +99,11 @@ def model_name(source: ModelSource) -> str:
 
 
 def memory_gib(recipe: Recipe) -> float:
-    """Weights, gradients, moments, mask, view, curvature in float32, and the teacher; GiB, without activations."""
+    """Weights, gradients, moments, mean, mask, view, curvature in float32, the teacher; GiB, without activations."""
     parameters = card_of(recipe.model).parameters
     if not recipe.train.steps:
         return 4.0 * parameters / 2**30
-    per_weight = 16.0 + (13.0 if recipe.method.sparsifies else 0.0)
+    per_weight = (20.0 if recipe.train.averages else 16.0) + (13.0 if recipe.method.sparsifies else 0.0)
     teacher = teacher_card(recipe)
     return (per_weight * parameters + (recipe.objective.teacher_bytes * teacher.parameters if teacher else 0.0)) / 2**30
 

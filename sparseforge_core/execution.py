@@ -126,6 +126,7 @@ def check_memory(recipe: Recipe, home: Path, execution: Execution, gpu_bytes: fl
             mask_bytes=2 if getattr(recipe.method, "mask_storage", "float32") == "int16" else memory.MASK_BYTES,
             curvature_bytes=_curvature_bytes(recipe.method),
             moment_bytes=memory.ADAM_BYTES if recipe.train.moments == "float32" else memory.EIGHT_BIT_BYTES,
+            mean_bytes=4 if recipe.train.averages else 0,
             starts=begun is not None,
             calibration=_calibration_tokens(begun),
         ),

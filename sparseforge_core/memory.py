@@ -128,6 +128,8 @@ class Spread:
     mask_bytes: int = MASK_BYTES
     curvature_bytes: int = CURVATURE_BYTES
     """Of a masked weight; 0 where no average of its own is kept."""
+    mean_bytes: int = 0
+    """Of a weight, for the mean that training ends with, where the plan averages (`TrainPlan.averaged_from`)."""
     moment_bytes: float = ADAM_BYTES
     """Of a weight inside of blocks: EIGHT_BIT_BYTES where `TrainPlan.moments` is "8-bit"."""
     starts: bool = False
@@ -162,6 +164,8 @@ def lines(shape: Shape, spread: Spread) -> list[Line]:
         Line("gradients", 4 * p / n, f"4 B x {p / 1e6:,.0f}M{cut}"),
         _moments(shape, spread, cut),
     ]
+    if spread.mean_bytes:
+        found.append(Line("mean weights", spread.mean_bytes * p / n, f"{spread.mean_bytes} B x {p / 1e6:,.0f}M{cut}"))
     if spread.masks:
         for what, each in (("masks", spread.mask_bytes), ("curvature", spread.curvature_bytes)):
             found.append(Line(what, each * m / n, f"{each} B x {m / 1e6:,.0f}M masked{cut}"))
@@ -222,7 +226,8 @@ def _logits(shape: Shape, tokens: int, *, teacher: bool) -> Line:
 
 def update_bytes(shape: Shape, spread: Spread) -> float:
     """Bytes of one GPU while masks are updated: no activations, but one site whole."""
-    state = sum(line.count for line in lines(shape, spread)[: 6 if spread.masks else 4])
+    kept = (6 if spread.masks else 4) + bool(spread.mean_bytes)
+    state = sum(line.count for line in lines(shape, spread)[:kept])
     return state + UPDATE_BYTES * shape.largest_site
 
 

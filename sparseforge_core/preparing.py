@@ -30,6 +30,7 @@ from sparseforge_core.solutions import KeptSolutions, computed_on
 from sparseforge_core.tracking.tracker import Tracker
 from sparseforge_core.train.correction import Correction
 from sparseforge_core.train.loop import Run
+from sparseforge_core.train.mean_weights import MeanWeights
 from sparseforge_core.train.optimizer import build_optimizer
 from sparseforge_core.train.parallel import (
     Ranks,
@@ -145,6 +146,7 @@ class Prepared:
             ranks=ranks,
             track=track,
             correction=self._correction(),
+            mean=self._mean(),
             recording=Recording(self.model, self.teacher, required=bool(execution.recorded)) if recorded else None,
             optimizer=build_optimizer(self.model, self.sites, plan, track),
             stream=stream,
@@ -179,6 +181,10 @@ class Prepared:
         if self.cell.recipe.train.compute_dtype == "bfloat16":
             teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
         return teacher.requires_grad_(False)
+
+    def _mean(self) -> MeanWeights | None:
+        plan = self.cell.recipe.train
+        return MeanWeights(self.model, plan.averaged_after + 1) if plan.averages else None
 
     def _correction(self) -> Correction | None:
         spec = self.cell.recipe.objective.correcting

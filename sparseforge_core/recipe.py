@@ -41,6 +41,9 @@ class TrainPlan:
     """Factor on the learning rate of what carries no mask (embeddings, norms, biases): it was not damaged."""
     moments: Literal["float32", "8-bit"] = "float32"
     """How AdamW's two moments of large matrices are kept; "8-bit" rounds them in blocks of 256 (arXiv 2110.02861)."""
+    averaged_from: float = 1.0
+    """Share of the steps after which the weights of each are averaged: training then ends with their mean instead of
+    the last step's (Polyak averaging, SWA). 1: with the last step's."""
     clip: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -54,12 +57,24 @@ class TrainPlan:
             raise RecipeError(f"steps={self.steps}: must be 0 or more")
         if self.unmasked_rate < 0:
             raise RecipeError(f"unmasked_rate={self.unmasked_rate}: must not be negative; 0 leaves them as they are")
+        if not 0.0 <= self.averaged_from <= 1.0:
+            raise RecipeError(f"averaged_from={self.averaged_from}: must lie in [0, 1]; 1 averages nothing")
         if self.clip <= 0:
             raise RecipeError(f"clip={self.clip}: must be above 0")
         if self.moments == "8-bit" and self.rule != "adamw":
             raise RecipeError(f"moments='8-bit': rule={self.rule!r} keeps no moments of masked weights; use 'adamw'")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise RecipeError(f"betas={self.betas}: each must lie in [0, 1)")
+
+    @property
+    def averages(self) -> bool:
+        """Whether training ends with a mean of weights."""
+        return self.averaged_after < self.steps
+
+    @property
+    def averaged_after(self) -> int:
+        """The last step whose weights are no part of the mean."""
+        return int(self.averaged_from * self.steps)
 
     @property
     def tokens(self) -> int:
@@ -99,6 +114,11 @@ class Recipe:
             raise RecipeError(
                 f"train.moments='8-bit': method {self.method.kind!r} takes its curvature from AdamW's second moment, "
                 "which is rounded then; use moments='float32', or curvature Fisher"
+            )
+        if self.train.averages and not self.method.trains_weights:
+            raise RecipeError(
+                f"train.averaged_from={self.train.averaged_from}: method {self.method.kind!r} leaves the weights as "
+                "they are, so their mean is the weights; use 1"
             )
         if self.slorb is not None and not self.method.sparsifies:
             raise RecipeError(f"slorb: method {self.method.kind!r} prunes nothing that a branch could restore")

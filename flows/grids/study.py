@@ -92,6 +92,7 @@ class Contender:
     weight_decay: float = 0.0
     decayed: Literal["unmasked", "all"] = "unmasked"
     unmasked_rate: float = 1.0
+    averaged_from: float = 1.0
     objective: Objective = TAUGHT
     slorb: SLoRB | None = None
 
@@ -117,6 +118,7 @@ class Contender:
             weight_decay=self.weight_decay,
             decayed=self.decayed,
             unmasked_rate=self.unmasked_rate,
+            averaged_from=self.averaged_from,
         )
 
 

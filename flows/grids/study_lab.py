@@ -195,6 +195,8 @@ def _slower(label: str, peak: float, **changes: Any) -> Contender:
 
 STEEP = Product(first=rate(PEAK), second=Linear(first=1.0, last=0.0))
 """To zero as the square of what is left: the same peak, two thirds of the way."""
+LEVEL = Linear(first=0.0, last=1.2e-3, end=0.05)
+"""Up over a twentieth of the budget, and no way down: the mean takes its place."""
 RARELY = TeacherCorrection(rate_scale=0.08, every=4)
 """A quarter of the backward passes of the teacher, and the same way to go."""
 MOSTLY_TAUGHT = replace(FOLLOWING, kl_weight=0.9)
@@ -207,6 +209,8 @@ RATES: tuple[Contender, ...] = (
     _but("improved, the teacher learns from every fourth batch", objective=replace(FOLLOWING, correction=RARELY)),
     _slower("improved 1.2e-3, KL 0.9", 1.2e-3, objective=MOSTLY_TAUGHT),
     _slower("improved 1.2e-3, KL 0.9, SLoRB", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
+    _but("improved, the mean of the last three quarters", averaged_from=0.25),
+    _slower("1.2e-3 without an end, the mean of the last three quarters", 1.2e-3, lr=LEVEL, averaged_from=0.25),
     replace(contenders(6e-4)["ast"], label="AST 6e-4, a teacher that follows", objective=FOLLOWING),
     replace(contenders(6e-4)["ast-slorb"], label="AST + SLoRB 6e-4"),
 )

@@ -274,6 +274,8 @@ class Method(ABC):
     """Set by `@spec`."""
     sparsifies: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = True
+    """Whether it is the model's weights that train, where something does."""
     branches: ClassVar[bool] = True
     """Whether a side branch (the recipe's `slorb`) can be trained beside it."""
     card: ClassVar[MethodCard]

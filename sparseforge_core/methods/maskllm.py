@@ -46,6 +46,7 @@ class MaskLLM(Method):
     """Factor on the learning rate for the logits."""
 
     branches: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = False
     card: ClassVar[MethodCard] = MethodCard("Fang et al., arXiv 2409.17481", "retraining")
 
     def __post_init__(self) -> None:

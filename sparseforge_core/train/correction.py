@@ -7,23 +7,24 @@ scatters them where it is sharded. Either way all ranks take the step of the who
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseforge_core.methods.base import MaskTrack
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.recipe import TrainPlan
 
 Clip = Callable[[list[nn.Parameter], float], Tensor]
 """`Ranks.clip`: by the norm of the whole gradient, wherever its parts are."""
 
-WEIGHTS, MOMENTS = "teacher/weights/", "teacher/moments/"
+PREFIX = "teacher/"
+WEIGHTS, MOMENTS = f"{PREFIX}weights/", f"{PREFIX}moments/"
 
 
 class Correction:
     """AdamW on all weights of a teacher in float32, at a share of the plan's learning rate."""
+
+    prefix = PREFIX
 
     def __init__(self, teacher: nn.Module, spec: TeacherCorrection, plan: TrainPlan) -> None:
         self.plan, self.scale = plan, spec.rate_scale
@@ -65,18 +66,3 @@ class Correction:
                 if value is not None:
                     # Adam's fused kernels want the count where the weight is, whatever it was saved on.
                     self.optimizer.state[weight][key] = value.to(weight.device)
-
-
-class Beside:
-    """What a checkpoint keeps beyond the student's weights and their moments: the track's state and the teacher's."""
-
-    def __init__(self, track: MaskTrack, correction: Correction) -> None:
-        self.track, self.correction = track, correction
-
-    def state(self) -> dict[str, Tensor]:
-        return {**self.track.state(), **self.correction.state()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        ours = {name: value for name, value in state.items() if name.startswith("teacher/")}
-        self.correction.restore(ours)
-        self.track.restore({name: value for name, value in state.items() if name not in ours})

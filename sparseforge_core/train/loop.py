@@ -23,7 +23,9 @@ from sparseforge_core.recipe import Recipe
 from sparseforge_core.sparsity.report import HISTOGRAM_EDGES
 from sparseforge_core.tracking.tracker import Tracker
 from sparseforge_core.train.ahead import Ahead
-from sparseforge_core.train.correction import Beside, Correction
+from sparseforge_core.train.beside import Beside
+from sparseforge_core.train.correction import Correction
+from sparseforge_core.train.mean_weights import MeanWeights
 from sparseforge_core.train.optimizer import set_rate
 from sparseforge_core.train.parallel import Ranks
 from sparseforge_core.train.recording import Recording
@@ -66,6 +68,8 @@ class Run:
     """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
     correction: Correction | None = None
     """The teacher's own steps, where the objective asks for them."""
+    mean: MeanWeights | None = None
+    """What training ends with, where that is not the last step's weights."""
     recording: Recording | None = None
     """What starts forward and backward of a whole batch by one call; None: each kernel is started by the host."""
     seed: int = 0
@@ -97,7 +101,7 @@ def train(
     not finite (nothing of that step reaches a checkpoint).
     """
     plan = run.recipe.train
-    beside = run.track if run.correction is None else Beside(run.track, run.correction)
+    beside = Beside(run.track, [kept for kept in (run.correction, run.mean) if kept is not None])
     first = run.checkpoints.resume(run.model, run.optimizer, beside) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
     saving = _Saving(patient=run.ranks.world == 1)
@@ -122,6 +126,8 @@ def train(
                     run.correction.step(step / plan.steps, run.ranks.clip)
                 run.optimizer.zero_grad(set_to_none=True)
                 run.track.after_update(step, run.optimizer)
+                if run.mean is not None:
+                    run.mean.take(step)
             # -----------------------------------------------------------------
             watch.after_update(step)
             if on_step is not None:
@@ -145,6 +151,8 @@ def train(
                 raise Interrupted(
                     f"stopped after step {step} of {plan.steps}; run the same command again to go on from here"
                 )
+    if run.mean is not None:
+        run.mean.put()
     run.ranks.end()
     return Outcome(final_loss=watch.loss, seconds=clock.seconds())
 

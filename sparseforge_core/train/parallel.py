@@ -338,8 +338,9 @@ def refuse_lists_of_experts(model: nn.Module) -> None:
 
 
 def device_bytes(recipe: Recipe, model: nn.Module, sites: list[Site]) -> float:
-    """What a replica's state takes without activations: float32 weights, gradients, moments; masks; a teacher."""
+    """What a replica's state takes without activations: weights, gradients, moments, a mean; masks; a teacher."""
     total = sum(parameter.numel() for parameter in model.parameters())
     masked = sum(site.weight.numel() for site in sites)
     saved = (8.0 - eight_bit.BYTES) * masked if recipe.train.moments == "8-bit" else 0.0
-    return 16.0 * total - saved + 13.0 * masked + recipe.objective.teacher_bytes * total
+    each = 16.0 + 4.0 * recipe.train.averages + recipe.objective.teacher_bytes
+    return each * total - saved + 13.0 * masked

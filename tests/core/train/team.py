@@ -49,6 +49,7 @@ def cell(
     pattern: Pattern = TWO_OF_FOUR,
     slorb: SLoRB | None = None,
     objective: Objective = TAUGHT,
+    averaged_from: float = 1.0,
     seed: int = 0,
 ) -> Cell:
     """A few steps of a tiny model on sentences of a small grammar."""
@@ -60,7 +61,9 @@ def cell(
             corpus=Synthetic(documents_count=50),
             pattern=pattern if chosen.sparsifies else None,
             objective=objective,
-            train=TrainPlan(steps=steps, sequences=4, length=16, lr=WarmupLinear(peak=1e-3)),
+            train=TrainPlan(
+                steps=steps, sequences=4, length=16, lr=WarmupLinear(peak=1e-3), averaged_from=averaged_from
+            ),
             slorb=slorb,
         ),
         seed=seed,

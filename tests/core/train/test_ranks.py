@@ -52,7 +52,9 @@ ROOT = Path(__file__).resolve().parents[3]
 WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2), statistics_of="last-update"))
 """Its curvature is each replica's own, or in shards: what a checkpoint must keep apart; its statistics are of all."""
 
-FOLLOWED = cell(objective=Distill(kl_weight=0.75, correction=TeacherCorrection(rate_scale=0.5, every=2)))
+FOLLOWED = cell(
+    objective=Distill(kl_weight=0.75, correction=TeacherCorrection(rate_scale=0.5, every=2)), averaged_from=0.3
+)
 """Its teacher takes steps too, fast enough that ranks which took others would show."""
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
