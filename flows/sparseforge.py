@@ -35,6 +35,7 @@ from flows.home import Home
 from flows.local import RunCell, Summary, open_grid, run_grid
 from flows.messages import Outcome
 from flows.notify import Notifier
+from flows.provenance import here, process_alive
 from flows.server import prefect_api
 from sparseforge_core.errors import SparseForgeError
 from sparseforge_core.store.rows import StageState
@@ -183,7 +184,11 @@ class _Pool:
 
 
 def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
-    """Keep one drain in flight for each polling worker of each pool that has ready cells, until nothing is left."""
+    """Keep one drain in flight for each polling worker of each pool that has ready cells, until nothing is left.
+
+    A stage that is running is waited for, whosever it is: its drain may be gone, with a server that was killed, and the
+    cells that need it come when it is done, or when nobody has heard of it for the time of a lease.
+    """
     store, states = open_grid(home, grid)
     pools: dict[str, _Pool] = {}
     live = LiveGrid(home, grid)
@@ -203,10 +208,12 @@ def _run_on_pools(home: Home, grid: str, workers: int | None) -> Summary:
             pool = pools.setdefault(name, _Pool())
             for _ in range(_polling_workers(name) - len(pool.active)):
                 pool.active.append(_start_drain(grid, name, workers))
-        if not wanted and not any(pool.active for pool in pools.values()):
+        running = any(s.status == "running" for s in states)
+        if not wanted and not running and not any(pool.active for pool in pools.values()):
             live.show(lambda states=states: states, now=True)  # type: ignore[misc]
             return _summary(grid, states)
         time.sleep(POLL_SECONDS)
+        patiently(lambda: store.release_dead(here(), process_alive))
         patiently(lambda: store.expire(LEASE))
         states = patiently(lambda: store.work(grid))
 

@@ -1,7 +1,8 @@
-"""A grid on work pools while the store and the Prefect server go away for a moment: it waits, nothing runs twice."""
+"""A grid on work pools waits: for a store and a Prefect server that are away for a moment, for stages that run."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,13 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import server
+from flows import server, sparseforge
+from flows.cycle import ready
 from flows.home import Home
+from flows.local import Summary, open_grid
+from flows.provenance import provenance
+from flows.stages import TRAIN
 from sparseforge_core.store.store import ResultStore
 from tests.processes import end_with_parent, processes_of, wait_until
 
@@ -112,3 +119,37 @@ def test_a_grid_on_pools_waits_for_a_store_and_for_a_prefect_server_that_are_awa
     assert found.fsck() == []
     done = [a for s in found.work(GRID) for a in found.attempts(s.cell_key) if (a.stage, a.status) == (s.stage, "done")]
     assert len(done) == len(found.work(GRID)), "a stage was recorded twice"
+
+
+def test_a_grid_on_pools_does_not_end_while_a_stage_runs_whose_drain_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other cells need the one that runs: nothing is ready, no drain is there, and the grid is not done."""
+
+    class AskedError(Exception):
+        """Workers are asked for: there is something to run again."""
+
+    def asked(pool: str) -> int:
+        raise AskedError(pool)
+
+    def without_a_server() -> Summary:
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server._free_port()}/api"}):
+            return sparseforge._run_on_pools(home, GRID, 1)
+
+    home = Home(tmp_path, f"sqlite:///{tmp_path / 'store.db'}", "sqlite://")
+    store, states = open_grid(home, GRID)
+    first = ready(states)[0].key
+    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=end_with_parent)
+    store.claim(first, TRAIN, dataclasses.replace(provenance(), pid=holder.pid))
+    assert not ready(store.work(GRID))
+    monkeypatch.setattr(sparseforge, "_polling_workers", asked)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(without_a_server)
+        time.sleep(3.5)
+        assert not run.done(), run.result()
+        holder.kill()
+        holder.wait()
+        with pytest.raises(AskedError, match="cpu"):
+            run.result(timeout=60)
+    assert [attempt.status for attempt in store.attempts(first)] == ["lost"]
+    store.close()
