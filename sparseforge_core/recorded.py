@@ -61,26 +61,29 @@ class Again:
 
 def on_gpu(work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a CUDA graph of the current device. Its tensors stay in memory as long as what is returned."""
-    # A stream of its own: torch's for captures is of the GPU that captured first.
-    return _graph(work, torch.cuda.Stream(), None)
+    return _replay(_graph(work, torch.cuda.Stream()))
 
 
 def taking_turns() -> Capture:
-    """What makes graphs as `on_gpu` does, in memory that they share: for work that is never under way at once.
+    """What makes graphs as `on_gpu` does, each in the memory of the first: for work that is never under way at once.
 
     What one of them leaves in tensors that somebody holds stays as it is; the rest is overwritten by the others.
     """
-    shared: list[tuple[torch.cuda.Stream, Any]] = []
+    first: list[tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]] = []
 
     def capture(work: Callable[[], None]) -> Callable[[], None]:
-        if not shared:  # memory of one stream is not given to another
-            shared.append((torch.cuda.Stream(), torch.cuda.graph_pool_handle()))
-        return _graph(work, *shared[0])
+        if first:
+            stream, shared = first[0]  # memory of one stream is not given to another
+            return _replay(_graph(work, stream, shared.pool()))
+        stream = torch.cuda.Stream()
+        first.append((stream, _graph(work, stream)))
+        return _replay(first[0][1])
 
     return capture
 
 
-def _graph(work: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
+def _graph(work: Callable[[], None], stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A stream of the caller's: torch's own for captures is of the GPU that captured first."""
     graph = torch.cuda.CUDAGraph()
     try:
         # Threads that load batches call the driver meanwhile; that is none of the recording's business.
@@ -90,5 +93,9 @@ def _graph(work: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> Ca
         raise
     except RuntimeError as error:
         raise RuntimeError(f"a step could not be recorded as a CUDA graph; run with --no-record: {error}") from error
-    replay: Any = graph.replay
-    return replay  # type: ignore[no-any-return]
+    return graph
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
+    replay: Callable[[], None] = graph.replay
+    return replay

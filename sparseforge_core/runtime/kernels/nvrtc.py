@@ -115,13 +115,13 @@ class Kernel:
         operation of Python. One that raised is not given back.
         """
         words = [
-            a if type(a) is int else 0 if a is None else a.address if type(a) is ByValue else a.data_ptr()  # type: ignore[union-attr]
+            a if isinstance(a, int) else 0 if a is None else a.address if isinstance(a, ByValue) else a.data_ptr()
             for a in arguments
         ]
         try:
             frame = self._frames.pop()
         except IndexError:
-            frame = _Frame(self, tuple(type(a) is ByValue for a in arguments))
+            frame = _Frame(self, tuple(isinstance(a, ByValue) for a in arguments))
         frame.put(frame.words, 0, *words)
         for n in frame.by_value:
             frame.pointers[n] = words[n]

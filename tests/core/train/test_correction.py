@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from sparseforge_core.data.corpora import Synthetic
-from sparseforge_core.errors import Interrupted, RecipeError
+from sparseforge_core.errors import RecipeError
 from sparseforge_core.execution import Execution
 from sparseforge_core.methods import FrozenMask, SparseForge
 from sparseforge_core.models.heads import split
@@ -23,6 +22,7 @@ from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import read_journal
 from sparseforge_core.train.correction import Correction
 from sparseforge_core.train.optimizer import clip
+from tests.core.train.stopping import whole_and_in_parts
 from tests.tiny import tiny_model, tiny_source, tokens
 
 STEPS = 12
@@ -107,18 +107,7 @@ def test_it_may_learn_from_some_batches_and_teach_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [FrozenMask(), SparseForge()])
 @pytest.mark.parametrize("stop", [1, 7])
 def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, method: FrozenMask | SparseForge, stop: int) -> None:
-    cell = Cell(recipe=_recipe(method=method))
-    train_cell(cell, tmp_path / "whole", tmp_path / "home")
-    seen: list[int] = []
-    with pytest.raises(Interrupted):
-        train_cell(
-            cell, tmp_path / "parts", tmp_path / "home",
-            on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == stop,
-        )  # fmt: skip
-    train_cell(cell, tmp_path / "parts", tmp_path / "home")
-    hashes = [
-        json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"] for name in ("whole", "parts")
-    ]
+    hashes = whole_and_in_parts(Cell(recipe=_recipe(method=method)), tmp_path, stop)
     assert hashes[0] == hashes[1]
     assert _losses(tmp_path / "whole", "loss/teacher")[STEPS] == _losses(tmp_path / "parts", "loss/teacher")[STEPS]
 

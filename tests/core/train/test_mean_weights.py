@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparseforge_core.data.corpora import Synthetic
-from sparseforge_core.errors import Interrupted, RecipeError
+from sparseforge_core.errors import RecipeError
 from sparseforge_core.memory import Spread, lines, shape_of
 from sparseforge_core.methods import AST, FrozenMask, MaskLLM, Method, SparseForge
 from sparseforge_core.objective import Distill
@@ -21,6 +21,7 @@ from sparseforge_core.run import train_cell
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.train.mean_weights import MeanWeights
+from tests.core.train.stopping import whole_and_in_parts
 from tests.tiny import tiny_model, tiny_source
 
 STEPS = 12
@@ -88,17 +89,7 @@ def test_a_training_ends_with_the_mean_of_its_steps_in_the_pattern(tmp_path: Pat
 @pytest.mark.parametrize("stop", [3, 9])
 def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, stop: int) -> None:
     cell = _cell(FrozenMask(), 0.5, Distill(correction=TeacherCorrection(rate_scale=0.5)))
-    train_cell(cell, tmp_path / "whole", tmp_path / "home")
-    seen: list[int] = []
-    with pytest.raises(Interrupted):
-        train_cell(
-            cell, tmp_path / "parts", tmp_path / "home",
-            on_step=lambda p: seen.append(p.step), should_stop=lambda: seen[-1] == stop,
-        )  # fmt: skip
-    train_cell(cell, tmp_path / "parts", tmp_path / "home")
-    hashes = [
-        json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"] for name in ("whole", "parts")
-    ]
+    hashes = whole_and_in_parts(cell, tmp_path, stop)
     assert hashes[0] == hashes[1]
 
 
