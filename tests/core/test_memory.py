@@ -105,7 +105,9 @@ class _Counted(MagnitudePruning):
         def finish() -> dict[str, Branch]:
             gc.collect()
             shapes = {site.weight.shape for site in track.sites}
-            tensors = {t.data_ptr(): t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape in shapes}
+            # By type alone: what compilers left about has neither memory nor a shape of numbers.
+            found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+            tensors = {t.data_ptr(): t for t in found if t.shape in shapes}
             _Counted.seen.append(sum(t.nbytes for t in tensors.values()))
             return before()
 
