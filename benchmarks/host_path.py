@@ -94,8 +94,10 @@ def nothing_launched() -> Iterator[None]:
     library = types.SimpleNamespace(**{f"cusparseLt{name}": nothing for name in names})
     properties = types.SimpleNamespace(multi_processor_count=PROCESSORS)
 
-    def load(_file: str, _constants: object, threads: int, shared: int, device: int) -> nvrtc.Kernel:
-        return nvrtc.Kernel(ctypes.c_void_p(1), threads, shared, device)
+    def load(
+        _file: str, _constants: object, threads: int, shared: int, device: int, by_value: tuple[int, ...] = ()
+    ) -> nvrtc.Kernel:
+        return nvrtc.Kernel(ctypes.c_void_p(1), threads, shared, device, by_value)
 
     with contextlib.ExitStack() as stack:
         for place, name, instead in (

@@ -18,7 +18,7 @@ def expand(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
     """`[out, in]` bit for bit, pruned places +0. It is a new tensor, and the caller's to let go."""
     dense = values.new_empty(shape)
     kernel, grid = _prepared(*shape, values.dtype, values.device.index)
-    kernel(grid, values, places, dense)
+    kernel(grid, values.data_ptr(), places.data_ptr(), dense.data_ptr())
     return dense
 
 

@@ -70,6 +70,8 @@ _put_grid = struct.Struct("2I").pack_into
 
 _put_stream = struct.Struct("Q").pack_into
 
+STREAM = _Config.stream.offset
+
 
 class _Frame:
     """Memory that describes one launch of a kernel to the driver, which copies all of it before it returns.
@@ -78,12 +80,11 @@ class _Frame:
     endian). One that is taken by value lies elsewhere, and is pointed to where it lies.
     """
 
-    def __init__(self, kernel: Kernel, by_value: tuple[bool, ...]) -> None:
-        self.words = (ctypes.c_uint64 * len(by_value))()
+    def __init__(self, kernel: Kernel, words: int) -> None:
+        self.words = (ctypes.c_uint64 * words)()
         first = ctypes.addressof(self.words)
-        self.pointers = (ctypes.c_void_p * len(by_value))(*(first + 8 * n for n in range(len(by_value))))
-        self.by_value = tuple(n for n, apart in enumerate(by_value) if apart)
-        self.put = struct.Struct(f"{len(by_value)}Q").pack_into
+        self.pointers = (ctypes.c_void_p * words)(*(first + 8 * n for n in range(words)))
+        self.put = struct.Struct(f"{words}Q").pack_into
         self._early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self.config = _Config(
             grid=(1, 1, 1),
@@ -105,28 +106,27 @@ class Kernel:
     """Bytes of dynamic shared memory."""
     device: int
     """Where it is loaded."""
+    by_value: tuple[int, ...] = ()
+    """Which of its arguments it takes as they are; a launch is given the address where one lies."""
     _frames: list[_Frame] = field(default_factory=list, compare=False, repr=False)
     """Those that no launch is using: as many as threads ever launched it at once."""
 
-    def __call__(self, grid: tuple[int, int], *arguments: torch.Tensor | ByValue | int | None) -> None:
-        """Launch on torch's current stream of its device; tensors pass as pointers, None as a null pointer.
+    def __call__(self, grid: tuple[int, int], *words: int) -> None:
+        """Launch on torch's current stream of its device, with addresses (0 for none) and whole numbers from 0 up.
 
-        Whole numbers are not negative. Threads may launch at once: each takes a frame of its own from the list, in one
-        operation of Python. One that raised is not given back.
+        What lies at the addresses of arguments taken by value is the caller's to keep until this returns. Threads may
+        launch at once: each takes a frame of its own from the list, in one operation of Python. One that raised is not
+        given back.
         """
-        words = [
-            a if isinstance(a, int) else 0 if a is None else a.address if isinstance(a, ByValue) else a.data_ptr()
-            for a in arguments
-        ]
         try:
             frame = self._frames.pop()
         except IndexError:
-            frame = _Frame(self, tuple(isinstance(a, ByValue) for a in arguments))
+            frame = _Frame(self, len(words))
         frame.put(frame.words, 0, *words)
-        for n in frame.by_value:
+        for n in self.by_value:
             frame.pointers[n] = words[n]
         _put_grid(frame.config, 0, *grid)
-        _put_stream(frame.config, _Config.stream.offset, torch._C._cuda_getCurrentRawStream(self.device))
+        _put_stream(frame.config, STREAM, torch._C._cuda_getCurrentRawStream(self.device))
         if torch._C._cuda_getDevice() == self.device:  # asking costs a tenth of setting
             self._launch(frame)
         else:
@@ -153,7 +153,14 @@ def _context(device: int) -> ctypes.c_void_p:
 
 
 @functools.cache
-def load(file: str, constants: tuple[tuple[str, int], ...], threads: int, shared: int, device: int) -> Kernel:
+def load(
+    file: str,
+    constants: tuple[tuple[str, int], ...],
+    threads: int,
+    shared: int,
+    device: int,
+    by_value: tuple[int, ...] = (),
+) -> Kernel:
     """Build `cuda/<file>.cu` with its constants, and load its kernel of the same name on a device.
 
     Raises ExportError if the compiler refuses it, or if a CUDA graph is being captured.
@@ -170,7 +177,7 @@ def load(file: str, constants: tuple[tuple[str, int], ...], threads: int, shared
         check(driver().cuModuleLoadData(ctypes.byref(module), image))
         check(driver().cuModuleGetFunction(ctypes.byref(function), module, file.encode()))
         check(driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
-    return Kernel(function, threads, shared, device)
+    return Kernel(function, threads, shared, device, by_value)
 
 
 def source(file: str) -> str:

@@ -30,6 +30,9 @@ PAIRED, IN_FOURS = 2, 120 / 132
 """Blocks of a cluster up to which clusters fill a chip, and the part of it that clusters of four fill: they do not
 cross its groups of 16 or 18 multiprocessors."""
 
+MAPS = (2, 3)
+"""Arguments of `wide` that are the tensor maps of x and y."""
+
 WARPGROUP = 4
 """Warps that issue an instruction of 64 outputs together."""
 
@@ -144,19 +147,22 @@ class Plan:
 
     def build(self, out: int, inputs: int, dtype: torch.dtype, device: int) -> Kernel:
         """The loaded kernel; built when first asked for."""
-        return load(self.kernel, self.constants(out, inputs, dtype), self.threads(), self.shared(inputs), device)
+        sizes = self.constants(out, inputs, dtype)
+        by_value = MAPS if self.kernel == "wide" else ()
+        return load(self.kernel, sizes, self.threads(), self.shared(inputs), device, by_value)
 
     def run(self, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Fill `out [..., out]` with `x [..., in]` times the weight's transpose, plus the bias; both are contiguous."""
         outputs, inputs = out.shape[-1], x.shape[-1]
         rows = out.numel() // outputs
         kernel, grid = _prepared(self, outputs, inputs, rows, x.dtype, x.device.index)
+        at, added = out.data_ptr(), 0 if bias is None else bias.data_ptr()
         if self.kernel == "wide":
             x_map = tensor_map(x.data_ptr(), rows, inputs, self.rows // self.share, x.dtype)
-            y_map = tensor_map(out.data_ptr(), rows, outputs, self.chunk, x.dtype)
-            kernel(grid, values, places, x_map, y_map, bias, out, rows)
+            y_map = tensor_map(at, rows, outputs, self.chunk, x.dtype)
+            kernel(grid, values.data_ptr(), places.data_ptr(), x_map.address, y_map.address, added, at, rows)
         else:
-            kernel(grid, values, places, x, bias, out, rows)
+            kernel(grid, values.data_ptr(), places.data_ptr(), x.data_ptr(), added, at, rows)
 
     def describe(self) -> dict[str, int | str]:
         """As it stands in a table of measurements."""

@@ -65,14 +65,14 @@ def test_a_launch_says_what_a_driver_reads(monkeypatch: pytest.MonkeyPatch) -> N
     """Each time anew: grid, stream, addresses, numbers, and what is taken by value."""
     driver = Driver("ppmmppi")
     stream = launching(monkeypatch, driver)
-    kernel = nvrtc.Kernel(ctypes.c_void_p(11), 288, 4096, 0)
-    tensors = [torch.zeros(n + 1) for n in range(4)]
+    kernel = nvrtc.Kernel(ctypes.c_void_p(11), 288, 4096, 0, by_value=(2, 3))
+    at = [1009, 2003, 3001, 2**63 + 5]
     maps = [ByValue(128, 64) for _ in range(4)]
     for n, by_value in enumerate(maps):
         ctypes.memset(by_value.address, n + 1, 128)
-    kernel((5, 1), tensors[0], tensors[1], maps[0], maps[1], None, tensors[2], 2**31 - 1)
+    kernel((5, 1), at[0], at[1], maps[0].address, maps[1].address, 0, at[2], 2**31 - 1)
     stream[0] = 2**48 + 9
-    kernel((6, 2), tensors[3], tensors[0], maps[2], maps[3], tensors[1], tensors[2], 0)
+    kernel((6, 2), at[3], at[0], maps[2].address, maps[3].address, at[1], at[2], 0)
     first, second = driver.launches
     assert first["grid"] == (5, 1, 1)
     assert second["grid"] == (6, 2, 1)
@@ -81,7 +81,6 @@ def test_a_launch_says_what_a_driver_reads(monkeypatch: pytest.MonkeyPatch) -> N
         assert launch["block"] == (288, 1, 1)
         assert (launch["shared"], launch["function"], launch["attributes"]) == (4096, 11, 1)
         assert launch["early"] == (nvrtc.PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-    at = [tensor.data_ptr() for tensor in tensors]
     assert first["arguments"] == [at[0], at[1], b"\1" * 128, b"\2" * 128, None, at[2], 2**31 - 1]
     assert second["arguments"] == [at[3], at[0], b"\3" * 128, b"\4" * 128, at[1], at[2], 0]
 
@@ -93,17 +92,16 @@ def test_launches_at_once_do_not_write_into_each_other(monkeypatch: pytest.Monke
     def during() -> None:
         if not ran:
             ran.append(1)
-            other = threading.Thread(target=kernel, args=((2, 1), None, 2))
+            other = threading.Thread(target=kernel, args=((2, 1), 0, 2))
             other.start()
             other.join()
 
     driver = Driver("pi", during)
     launching(monkeypatch, driver)
-    tensor = torch.zeros(1)
-    kernel((1, 1), tensor, 1)
-    kernel((3, 1), tensor, 3)
+    kernel((1, 1), 77, 1)
+    kernel((3, 1), 77, 3)
     found = [(launch["grid"][0], *launch["arguments"]) for launch in driver.launches]
-    assert found == [(2, None, 2), (1, tensor.data_ptr(), 1), (3, tensor.data_ptr(), 3)]
+    assert found == [(2, None, 2), (1, 77, 1), (3, 77, 3)]
 
 
 def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
