@@ -95,13 +95,14 @@ class Contender:
     averaged_from: float = 1.0
     objective: Objective = TAUGHT
     slorb: SLoRB | None = None
+    corpus: TextFiles = BOOKS
 
     def recipe(self, tokens: int, model: ModelSource = MODEL) -> Recipe:
         """The contender at a budget, on the study's model or another one; one-shot methods have no budget."""
         return Recipe(
             model=model,
             method=self.method,
-            corpus=BOOKS,
+            corpus=self.corpus,
             pattern=nm(2, 4) if self.method.sparsifies else None,
             objective=self.objective if self.lr else TaskOnly(),
             train=self.plan(tokens),

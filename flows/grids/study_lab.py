@@ -8,6 +8,7 @@ from typing import Any
 
 from flows.grids.planned import Grid, Planned
 from flows.grids.study import (
+    BOOKS,
     CALIBRATION,
     FOLLOWING,
     FORGE,
@@ -216,6 +217,37 @@ RATES: tuple[Contender, ...] = (
 )
 """Whether the rate is what forgets: the main budget, 12 M tokens, the same seed."""
 
+MODERN = TextFiles(
+    paths=(*BOOKS.paths[:3], "more/modern.txt"),
+    sha256=(*BOOKS.sha256[:3], "a7ae9b91d461f3daa7a6ea3ebfb1a136cddbb88bb09d731524cddf01d22f534e"),
+)
+"""Three shards of books, and a third as much again of what has been written since: news, an encyclopaedia, essays,
+glosses, manuals."""
+ELSEWHERE = PerplexitySuite(
+    name="books-07-1024",
+    text="named",
+    window=1024,
+    limit=256,
+    corpus=TextFiles(
+        paths=("books/train-07.txt.xz",),
+        sha256=("1efca7eecb19ae0817aeb031f9d99ef16e0aff4d92cfcd5293b38ad308243f43",),
+    ),
+)
+"""A shard of books that no cell of this model reads, for rows of several texts."""
+
+
+TEXTS: tuple[Contender, ...] = tuple(
+    replace(contender, label=f"{label}, modern text too", corpus=MODERN)
+    for label, contender in (
+        ("improved", _but("improved")),
+        ("AST + SLoRB 6e-4", contenders(6e-4)["ast-slorb"]),
+        ("frozen SparseGPT 2.4e-3", contenders(PEAK)["frozen-sparsegpt"]),
+        ("improved 1.2e-3", contenders(1.2e-3)["improved"]),
+        ("improved 1.2e-3, KL 0.9, SLoRB", _slower("", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16))),
+    )
+)
+"""What other text does for ours and for its rivals: the main budget, the same seed."""
+
 UNSHOWN = 3
 """That seed."""
 
@@ -232,9 +264,13 @@ def ideas() -> Grid:
             recipe=one.recipe(millions * MILLION),
             variant=f"{one.label}, {millions} M, seed {UNSHOWN}",
             seeds=(UNSHOWN,),
-            suites=(TRIED_ON, FORGOTTEN),
+            suites=suites,
         )
-        for millions, some in ((6, FORGETTING), (12, RATES))
+        for millions, some, suites in (
+            (6, FORGETTING, (TRIED_ON, FORGOTTEN)),
+            (12, RATES, (TRIED_ON, FORGOTTEN, ELSEWHERE)),
+            (12, TEXTS, (FORGOTTEN, ELSEWHERE)),
+        )
         for one in some
     ]
     entries = (*short, *long, *forgetting)

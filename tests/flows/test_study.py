@@ -24,7 +24,7 @@ from flows.grids.study_grid import (
     ablations,
     tuned,
 )
-from flows.grids.study_lab import FORGETTING, FORGOTTEN, IDEAS, LONG, RATES, UNSHOWN
+from flows.grids.study_lab import ELSEWHERE, FORGETTING, FORGOTTEN, IDEAS, LONG, MODERN, RATES, TEXTS, UNSHOWN
 from flows.provenance import ROOT
 from sparseforge_core import specs
 from sparseforge_core.data.corpora import TextFiles
@@ -48,18 +48,19 @@ def test_every_method_has_the_same_trials_on_the_same_text_and_budget() -> None:
 
 
 def test_trials_and_ideas_never_see_what_is_reported() -> None:
-    for name, texts in (("smollm2-trials", {TRIED_ON}), ("smollm2-ideas", {TRIED_ON, FORGOTTEN})):
+    for name, texts in (("smollm2-trials", {TRIED_ON}), ("smollm2-ideas", {TRIED_ON, FORGOTTEN, ELSEWHERE})):
         assert {suite for entry in grid_named(name).entries for suite in entry.suites} == texts
         assert not texts & set(REPORTED)
-    assert isinstance(FORGOTTEN.corpus, TextFiles)
-    assert not {*FORGOTTEN.corpus.sha256} & {*BOOKS.sha256, *OTHER_BOOKS.sha256, *OTHER_TEXT.sha256}
+    for suite in (FORGOTTEN, ELSEWHERE):
+        assert isinstance(suite.corpus, TextFiles)
+        assert not {*suite.corpus.sha256} & {*BOOKS.sha256, *OTHER_BOOKS.sha256, *OTHER_TEXT.sha256, *MODERN.sha256}
     assert UNSHOWN not in SEEDS + FIGURE_SEEDS
     assert not {*BOOKS.sha256} & {*OTHER_BOOKS.sha256}
 
 
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
-    assert len({cell.recipe_key for cell in plan.cells}) == len(IDEAS) + len(LONG) + len(FORGETTING) + len(RATES)
+    assert len({cell.recipe_key for cell in plan.cells}) == sum(map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS)))
 
 
 def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
