@@ -53,6 +53,12 @@ def _study_grid() -> Grid:
     return study()
 
 
+def _books_alone() -> Grid:
+    from flows.grids.study_grid import books_alone
+
+    return books_alone()
+
+
 def _second() -> Grid:
     from flows.grids.study_gpt2 import second
 
@@ -74,6 +80,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "smollm2-trials": _trials,
     "smollm2-ideas": _ideas,
     "smollm2-study": _study_grid,
+    "smollm2-books": _books_alone,
     "gpt2-study": _second,
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }

@@ -1,8 +1,9 @@
 """The study: every method at equal tokens on a real model, SmolLM2-135M, all block linears 2:4.
 
-Text: five shards of public-domain English books, about 54 million tokens, read in one order by every method of a seed.
-Trials are judged on documents of these shards that no cell trains on; what is reported is measured on nine other books
-and on WikiText-2, which no trial ever sees. `$SPARSEFORGE_DATA` names the folder that holds `books/`.
+Text: three shards of public-domain English books and a third as much of modern prose, about 44 million tokens, read in
+one order by every method of a seed. Trials read five shards of books, and are judged on documents of these that no cell
+trains on; what is reported is measured on nine other books and on WikiText-2, which no trial ever sees.
+`$SPARSEFORGE_DATA` names the folder that holds `books/` and `more/`.
 
 Every method gets the same number of trials, one for each of `PEAKS`; what they chose is `TUNED` in `study_grid.py`.
 """
@@ -48,6 +49,12 @@ BOOKS = TextFiles(
         "fddf40d5558a62460969b5d30bfbe1008d423d65fd5cf26c45f57c5cedbbca22",
     ),
 )
+MIXED = TextFiles(
+    paths=(*BOOKS.paths[:3], "more/modern.txt"),
+    sha256=(*BOOKS.sha256[:3], "f2fb77e913521dd60d0dd621d55a28878c264387478ecbe356906ab8fa53a4f9"),
+)
+"""Three shards of books, and a third as much again written since: news, an encyclopaedia, essays, glosses
+(`benchmarks/modern_text.py`)."""
 OTHER_BOOKS = TextFiles(
     paths=("books/heldout.txt.xz",),
     sha256=("625439b92404afcac5b3034bba7a10a0ef6de4d265dedbca6c6dbe44dd8df0ca",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import BOOKS, KL, MILLION, OTHER_BOOKS, Contender, plan
-from flows.grids.study_grid import MAIN, OTHER_TEXT, SEEDS, tuned, untrained
+from flows.grids.study_grid import MAIN, SEEDS, tuned, untrained
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import WIKITEXT2_1024, PerplexitySuite, Suite
 from sparseforge_core.methods import DenseControl
@@ -20,8 +20,13 @@ from sparseforge_core.schedules import Constant, WarmupLinear
 NAME = "gpt2-study"
 
 ALL_BOOKS = TextFiles(
-    paths=(*BOOKS.paths, *OTHER_TEXT.paths, "books/train-07.txt.xz"),
-    sha256=(*BOOKS.sha256, *OTHER_TEXT.sha256, "1efca7eecb19ae0817aeb031f9d99ef16e0aff4d92cfcd5293b38ad308243f43"),
+    paths=(*BOOKS.paths, "books/train-05.txt.xz", "books/train-06.txt.xz", "books/train-07.txt.xz"),
+    sha256=(
+        *BOOKS.sha256,
+        "c4510769bf0800867a4c82cec31330a42a18e9c44add2a7e31ae49771a211c1e",
+        "92c0f1fb4e6c86c3e3859185f4bbefe4a57468264d72a6f1fb6e68964a558621",
+        "1efca7eecb19ae0817aeb031f9d99ef16e0aff4d92cfcd5293b38ad308243f43",
+    ),
 )
 """All eight shards: what the retraining reads was seen in pretraining, as of a model that comes with its own text."""
 
@@ -76,10 +81,10 @@ is not waited for at the end of a session."""
 def second(model: Trained = MODEL) -> Grid:
     """All of it, on a model that a cell makes."""
     entries = [
-        _planned(row, contender, contender.recipe(0, model), (0,)) for row, (contender, _) in untrained().items()
+        _planned(row, contender, contender.recipe(0, model), (0,)) for row, (contender, _) in untrained(BOOKS).items()
     ]
     for row, seeds in ROWS.items():
-        contender = tuned(row)
+        contender = tuned(row, BOOKS)
         entries.append(_planned(row, contender, contender.recipe(MAIN * MILLION, model), seeds))
     title = "The study's second model: GPT-2's shape, pretrained here, all block linears 2:4"
     return Grid(name=NAME, title=title, entries=tuple(entries), captions={"table-2": CAPTION})

@@ -1,17 +1,23 @@
 """The study's main grid: Table 2, Table 3 and the figure on SmolLM2-135M, every method as its trials left it.
 
+It was first run on books alone (`smollm2-books`: what of it was measured), where retraining at a high rate forgets
+other text; since then every method reads modern prose beside them.
+
 What is likely to change between sessions is data at the top: each method's tuned settings, who runs at every budget,
 seeds. A bundle may carry any part of it: `sparseforge bundle smollm2-study --seed 0 --millions 12 --variant AST CAST`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import (
+    BOOKS,
     KL,
     MILLION,
+    MIXED,
     PERPLEXITIES,
     REPORTED,
     SPARSEGPT,
@@ -30,7 +36,7 @@ from sparseforge_core.schedules import Constant
 from sparseforge_core.sparsity.criteria import HessianOBD, Magnitude, WandaScore
 from sparseforge_core.sparsity.slorb import SLoRB
 
-NAME = "smollm2-study"
+NAME, BOOKS_ALONE = "smollm2-study", "smollm2-books"
 
 TUNED: dict[str, float] = {
     "dense-control": 1.2e-3,
@@ -52,6 +58,7 @@ MAIN, HALF = 12, 6
 """Budget of the tables, and of half the steps, in millions of tokens."""
 BUDGETS = (3, 6, 12, 24, 48)
 """Of the figure."""
+OTHER_BUDGETS = tuple(budget for budget in BUDGETS if budget != MAIN)
 SEEDS = (0, 1, 2)
 """At the main budget."""
 FIGURE_SEEDS = (1,)
@@ -63,53 +70,52 @@ ITEMS = 1000
 ZERO_SHOT = limited(OFFLINE_9, ITEMS)
 """Measured of what Table 2 shows; the other cells have no accuracy."""
 
-OTHER_TEXT = TextFiles(
-    paths=("books/train-05.txt.xz", "books/train-06.txt.xz"),
-    sha256=(
-        "c4510769bf0800867a4c82cec31330a42a18e9c44add2a7e31ae49771a211c1e",
-        "92c0f1fb4e6c86c3e3859185f4bbefe4a57468264d72a6f1fb6e68964a558621",
-    ),
-)
-"""Two more shards of books, about 21 million tokens: other authors, no text of the five."""
+ON_BOOKS: dict[str, tuple[int, ...]] = {name: (0,) if name in ("maskllm", "paper") else SEEDS for name in TUNED}
+"""Rows of the main budget on books alone, and seeds."""
+LONGEST_ON_BOOKS = ("improved", "frozen-sparsegpt")
+"""Who was trained for the figure's last budget there."""
 
 
-def tuned(name: str) -> Contender:
+def tuned(name: str, corpus: TextFiles = MIXED) -> Contender:
     """A method with the settings that its trials chose."""
-    return contenders(TUNED[name])[name]
+    return replace(contenders(TUNED[name])[name], corpus=corpus)
 
 
-def untrained() -> dict[str, tuple[Contender, tuple[int, ...]]]:
+def untrained(corpus: TextFiles = MIXED) -> dict[str, tuple[Contender, tuple[int, ...]]]:
     """What needs no retraining, and seeds: only calibration depends on them."""
     return {
-        "dense": (Contender(label="Dense", method=Dense()), (0,)),
-        "magnitude": (Contender(label="Magnitude", method=MagnitudePruning()), (0,)),
-        "wanda": (Contender(label="Wanda", method=WANDA), SEEDS),
-        "sparsegpt": (Contender(label="SparseGPT", method=SPARSEGPT), SEEDS),
+        "dense": (Contender(label="Dense", method=Dense(), corpus=corpus), (0,)),
+        "magnitude": (Contender(label="Magnitude", method=MagnitudePruning(), corpus=corpus), (0,)),
+        "wanda": (Contender(label="Wanda", method=WANDA, corpus=corpus), SEEDS),
+        "sparsegpt": (Contender(label="SparseGPT", method=SPARSEGPT, corpus=corpus), SEEDS),
     }
 
 
-def table_2() -> list[Planned]:
-    """Every method at the main budget, and what needs no retraining."""
+def table_2(rows: Mapping[str, tuple[int, ...]], corpus: TextFiles = MIXED, *, ablated: bool = True) -> list[Planned]:
+    """These methods with their seeds at the main budget, and what needs no retraining.
+
+    `ablated` says that there is a Table 3, of which two of the rows are rows too.
+    """
     suites = (*REPORTED, ZERO_SHOT)
     shown = (*PERPLEXITIES, ZERO_SHOT)
     entries = []
-    for row, (contender, seeds) in untrained().items():
+    for row, (contender, seeds) in untrained(corpus).items():
         slots = [
             Slot(exhibit="table-2", row=row, label=contender.label, suites=shown),
             Slot(exhibit="accuracy-vs-tokens", row=f"{contender.label}/0", label=contender.label, suites=shown),
         ]
-        if row == "dense":
+        if row == "dense" and ablated:
             slots.append(Slot(exhibit="table-3", row=row, label=contender.label, suites=PERPLEXITIES))
         entries.append(_planned(contender, contender.recipe(0), seeds, suites, slots))
-    for row in TUNED:
-        contender = tuned(row)
+    for row, seeds in rows.items():
+        contender = tuned(row, corpus)
         recipe = contender.recipe(MAIN * MILLION)
         slots = [Slot(exhibit="table-2", row=row, label=contender.label, suites=shown)]
         if row in FIVE:
             slots.append(_point(contender, recipe, shown))
-        if row == "improved":
+        if row == "improved" and ablated:
             slots.append(Slot(exhibit="table-3", row="full", label="SparseForge (full)", suites=PERPLEXITIES))
-        entries.append(_planned(contender, recipe, SEEDS, suites, slots))
+        entries.append(_planned(contender, recipe, seeds, suites, slots))
     return entries
 
 
@@ -118,9 +124,7 @@ def figure() -> list[Planned]:
     entries = []
     for name in FIVE:
         contender = tuned(name)
-        for budget in BUDGETS:
-            if budget == MAIN:
-                continue
+        for budget in OTHER_BUDGETS:
             recipe = contender.recipe(budget * MILLION)
             slots = [_point(contender, recipe, PERPLEXITIES)]
             seeds: tuple[int, ...] = FIGURE_SEEDS
@@ -129,6 +133,18 @@ def figure() -> list[Planned]:
                 seeds = SEEDS
             entries.append(_planned(contender, recipe, seeds, REPORTED, slots))
     return entries
+
+
+def figure_on_books() -> list[Planned]:
+    """What of the figure was measured on books alone."""
+    return [
+        _planned(contender, recipe, FIGURE_SEEDS, REPORTED, [_point(contender, recipe, PERPLEXITIES)])
+        for name in FIVE
+        for budget in OTHER_BUDGETS
+        if budget != BUDGETS[-1] or name in LONGEST_ON_BOOKS
+        for contender in [tuned(name, BOOKS)]
+        for recipe in [contender.recipe(budget * MILLION)]
+    ]
 
 
 def ablations() -> dict[str, tuple[str, Recipe]]:
@@ -157,7 +173,7 @@ def ablations() -> dict[str, tuple[str, Recipe]]:
         "equal-rates": ("w/ one rate for all weights", replace(full, train=replace(full.train, unmasked_rate=1.0))),
         "fixed-teacher": ("w/ fixed teacher", replace(full, objective=fixed)),
         "retrained-teacher": ("w/ retrained, fixed teacher", replace(full, objective=replace(fixed, teacher=teacher))),
-        "other-text": ("w/ other text", replace(full, corpus=OTHER_TEXT)),
+        "books-alone": ("w/ books alone", replace(full, corpus=BOOKS)),
     }
     return {row: (label, recipe) for row, (label, recipe) in changed.items() if recipe != full}
 
@@ -166,7 +182,7 @@ def table_3() -> list[Planned]:
     """The ablations at the main budget; KL to dense is on a recipe's own text, and so says nothing of other text."""
     entries = []
     for row, (label, recipe) in ablations().items():
-        suites = tuple(suite for suite in REPORTED if suite != KL or row != "other-text")
+        suites = tuple(suite for suite in REPORTED if suite != KL or row != "books-alone")
         slot = Slot(exhibit="table-3", row=row, label=label, suites=PERPLEXITIES)
         entries.append(Planned(recipe=recipe, variant=label, seeds=SEEDS, suites=suites, slots=(slot,)))
     return entries
@@ -188,11 +204,24 @@ def study() -> Grid:
     return Grid(
         name=NAME,
         title="The study: SmolLM2-135M, all block linears 2:4",
-        entries=(*table_2(), *figure(), *table_3()),
+        entries=(*table_2(dict.fromkeys(TUNED, SEEDS)), *figure(), *table_3()),
         captions=CAPTIONS,
     )
 
 
+def books_alone() -> Grid:
+    """The same methods with the same settings on books alone, as far as it was measured."""
+    table, points = CAPTIONS["table-2"], CAPTIONS["accuracy-vs-tokens"]
+    captions = {"table-2": table.replace(f" {MIXTURE}", " public-domain books"), "accuracy-vs-tokens": points}
+    return Grid(
+        name=BOOKS_ALONE,
+        title="The study on books alone: SmolLM2-135M, all block linears 2:4",
+        entries=(*table_2(ON_BOOKS, BOOKS, ablated=False), *figure_on_books()),
+        captions=captions,
+    )
+
+
+MIXTURE = "public-domain books and modern prose"
 _TOKENS = f"{plan(MAIN * MILLION, Constant(value=0.0)).tokens:,}"
 _TEXT = (
     "Perplexity at window 2048, on nine books that no cell trains on (books-2048) and on the raw WikiText-2 test set; "
@@ -201,15 +230,15 @@ _TEXT = (
 
 CAPTIONS = {
     "table-2": (
-        f"SmolLM2-135M, all block linears 2:4, {_TOKENS} retraining tokens of public-domain books for the retrained "
-        f"rows, read in the same order by every method of a seed. {_TEXT} The dense control had the same tokens and "
-        "teacher and is no sparse model."
+        f"SmolLM2-135M, all block linears 2:4, {_TOKENS} retraining tokens of {MIXTURE} for the "
+        f"retrained rows, read in the same order by every method of a seed. {_TEXT} The dense control had the same "
+        "tokens and teacher and is no sparse model."
     ),
     "table-3": (
         f"Ablations of SparseForge (improved), {_TOKENS} tokens unless said. Without annealing: hard masks from the "
         "first update on, chosen again at every later one by the same score. Without moving masks: SparseGPT's, as it "
         "is. A fixed teacher takes no steps on the text; the retrained one is the dense control of seed 0, which has "
-        "seen as many tokens once more. Other text: two other shards of books. No larger "
+        "seen as many tokens once more. Books alone: five shards of books, no modern prose. No larger "
         "model with this tokenizer is at hand, so that there is no row with a larger teacher."
     ),
     "accuracy-vs-tokens": (

@@ -8,12 +8,12 @@ from typing import Any
 
 from flows.grids.planned import Grid, Planned
 from flows.grids.study import (
-    BOOKS,
     CALIBRATION,
     FOLLOWING,
     FORGE,
     LENGTH,
     MILLION,
+    MIXED,
     SPARSEGPT,
     TRIED_ON,
     Contender,
@@ -217,11 +217,6 @@ RATES: tuple[Contender, ...] = (
 )
 """Whether the rate is what forgets: the main budget, 12 M tokens, the same seed."""
 
-MODERN = TextFiles(
-    paths=(*BOOKS.paths[:3], "more/modern.txt"),
-    sha256=(*BOOKS.sha256[:3], "ab24d0440d2bcc90aa334d584bc2560e6dbfead231359b3307082f19a48f21bf"),
-)
-"""Three shards of books, and a third as much again written since: news, encyclopaedias, essays, glosses."""
 ELSEWHERE = PerplexitySuite(
     name="books-07-1024",
     text="named",
@@ -236,7 +231,7 @@ ELSEWHERE = PerplexitySuite(
 
 
 TEXTS: tuple[Contender, ...] = tuple(
-    replace(contender, label=f"{label}, modern text too", corpus=MODERN)
+    replace(contender, label=f"{label}, modern text too", corpus=MIXED)
     for label, contender in (
         ("improved", _but("improved")),
         ("AST + SLoRB 6e-4", contenders(6e-4)["ast-slorb"]),

@@ -12,19 +12,19 @@ import pytest
 from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
-from flows.grids.study import BOOKS, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
+from flows.grids.study import BOOKS, MIXED, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
 from flows.grids.study_grid import (
+    BOOKS_ALONE,
     FIGURE_SEEDS,
     FIVE,
     NAME,
-    OTHER_TEXT,
     SEEDS,
     TUNED,
     ZERO_SHOT,
     ablations,
     tuned,
 )
-from flows.grids.study_lab import ELSEWHERE, FORGETTING, FORGOTTEN, IDEAS, LONG, MODERN, RATES, TEXTS, UNSHOWN
+from flows.grids.study_lab import ELSEWHERE, FORGETTING, FORGOTTEN, IDEAS, LONG, RATES, TEXTS, UNSHOWN
 from flows.provenance import ROOT
 from sparseforge_core import specs
 from sparseforge_core.data.corpora import TextFiles
@@ -53,7 +53,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
         assert not texts & set(REPORTED)
     for suite in (FORGOTTEN, ELSEWHERE):
         assert isinstance(suite.corpus, TextFiles)
-        assert not {*suite.corpus.sha256} & {*BOOKS.sha256, *OTHER_BOOKS.sha256, *OTHER_TEXT.sha256, *MODERN.sha256}
+        assert not {*suite.corpus.sha256} & {*BOOKS.sha256, *OTHER_BOOKS.sha256, *MIXED.sha256}
     assert UNSHOWN not in SEEDS + FIGURE_SEEDS
     assert not {*BOOKS.sha256} & {*OTHER_BOOKS.sha256}
 
@@ -117,7 +117,18 @@ def test_an_ablation_differs_from_the_full_recipe_and_none_twice() -> None:
     assert len(set(map(key_of, recipes))) == len(recipes)
     rows = {slot.row for entry in grid_named(NAME).entries for slot in entry.slots if slot.exhibit == "table-3"}
     assert rows == {"dense", "full", "half-steps", *ablations()}
-    assert not {*BOOKS.sha256} & {*OTHER_TEXT.sha256}
+
+
+def test_the_grid_on_books_alone_is_finished_and_differs_in_its_text_alone() -> None:
+    results = Results(f"sqlite:///{ROOT / 'results/smollm2/store.db'}")
+    try:
+        statuses = results.stage_statuses()
+    finally:
+        results.close()
+    plan = expand(grid_named(BOOKS_ALONE))
+    assert {statuses[key, stage] for key, stages in plan.stages.items() for stage in stages} == {"done"}
+    ours = {key_of(replace(recipe, corpus=BOOKS)) for recipe in expand(grid_named(NAME)).recipes.values()}
+    assert {cell.recipe_key for cell in plan.cells} <= ours
 
 
 def test_the_retrained_teacher_comes_along_and_a_part_of_the_grid_can_be_carried() -> None:

@@ -46,10 +46,10 @@ SHARED = ROOT.parent / "shared" / "data"
 def test_every_row_is_the_studys_contender_on_another_model() -> None:
     grid = grid_named(NAME)
     rows = {slot.row: entry for entry in grid.entries for slot in entry.slots}
-    assert set(rows) == {*untrained(), *ROWS}
+    assert set(rows) == {*untrained(BOOKS), *ROWS}
     assert {entry.suites for entry in rows.values()} == {SUITES}
     for name, seeds in ROWS.items():
-        study = tuned(name).recipe(12_000_000)
+        study = tuned(name, BOOKS).recipe(12_000_000)
         assert dataclasses.replace(rows[name].recipe, model=study.model) == study, "no setting differs"
         assert rows[name].seeds == seeds
         assert TUNED[name] in (study.train.lr.peak,)  # type: ignore[attr-defined]
