@@ -63,8 +63,8 @@ def _accurate(paper: ExhibitRow | None, other: ExhibitRow | None, printed: str) 
 
 
 NOT_TESTED = (
-    "Text of higher quality (Table 3: C4 to Dolmino, 6.38 to 6.10): both texts at hand are books; the row with other "
-    "text says only how much another sample of the same kind matters.",
+    "Text of higher quality (Table 3: C4 to Dolmino, 6.38 to 6.10): the row with books alone says what modern prose "
+    "adds to old books, which is another question.",
     "A larger teacher (Table 3: 13B, 6.38 to 6.61): no larger model with this tokenizer is at hand; the row with a "
     "retrained teacher is another question.",
     "Results across model families and sizes (Tables 1, 4 to 6), beyond the second model above, and decoding speed "
