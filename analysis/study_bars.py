@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from analysis.accuracy_tables import MEAN
@@ -23,7 +23,7 @@ class Bar:
     asked: str
     found: str
     verdict: str
-    """MET, NOT_MET or OPEN; with ' so far' where planned seeds or rows are missing."""
+    """MET, NOT_MET or OPEN; with ' so far' where planned seeds are missing, or rows that other budgets have."""
 
 
 def bars(study: Study) -> list[Bar]:
@@ -56,7 +56,8 @@ def _leads(study: Study, tokens: int) -> Bar:
     else:
         said = "; ".join(f"{one.other.label} on {_text(one)}: {signed(one)}" for one in lost)
     asked = f"{millions(tokens)} tokens: lower perplexity than every other 2:4 method, on every text"
-    return Bar(asked, said or "no results", _verdict(not lost, known, len(matches)))
+    planned = len(matches) + len(study.lacking(tokens))
+    return Bar(asked, said or "no results", _verdict(not lost, known, planned))
 
 
 def _apart(study: Study) -> Bar:
@@ -94,7 +95,8 @@ def _ahead(study: Study, factor: int) -> Bar:
     tokens = study.near(study.main * factor)
     asked = f"{millions(study.main * factor)} tokens: at least {AHEAD:.0%} below the best rival's perplexity"
     ours, rivals = study.at(tokens) if tokens else (None, [])
-    return _by(asked, study, ours, lambda metric: best(rivals, metric), AHEAD, rivals)
+    whole = not (tokens and study.lacking(tokens))
+    return _by(asked, study, ours, lambda metric: best(rivals, metric), AHEAD, rivals, whole=whole)
 
 
 def _half_the_tokens(study: Study) -> Bar:
@@ -103,7 +105,8 @@ def _half_the_tokens(study: Study) -> Bar:
     asked = f"half the tokens: {budgets}"
     ours = study.at(few)[0] if few else None
     rivals = study.at(many)[1] if many else []
-    return _by(asked, study, ours, lambda metric: best(rivals, metric), 0.0, rivals)
+    whole = not (many and study.lacking(many))
+    return _by(asked, study, ours, lambda metric: best(rivals, metric), 0.0, rivals, whole=whole)
 
 
 def _ahead_of_the_paper(study: Study) -> Bar:
@@ -112,13 +115,22 @@ def _ahead_of_the_paper(study: Study) -> Bar:
     return _by(asked, study, study.ours, lambda _: paper, AHEAD_OF_PAPER, [paper] if paper else [])
 
 
-def _by(asked: str, study: Study, ours: ExhibitRow | None, rival: object, least: float, rows: list[ExhibitRow]) -> Bar:
-    assert callable(rival)
+def _by(
+    asked: str,
+    study: Study,
+    ours: ExhibitRow | None,
+    rival: Callable[[str], ExhibitRow | None],
+    least: float,
+    rows: list[ExhibitRow],
+    *,
+    whole: bool = True,
+) -> Bar:
+    """Ours at least so far below the rival that `rival` finds among `rows`; not `whole`: some are not planned there."""
     matches = [match(ours, rival(metric), metric) for _, metric in study.texts]
     known = [one for one in matches if one is not None]
     said = "; ".join(f"{_text(one)}: {signed(one)} against {one.other.label}" for one in known)
     enough = all(one.difference <= -least for one in known)
-    whole = all(is_whole(row, metric) for row in rows for _, metric in study.texts)
+    whole = whole and all(is_whole(row, metric) for row in rows for _, metric in study.texts)
     return Bar(asked, said or "no results", _verdict(enough, known, len(matches) if whole else len(matches) + 1))
 
 

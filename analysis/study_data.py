@@ -111,6 +111,12 @@ class Study:
         ours = next((row for row in rows if row.label == label), None)
         return ours, [row for row in rows if row is not ours]
 
+    def lacking(self, tokens: int) -> list[str]:
+        """Labels of the figure that have no row at a budget: they were not planned there."""
+        ours, rivals = self.at(tokens)
+        there = {row.label for row in (ours, *rivals) if row is not None}
+        return [label for label in dict.fromkeys(r.label for r in self.figure.rows if r.tokens) if label not in there]
+
     def near(self, tokens: float) -> int | None:
         """The budget nearest to some tokens, if it is within a twentieth."""
         best = min(self.budgets, key=lambda budget: abs(budget - tokens), default=None)

@@ -31,10 +31,11 @@ writes all tables and figures, `python analysis/measurements.py` the CSV, `pytho
 SECTIONS = {
     "bars": """## The bars, set before the study was run
 
-A bar is met or not by the numbers as they are; "so far" says that planned seeds or rows are still missing. A difference
-of perplexity is relative, with a 95 % bootstrap interval over items and seeds in brackets; without brackets where a row
-still lacks seeds: no interval and no test is made of a part. An interval over three seeds is 2.5 of their standard
-deviations wide to either side; where two touch, what pairing by window and seed says is given with them.
+A bar is met or not by the numbers as they are; "so far" says that planned seeds are still missing, or rows that other
+budgets have. A difference of perplexity is relative, with a 95 % bootstrap interval over items and seeds in brackets;
+without brackets where a row still lacks seeds: no interval and no test is made of a part. An interval over three seeds
+is 2.5 of their standard deviations wide to either side; where two touch, what pairing by window and seed says is given
+with them.
 """,
     "trials": """## The trials
 

@@ -136,6 +136,19 @@ def test_what_is_half_there_is_judged_so_far_and_what_is_absent_not_at_all(tmp_p
     ]
 
 
+def test_no_bar_is_met_for_good_at_a_budget_that_rows_of_other_budgets_lack(tmp_path: Path) -> None:
+    made = Made(ours=19.0)
+    for tokens in (6_012_928, 24_002_560):
+        values = measured([25.0], [30.0], [0.5])
+        made.row("accuracy-vs-tokens", f"AST/{tokens}", "AST", values, method="ast", tokens=tokens, seeds=(0,))
+    found = bars(study_of(made.write(tmp_path)))
+    assert [bar.asked.partition(":")[0] for bar in found if bar.verdict == "met so far"] == [
+        "48 M tokens",
+        "half the tokens",
+    ]
+    assert {bar.verdict for bar in found} == {"met", "met so far"}
+
+
 def test_one_seed_of_one_table_is_a_page_that_decides_nothing(tmp_path: Path) -> None:
     results = Made(ours=19.0, first=True).write(tmp_path)
     study = study_of(results)
