@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from analysis.accuracy_tables import MEAN
@@ -44,6 +44,12 @@ def bars(study: Study) -> list[Bar]:
 def main_bars(study: Study) -> list[Bar]:
     """Those of the main budget that are about perplexity: what another model may be asked too."""
     return [_leads(study, study.main), _apart(study), _ahead(study, 1), _ahead_of_the_paper(study)]
+
+
+def counted(found: Sequence[Bar]) -> str:
+    """How many are met, not met, not measured."""
+    met, missed = (sum(bar.verdict.startswith(verdict) for bar in found) for verdict in (MET, NOT_MET))
+    return f"{met} are met, {missed} not met, {len(found) - met - missed} not measured"
 
 
 def _leads(study: Study, tokens: int) -> Bar:

@@ -8,10 +8,15 @@ from typing import Any
 
 from analysis.accuracy_tables import MEAN
 from analysis.frames import ExhibitData, ExhibitRow
+from analysis.make_tables import collect
 from analysis.render import escape_markdown
+from analysis.study_bars import Bar
 from analysis.study_data import DENSE, FULL, Study, millions, number
 from analysis.verdicts import Verdict, verdicts
 from sparseforge_core.store.results import Results
+
+ABSENT = "{title}\n\nAbsent: the store has no plan of grid `{grid}`.\n"
+"""The section of a grid that was asked for and is not there."""
 
 SIGNIFICANCE = """### Against {reference}: what is significant
 
@@ -19,6 +24,18 @@ Each row's difference to it, paired on the same windows and questions, over seed
 perplexity in percent, of accuracy in points, with a 95 % bootstrap interval; *better* and *worse* are the row's, at 5 %
 after Holm's correction in the column; *equivalent* is within 1 % or 1 point by two one-sided tests.
 """
+
+
+def planned_study(results: Results, grid: str) -> Study | None:
+    """A grid's rows; None if the store has no plan of it."""
+    return Study(collect(results, grid).exhibits) if grid in results.grids() else None
+
+
+def progress(results: Results, grid: str) -> str:
+    """How much of a grid is there."""
+    statuses = results.stage_statuses(grid)
+    done = sum(status == "done" for status in statuses.values())
+    return f"{done} of {len(statuses)} stages of grid `{grid}` are done."
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 1) -> str:
@@ -50,6 +67,38 @@ def _number(row: ExhibitRow, metric: str) -> str:
     estimate = row.estimate(metric)
     diverged = estimate is None and row.diverged.get(metric)
     return "diverged" if diverged else number(estimate, percent=metric == MEAN)
+
+
+def bar_table(found: Iterable[Bar]) -> str:
+    """Each bar with what was measured and whether it is met."""
+    rows = [(escape_markdown(bar.asked), escape_markdown(bar.found), f"**{bar.verdict}**") for bar in found]
+    return table(("Bar", "Measured", "Verdict"), rows, right=3)
+
+
+def budget_tables(study: Study) -> str:
+    """Perplexity against retraining tokens, a table for each text; the lowest of a column is bold."""
+    parts = []
+    for name, metric in study.texts:
+        labels = list(dict.fromkeys(row.label for row in study.figure.rows if row.tokens))
+        rows = {(row.label, row.tokens): row for row in study.figure.rows}
+        lowest = {}
+        for tokens in study.budgets:
+            known = [e.mean for r in rows.values() if r.tokens == tokens and (e := r.estimate(metric)) is not None]
+            lowest[tokens] = min(known, default=None)
+        lines = []
+        for label in labels:
+            cells = [_marked(rows.get((label, tokens)), metric, lowest[tokens]) for tokens in study.budgets]
+            lines.append((escape_markdown(label), *cells))
+        parts.append(table((f"{name}", *map(millions, study.budgets)), lines))
+    return "\n".join(parts)
+
+
+def _marked(row: ExhibitRow | None, metric: str, lowest: float | None) -> str:
+    if row is None:
+        return ""
+    estimate = row.estimate(metric)
+    text = number(estimate) if not row.diverged.get(metric) or estimate else "diverged"
+    return f"**{text}**" if estimate is not None and estimate.mean == lowest else text
 
 
 def significance(data: ExhibitData, reference: str, columns: list[tuple[str, str]]) -> list[str]:

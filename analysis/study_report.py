@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from analysis import study_summary, study_trials
+from analysis import study_books, study_second, study_summary, study_trials
 from analysis.accuracy_tables import MEAN, table_2, table_3
-from analysis.frames import ExhibitRow
 from analysis.make_tables import collect
 from analysis.render import escape_markdown, to_markdown
-from analysis.study_bars import Bar, bars
+from analysis.study_bars import bars
 from analysis.study_claims import NOT_TESTED, claims
-from analysis.study_data import FULL, OURS, Study, millions, number
-from analysis.study_parts import bullets, costs, divergences, glance, significance, table
-from analysis.study_second import second_study, section
+from analysis.study_data import FULL, OURS, Study, millions
+from analysis.study_parts import (
+    bar_table,
+    budget_tables,
+    bullets,
+    costs,
+    divergences,
+    glance,
+    planned_study,
+    significance,
+    table,
+)
 from sparseforge_core.store.results import Results
 
 HEAD = """# The study: every method at equal tokens on SmolLM2-135M
@@ -39,8 +47,9 @@ with them.
 """,
     "trials": """## The trials
 
-Each method's settings were chosen by the perplexity of held-out documents of the training shards, which no table shows;
-the lowest is bold and was frozen. Numbers before the colon are the peak learning rate and what else differs.
+Each method's settings were chosen by the perplexity of held-out documents of the books, which no table shows; the
+lowest is bold and was frozen. The trials read books alone; no setting was chosen anew when modern prose came to them.
+Numbers before the colon are the peak learning rate and what else differs.
 """,
     "budgets": """## Perplexity against retraining tokens
 
@@ -75,24 +84,28 @@ def report(
     figure: str = "",
     ablations: str = "",
     trials_grid: str = "",
+    books_grid: str = "",
     second_grid: str = "",
 ) -> str:
     """The whole page as Markdown.
 
     `store` is how the page names the store's file; `figure` and `ablations` are the pictures' files, relative to the
     page; empty: none.
-    `trials_grid` is the grid of the trials, `second_grid` that of the second model; empty: none.
+    `trials_grid` is the grid of the trials, `books_grid` that on books alone, `second_grid` that of the second model;
+    empty: none.
     """
     material = collect(results, grid)
     study = Study(material.exhibits)
     caption = study.table_2.caption
     parts = [HEAD.format(state=_state(results, grid), caption=caption, store=store, grid=grid)]
-    found, second = bars(study), second_study(results, second_grid)
-    parts += [study_summary.HEAD, bullets(study_summary.summary(study, found, second, asked=bool(second_grid)))]
-    parts += [SECTIONS["bars"], _bars(found)]
+    found, books, second = bars(study), planned_study(results, books_grid), planned_study(results, second_grid)
+    short = study_summary.summary(study, found)
+    short += [study_books.short(books)] if books_grid else []
+    short += [study_second.short(second)] if second_grid else []
+    parts += [study_summary.HEAD, bullets(short), SECTIONS["bars"], bar_table(found)]
     parts += ["## Every method at one budget\n", glance(study), "## Table 2\n", to_markdown(table_2(study.table_2))]
     parts += significance(study.table_2, OURS, [("accuracy", MEAN), *study.texts])
-    parts += [SECTIONS["budgets"], _budgets(study)]
+    parts += [SECTIONS["budgets"], budget_tables(study)]
     if figure:
         parts.append(f"![Perplexity and accuracy against retraining tokens]({figure})\n")
     parts.append(escape_markdown(study.figure.caption))
@@ -100,8 +113,10 @@ def report(
     if ablations:
         parts.append(f"![Change of perplexity without a part of the method, or with another one]({ablations})\n")
     parts += significance(study.table_3, FULL, study.texts)
+    if books_grid:
+        parts += study_books.section(results, books_grid, books, store=store)
     if second_grid:
-        parts += section(results, second_grid, second)
+        parts += study_second.section(results, second_grid, second)
     parts += [SECTIONS["divergence"], divergences(results, study.table_2)]
     parts += _trials(results, trials_grid)
     parts += [SECTIONS["cost"], costs(results, grid, study)]
@@ -123,39 +138,9 @@ def _trials(results: Results, grid: str) -> list[str]:
     return [SECTIONS["trials"], found] if found else []
 
 
-def _bars(found: Iterable[Bar]) -> str:
-    rows = [(escape_markdown(bar.asked), escape_markdown(bar.found), f"**{bar.verdict}**") for bar in found]
-    return table(("Bar", "Measured", "Verdict"), rows, right=3)
-
-
 def _claims(study: Study) -> str:
     rows = [(escape_markdown(one.claim), escape_markdown(one.found), f"**{one.verdict}**") for one in claims(study)]
     return table(("Claim", "Measured here", "Verdict"), rows, right=3) + "\nNot tested here:\n\n" + bullets(NOT_TESTED)
-
-
-def _budgets(study: Study) -> str:
-    parts = []
-    for name, metric in study.texts:
-        labels = list(dict.fromkeys(row.label for row in study.figure.rows if row.tokens))
-        rows = {(row.label, row.tokens): row for row in study.figure.rows}
-        lowest = {}
-        for tokens in study.budgets:
-            known = [e.mean for r in rows.values() if r.tokens == tokens and (e := r.estimate(metric)) is not None]
-            lowest[tokens] = min(known, default=None)
-        lines = []
-        for label in labels:
-            cells = [_marked(rows.get((label, tokens)), metric, lowest[tokens]) for tokens in study.budgets]
-            lines.append((escape_markdown(label), *cells))
-        parts.append(table((f"{name}", *map(millions, study.budgets)), lines))
-    return "\n".join(parts)
-
-
-def _marked(row: ExhibitRow | None, metric: str, lowest: float | None) -> str:
-    if row is None:
-        return ""
-    estimate = row.estimate(metric)
-    text = number(estimate) if not row.diverged.get(metric) or estimate else "diverged"
-    return f"**{text}**" if estimate is not None and estimate.mean == lowest else text
 
 
 def _diverged(study: Study) -> str:

@@ -5,43 +5,34 @@ from __future__ import annotations
 import json
 
 from analysis.accuracy_tables import table_2
-from analysis.make_tables import collect
 from analysis.render import escape_markdown, to_markdown
-from analysis.study_bars import Bar, main_bars
+from analysis.study_bars import main_bars
 from analysis.study_data import DENSE, OURS, Study, millions, number
-from analysis.study_parts import cost, costs, divergences, significance, table
+from analysis.study_parts import ABSENT, bar_table, cost, costs, divergences, progress, significance
 from sparseforge_core.store.results import Results
 
-HEAD = """## A second model, no setting chosen anew
+TITLE = "## A second model, no setting chosen anew"
+HEAD = """{title}
 
 Was the winner tuned to one model? The same contenders, with the settings that the first model's trials chose, on
 another architecture, tokenizer and pretraining. {state}
 """
-ABSENT = "## A second model, no setting chosen anew\n\nAbsent: the store has no plan of grid `{grid}`.\n"
 PRETRAINING = "pretraining"
 """The variant of a cell that makes the model of others."""
-
-
-def second_study(results: Results, grid: str) -> Study | None:
-    """The second model's rows; None if the store has no plan of its grid."""
-    return Study(collect(results, grid).exhibits) if grid in results.grids() else None
 
 
 def section(results: Results, grid: str, study: Study | None) -> list[str]:
     """The section as parts of Markdown; a store without the grid, or a row without results, is said to be."""
     if study is None:
-        return [ABSENT.format(grid=grid)]
-    statuses = results.stage_statuses(grid)
-    done = sum(status == "done" for status in statuses.values())
+        return [ABSENT.format(title=TITLE, grid=grid)]
     made = table_2(study.table_2)
     made.title = "The second model"
-    bars = [(escape_markdown(bar.asked), escape_markdown(bar.found), f"**{bar.verdict}**") for bar in main_bars(study)]
     line, said = _pretraining(results, grid, study)
     return [
-        HEAD.format(state=f"{done} of {len(statuses)} stages of grid `{grid}` are done."),
+        HEAD.format(title=TITLE, state=progress(results, grid)),
         escape_markdown(said) + "\n",
         "The first model's bars, asked of this one; a rival with one seed has no interval, only its number:\n",
-        table(("Bar", "Measured", "Verdict"), bars, right=3),
+        bar_table(main_bars(study)),
         to_markdown(made),
         *significance(study.table_2, OURS, study.texts),
         "Distance to the dense model, and what each row cost, as below for the first model:\n",
@@ -50,9 +41,13 @@ def section(results: Results, grid: str, study: Study | None) -> list[str]:
     ]
 
 
-def wins(study: Study) -> Bar:
-    """Whether ours has the lowest perplexity on the second model."""
-    return main_bars(study)[0]
+def short(second: Study | None) -> str:
+    """In one line: whether ours has the lowest perplexity on the second model."""
+    if second is None:
+        return "A second model: absent."
+    bar = main_bars(second)[0]
+    said = f"{bar.verdict} ({bar.found})"
+    return f"A second model, no setting chosen anew, lower perplexity than every other 2:4 row: {said}."
 
 
 def _pretraining(results: Results, grid: str, study: Study) -> tuple[tuple[str, ...], str]:

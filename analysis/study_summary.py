@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.study_bars import MET, NOT_MET, Bar
+from analysis.study_bars import NOT_MET, Bar, counted
 from analysis.study_data import FULL, Study, best, match, millions, number, signed
-from analysis.study_second import wins
 from analysis.verdicts import Verdict, verdicts
 
 HEAD = "## In short\n"
 
 
-def summary(study: Study, bars: Sequence[Bar], second: Study | None, *, asked: bool = True) -> list[str]:
-    """Sentences on the winner, the bars, the parts of the method and, where one is `asked` for, the second model."""
-    return [*_winner(study), _bars(bars), *_parts(study), *([_second(second)] if asked else [])]
+def summary(study: Study, bars: Sequence[Bar]) -> list[str]:
+    """Sentences on the winner, the bars and the parts of the method."""
+    return [*_winner(study), _bars(bars), *_parts(study)]
 
 
 def _winner(study: Study) -> list[str]:
@@ -36,10 +35,8 @@ def _winner(study: Study) -> list[str]:
 
 
 def _bars(bars: Sequence[Bar]) -> str:
-    met = [bar for bar in bars if bar.verdict.startswith(MET)]
     missed = [bar for bar in bars if bar.verdict.startswith(NOT_MET)]
-    rest = len(bars) - len(met) - len(missed)
-    text = f"Of {len(bars)} bars set before, {len(met)} are met, {len(missed)} not met, {rest} not measured"
+    text = f"Of {len(bars)} bars set before, {counted(bars)}"
     return f"{text}. Not met: {'; '.join(bar.asked for bar in missed)}." if missed else f"{text}."
 
 
@@ -64,11 +61,3 @@ def _parts(study: Study) -> list[str]:
         "other": "Not told apart from it on every text",
     }
     return [f"{names[group]}: {', '.join(labels) or 'none'}." for group, labels in groups.items()]
-
-
-def _second(second: Study | None) -> str:
-    if second is None:
-        return "A second model: absent."
-    bar = wins(second)
-    said = f"{bar.verdict} ({bar.found})"
-    return f"A second model, no setting chosen anew, lower perplexity than every other 2:4 row: {said}."

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import study_trials
+from analysis import study_books, study_trials
 from analysis.make_tables import collect
 from analysis.study import main
 from analysis.study_bars import bars
 from analysis.study_claims import claims
 from analysis.study_data import Study
-from analysis.study_parts import alone
+from analysis.study_parts import alone, planned_study
 from analysis.study_report import report
-from analysis.study_second import second_study, section
+from analysis.study_second import section
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from tests.analysis.filled import CAPTION, TASKS, Filled, suite
@@ -220,12 +220,76 @@ def test_the_page_begins_with_what_was_found_and_a_second_model_that_is_absent_i
 
 def test_the_second_models_section_judges_its_own_rows(tmp_path: Path) -> None:
     results = Made(ours=22.5).write(tmp_path)  # any grid of that shape; here the frozen mask wins
-    section_ = "\n".join(section(results, "smollm2-study", second_study(results, "smollm2-study")))
+    section_ = "\n".join(section(results, "smollm2-study", planned_study(results, "smollm2-study")))
     assert "Frozen on books-2048: +7.14 %" in section_
     assert section_.count("**not met**") == 4, "lower, apart, 3 % below, 5 % below the paper's own preset"
     assert "| Pretraining of the model |  |  |  | absent | absent |  |" in section_
     assert "Its pretraining on 0 M tokens is absent. Perplexity of the dense model: books-2048 15.00" in section_
     assert re.search(r"\| Frozen \| [-+0-9.]+ \[.*\] better, p ", section_)
+
+
+def on_books(made: Made, folder: Path) -> str:
+    """The section, here of any grid of that shape."""
+    results = made.write(folder)
+    return "\n".join(study_books.section(results, "smollm2-study", study_of(results), store="s.db"))
+
+
+def test_the_section_on_books_alone_says_where_ours_leads_where_not_and_who_was_not_there(tmp_path: Path) -> None:
+    made = Made(ours=19.0)
+    for tokens, wiki in ((6_012_928, 30.0), (24_002_560, 10.0)):
+        values = measured([25.0], [wiki], [0.5])
+        made.row("accuracy-vs-tokens", f"AST/{tokens}", "AST", values, method="ast", tokens=tokens, seeds=(0,))
+    section_ = on_books(made, tmp_path)
+    paragraph = section_.partition("The study was first run")[2].partition("\n\n")[0]
+    leads = "SparseForge (improved) has the lowest perplexity of the 2:4 rows at"
+    assert f"On books-2048 {leads} 6 M, 12 M, 24 M and 48 M tokens. On" in paragraph
+    assert f"On wikitext2-2048 {leads} 6 M, 12 M and 48 M tokens; it is behind at 24 M (+88.10 % [" in paragraph
+    assert re.search(r"\] against AST\)\. Not trained at 48 M: AST\.\n", paragraph)
+    assert "its own lowest" not in paragraph, "more tokens are better here"
+    assert "stages of grid `smollm2-study` are done." in paragraph
+    assert "--db sqlite:///s.db --grid smollm2-study" in paragraph
+    table = section_.partition("| Row | books-2048 ")[2].partition("\n\n")[0]
+    assert "| SparseForge (improved) | 19.00 ± 0.47 | 20.90 ± 0.52 | 50.33 ± 1.43 | 3 |" in table
+    assert "| AST | 30.00 |  | **10.00** |  |" in section_
+    assert "| SparseForge (improved) | **22.80** |  | **17.10** | **16.15** |" in section_
+
+
+def test_the_section_on_books_alone_says_where_ours_loses_everywhere_and_where_more_tokens_harm(tmp_path: Path) -> None:
+    losing = on_books(Made(ours=30.0), tmp_path)
+    nowhere = (
+        "SparseForge (improved) nowhere has the lowest perplexity of the 2:4 rows; it is behind at 6 M (+42.86 % ["
+    )
+    assert f"On books-2048 {nowhere}" in losing
+    assert f"On wikitext2-2048 {nowhere}" in losing
+    assert losing.count("**not met**") == 9, "all but accuracy"
+    made = Made(ours=19.0)
+    for row, books in (("improved", 24.0), ("frozen-sparsegpt", 25.0)):
+        values = measured([books], [books], [0.5])
+        place = f"{LABELS[row]}/96010240"
+        made.row("accuracy-vs-tokens", place, LABELS[row], values, method=row, tokens=96_010_240, seeds=(0,))
+    harmed = on_books(made, tmp_path / "harmed")
+    assert "and 96 M tokens. There its own lowest is 16.15, at 48 M; at 96 M it is 24.00. On wikitext2-2048" in harmed
+
+
+def test_the_section_on_books_alone_is_where_it_was_asked_for(tmp_path: Path) -> None:
+    results = Made(ours=22.5).write(tmp_path)
+    page = report(results, "smollm2-study", store="x", books_grid="smollm2-study", second_grid="gpt2-study")
+    short = page.partition("## In short")[2].partition("##")[0]
+    assert "- On books alone, as the study was first run: of the 10 bars 1 are met, 9 not met, 0 not measured." in short
+    heads = [line for line in page.splitlines() if line.startswith("## ")]
+    first = heads.index("## Table 3")
+    assert heads[first : first + 3] == ["## Table 3", study_books.TITLE, "## A second model, no setting chosen anew"]
+    absent = report(results, "smollm2-study", store="x", books_grid="smollm2-books")
+    assert f"{study_books.TITLE}\n\nAbsent: the store has no plan of grid `smollm2-books`.\n" in absent
+    assert "- On books alone, as the study was first run: absent." in absent
+    assert study_books.TITLE not in report(results, "smollm2-study", store="x")
+    results.close()
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    for more, there in (([], False), (["--books-alone", "smollm2-study"], True)):
+        assert main(["--db", url, "--out", str(tmp_path / "page.md"), "--quiet", *more]) == 0
+        written = (tmp_path / "page.md").read_text()
+        assert study_books.TITLE in written
+        assert ("no plan of grid `smollm2-books`" not in written) == there
 
 
 def test_every_method_is_seen_at_a_glance_and_diverged_or_absent_ones_too(tmp_path: Path) -> None:

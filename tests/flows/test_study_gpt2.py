@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from analysis.make_tables import make_tables
-from analysis.study_second import second_study, section
+from analysis.study_parts import planned_study
+from analysis.study_second import section
 from flows import grids
 from flows.bundle import Only, _not_carried, choose, write_bundle
 from flows.grids import grid_named
@@ -192,7 +193,7 @@ def test_the_grid_comes_home_from_two_processes_that_share_one_pretraining(
     made = make_tables(results, NAME, tmp_path / "out", only=["table-2"])
     assert not made.missing.get("table-2"), "nothing is absent"
     assert "SparseForge (improved)" in (tmp_path / "out" / "tables" / "table-2.md").read_text()
-    page = "\n".join(section(results, NAME, second_study(results, NAME)))
+    page = "\n".join(section(results, NAME, planned_study(results, NAME)))
     assert f"{15 + 14 * len(SUITES)} of {15 + 14 * len(SUITES)} stages of grid `{NAME}` are done" in page
     assert re.search(r"Its pretraining on 0 M tokens took 0\.\d minutes at [\d,]+ tokens a second \(cpu\)", page)
     assert re.search(r"\| Pretraining of the model \| 0 M \| [\d,]+ \| \d\.\d\d \| \d\.\d\d \| \d \| cpu \|", page)
