@@ -66,11 +66,8 @@ class ByValue:
         self.address = -(-ctypes.addressof(self._memory) // alignment) * alignment
 
 
-_put_grid = struct.Struct("2I").pack_into
-
-_put_stream = struct.Struct("Q").pack_into
-
-STREAM = _Config.stream.offset
+_put_config = struct.Struct("7IxxxxQ").pack_into
+"""Grid, block, bytes of shared memory and stream of a `_Config`."""
 
 
 class _Frame:
@@ -80,19 +77,13 @@ class _Frame:
     endian). One that is taken by value lies elsewhere, and is pointed to where it lies.
     """
 
-    def __init__(self, kernel: Kernel, words: int) -> None:
+    def __init__(self, words: int) -> None:
         self.words = (ctypes.c_uint64 * words)()
         first = ctypes.addressof(self.words)
         self.pointers = (ctypes.c_void_p * words)(*(first + 8 * n for n in range(words)))
         self.put = struct.Struct(f"{words}Q").pack_into
         self._early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        self.config = _Config(
-            grid=(1, 1, 1),
-            block=(kernel.threads, 1, 1),
-            shared=kernel.shared,
-            attributes=ctypes.pointer(self._early),
-            count=1,
-        )
+        self.config = _Config(attributes=ctypes.pointer(self._early), count=1)
         self.reference = ctypes.byref(self.config)
 
 
@@ -121,12 +112,12 @@ class Kernel:
         try:
             frame = self._frames.pop()
         except IndexError:
-            frame = _Frame(self, len(words))
+            frame = _Frame(len(words))
         frame.put(frame.words, 0, *words)
         for n in self.by_value:
             frame.pointers[n] = words[n]
-        _put_grid(frame.config, 0, *grid)
-        _put_stream(frame.config, STREAM, torch._C._cuda_getCurrentRawStream(self.device))
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        _put_config(frame.config, 0, *grid, 1, self.threads, 1, 1, self.shared, stream)
         if torch._C._cuda_getDevice() == self.device:  # asking costs a tenth of setting
             self._launch(frame)
         else:

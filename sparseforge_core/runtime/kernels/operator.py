@@ -30,8 +30,8 @@ def sparse_linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -
         )
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} inputs a row, the 2:4 weight {weight.in_features}")
-    product = PRODUCT if _seen(x, bias) else _product
     values, places, dense, compressed, branch = weight.held
+    product = PRODUCT if _seen(x, bias) else _product
     out: Tensor = product(x, values, places, bias, dense, compressed, weight.out_features, weight.backend)
     if branch is not None:
         rows = x.reshape(-1, weight.in_features)
@@ -77,13 +77,14 @@ def _product(
     backend: str,
 ) -> Tensor:
     """`x [..., in]` -> `[..., out]`, accumulated in float32 on a GPU."""
-    if x.dtype != values.dtype or x.device != values.device:
+    dtype, device = x.dtype, x.device
+    if dtype is not values.dtype or device != values.device:
         raise ValueError(
-            f"x is {x.dtype} on {x.device}, the 2:4 weight {values.dtype} on {values.device}; convert x, or load the "
+            f"x is {dtype} on {device}, the 2:4 weight {values.dtype} on {values.device}; convert x, or load the "
             "model again with the type and device wanted"
         )
-    shape = [*x.shape]
-    inputs, shape[-1] = shape[-1], out
+    *others, inputs = x.shape
+    shape = [*others, out]
     rows = x.numel() // inputs
     if backend == "reference" or rows == 0:
         weight = dense_of(values, places, (out, inputs)) if dense is None else dense
@@ -98,10 +99,11 @@ def _product(
         with torch.cuda.device(x.device):  # Triton launches on the current one
             triton_products.run(x.view(rows, inputs), values, places, bias, y.view(rows, out))
         return y
-    choice = choose(out, inputs, rows, x.dtype, x.device.index, FORMS[dense is not None, compressed is not None])
+    forms = FORMS[dense is not None, compressed is not None]
+    choice = choose(out, inputs, rows, dtype, device.index, forms)
     if choice.plan is not None:
         y = x.new_empty(shape)
-        choice.plan.run(x, values, places, bias, y)
+        choice.plan.launch(x, values, places, bias, y, (rows, out, inputs))
         return y
     flat = x.view(rows, inputs)
     if choice.kind == "cusparselt" and compressed is not None:

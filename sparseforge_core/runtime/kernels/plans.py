@@ -153,13 +153,26 @@ class Plan:
 
     def run(self, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Fill `out [..., out]` with `x [..., in]` times the weight's transpose, plus the bias; both are contiguous."""
-        outputs, inputs = out.shape[-1], x.shape[-1]
-        rows = out.numel() // outputs
-        kernel, grid = _prepared(self, outputs, inputs, rows, x.dtype, x.device.index)
-        at, added = out.data_ptr(), 0 if bias is None else bias.data_ptr()
+        outputs = out.shape[-1]
+        self.launch(x, values, places, bias, out, (out.numel() // outputs, outputs, x.shape[-1]))
+
+    def launch(
+        self,
+        x: Tensor,
+        values: Tensor,
+        places: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        sizes: tuple[int, int, int],
+    ) -> None:
+        """`run` for one who knows rows, outputs and inputs, as to ask tensors for them costs the host as much again."""
+        rows, outputs, inputs = sizes
+        dtype, at = x.dtype, out.data_ptr()
+        kernel, grid = _prepared(self, outputs, inputs, rows, dtype, x.device.index)
+        added = 0 if bias is None else bias.data_ptr()
         if self.kernel == "wide":
-            x_map = tensor_map(x.data_ptr(), rows, inputs, self.rows // self.share, x.dtype)
-            y_map = tensor_map(at, rows, outputs, self.chunk, x.dtype)
+            x_map = tensor_map(x.data_ptr(), rows, inputs, self.rows // self.share, dtype)
+            y_map = tensor_map(at, rows, outputs, self.chunk, dtype)
             kernel(grid, values.data_ptr(), places.data_ptr(), x_map.address, y_map.address, added, at, rows)
         else:
             kernel(grid, values.data_ptr(), places.data_ptr(), x.data_ptr(), added, at, rows)
