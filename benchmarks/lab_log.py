@@ -2,7 +2,7 @@
 
 python benchmarks/lab_log.py [results/smollm2/lab] [--stretches 1-40 146-250 331-366]
 
-Then what was explored many at a time (`explored.jsonl` and `forgetting.jsonl`, one line a run), best first.
+Then what was explored many at a time (`explored.jsonl`, `forgetting.jsonl`, `rates.jsonl`: one line a run), best first.
 """
 
 from __future__ import annotations
@@ -39,15 +39,27 @@ def perplexity(folder: Path) -> str:
     return ""
 
 
+COLUMNS = {
+    "heldout_perplexity": "held-out",
+    "wikitext2_valid_perplexity": "WikiText-2 validation",
+    "shard_07_perplexity": "shard 07",
+    "loss_task": "CE at the end",
+    "loss_kl": "KL at the end",
+}
+
+
 def explored(path: Path) -> list[str]:
-    """Lines of a table of the runs in a file, by held-out perplexity."""
+    """Lines of a table of the runs in a file, by the perplexity of books that they do not train on."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [f"| {path.stem} | held-out | WikiText-2 validation | CE, KL at the end |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: row["heldout_perplexity"]):
-        losses = ", ".join(f"{row[name]:.3f}" for name in ("loss_task", "loss_kl") if name in row)
-        held, other = row["heldout_perplexity"], row["wikitext2_valid_perplexity"]
-        lines.append(f"| {row['idea']} | {held:.2f} | {other:.2f} | {losses} |")
+    columns = {name: title for name, title in COLUMNS.items() if any(name in row for row in rows)}
+    lines = [f"| {path.stem} | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
+    for row in sorted(rows, key=lambda row: row.get("shard_07_perplexity") or row["heldout_perplexity"]):
+        cells = ["" if row.get(name) is None else format(row[name], FORMATS.get(name, ".2f")) for name in columns]
+        lines.append(f"| {row['idea']} | " + " | ".join(cells) + " |")
     return lines
+
+
+FORMATS = {"loss_task": ".3f", "loss_kl": ".3f"}
 
 
 def main(arguments: list[str] | None = None) -> int:
