@@ -92,9 +92,14 @@ def _cell(trial: Trial, differing: list[str], best: bool) -> str:
 
 
 def _differing(tried: list[Trial]) -> list[str]:
-    """Settings in which trials of a method differ, besides the rate."""
+    """Settings in which trials of a method differ, besides the rate.
+
+    One that some have and others lack is none: the field came after these were planned.
+    """
     paths = sorted({path for trial in tried for path in trial.settings} - set(ALWAYS))
-    return [path for path in paths if len({repr(trial.settings.get(path)) for trial in tried}) > 1]
+    return [
+        path for path in paths if len({repr(trial.settings[path]) for trial in tried if path in trial.settings}) > 1
+    ]
 
 
 def _short(value: Any) -> str:

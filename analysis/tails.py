@@ -12,6 +12,9 @@ import scipy
 EXACT, STEPS = 1e-8, 100
 """Relative precision of a quantile whose p is searched for, and the most steps of that search; it takes about ten."""
 
+SMALLEST = 1e-280
+"""Of a p whose quantile can be trusted: scipy's are no numbers near the end of floating point."""
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -37,7 +40,7 @@ def tails(ts: Sequence[float], sources: Sequence[Sequence[Part]]) -> Array:
     alone = scipy.special.stdtr(freedom, -t[:, None])
     low, high = alone.min(axis=1, initial=1.0), alone.max(axis=1, initial=0.0)
     found = high.copy()
-    apart = np.flatnonzero((low > 0) & (high - low > EXACT * high))
+    apart = np.flatnonzero((low > SMALLEST) & (high - low > EXACT * high))
     if len(apart):
         found[apart] = _between(t[apart], variance[apart], freedom[apart], low[apart], high[apart])
     return np.where(np.array(ts) < 0, 1.0 - found, found)

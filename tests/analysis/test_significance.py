@@ -35,6 +35,12 @@ def tail(t: float, parts: tuple[Part, ...]) -> float:
     return float(tails([t], [parts])[0])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_tail_beyond_the_reach_of_floating_point_is_a_number() -> None:
+    for t in (40.0, 143.5, 144.3, 1e4):
+        assert 0 < tail(t, (Part(6.3e-5, 342.0), Part(9.3e-5, 10.0))) < 1e-10
+
+
 def freedom(parts: tuple[Part, ...]) -> float:
     return plain_freedom(parts, LEVEL)
 

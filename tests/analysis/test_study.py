@@ -360,7 +360,7 @@ def test_trials_are_listed_by_method_with_what_differs_and_the_best_is_bold(tmp_
 
     tried = {
         "Ours 0.0006": (spec(6e-4, kind="ours"), 40.0),
-        "Ours": (spec(1.2e-3, kind="ours"), 36.5),
+        "Ours": (spec(1.2e-3, kind="ours", new_field=1.0), 36.5),
         "Rival 0.0006": (spec(6e-4, kind="rival", pressure=4e-7), 272.0),
         "Rival 0.0003": (spec(3e-4, kind="rival", pressure=4e-4), None),
         "Other 0.0006": (spec(6e-4, kind="other"), math.nan),
