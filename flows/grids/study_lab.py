@@ -196,23 +196,16 @@ def _slower(label: str, peak: float, **changes: Any) -> Contender:
 
 STEEP = Product(first=rate(PEAK), second=Linear(first=1.0, last=0.0))
 """To zero as the square of what is left: the same peak, two thirds of the way."""
-LEVEL = Linear(first=0.0, last=1.2e-3, end=0.05)
-"""Up over a twentieth of the budget, and no way down: the mean takes its place."""
 RARELY = TeacherCorrection(rate_scale=0.08, every=4)
 """A quarter of the backward passes of the teacher, and the same way to go."""
+THRICE_AS_FAST = TeacherCorrection(rate_scale=1 / 16)
 MOSTLY_TAUGHT = replace(FOLLOWING, kl_weight=0.9)
 
 RATES: tuple[Contender, ...] = (
     _but("improved"),
     _slower("improved 1.2e-3", 1.2e-3),
-    _slower("improved 6e-4", 6e-4),
     _but("improved, falling as a square", lr=STEEP),
-    _but("improved, the teacher learns from every fourth batch", objective=replace(FOLLOWING, correction=RARELY)),
-    _slower("improved 1.2e-3, KL 0.9", 1.2e-3, objective=MOSTLY_TAUGHT),
     _slower("improved 1.2e-3, KL 0.9, SLoRB", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
-    _but("improved, the mean of the last three quarters", averaged_from=0.25),
-    _slower("1.2e-3 without an end, the mean of the last three quarters", 1.2e-3, lr=LEVEL, averaged_from=0.25),
-    replace(contenders(6e-4)["ast"], label="AST 6e-4, a teacher that follows", objective=FOLLOWING),
     replace(contenders(6e-4)["ast-slorb"], label="AST + SLoRB 6e-4"),
 )
 """Whether the rate is what forgets: the main budget, 12 M tokens, the same seed."""
@@ -231,16 +224,22 @@ ELSEWHERE = PerplexitySuite(
 
 
 TEXTS: tuple[Contender, ...] = tuple(
-    replace(contender, label=f"{label}, modern text too", corpus=MIXED)
-    for label, contender in (
-        ("improved", _but("improved")),
-        ("AST + SLoRB 6e-4", contenders(6e-4)["ast-slorb"]),
-        ("frozen SparseGPT 2.4e-3", contenders(PEAK)["frozen-sparsegpt"]),
-        ("improved 1.2e-3", contenders(1.2e-3)["improved"]),
-        ("improved 1.2e-3, KL 0.9, SLoRB", _slower("", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16))),
+    replace(contender, label=f"{contender.label}, modern text too", corpus=MIXED)
+    for contender in (
+        _but("improved"),
+        _but("improved, KL 0.9", objective=MOSTLY_TAUGHT),
+        _but("improved, KL 1", objective=replace(FOLLOWING, kl_weight=1.0)),
+        _but("improved, the teacher learns from every fourth batch", objective=replace(FOLLOWING, correction=RARELY)),
+        _but("improved, a teacher three times as fast", objective=replace(FOLLOWING, correction=THRICE_AS_FAST)),
+        _but("improved, the mean of the last half", averaged_from=0.5),
+        _but("improved, KL 0.9, the mean of the last half", objective=MOSTLY_TAUGHT, averaged_from=0.5),
+        _but("improved, KL 0.9, SLoRB", objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
+        _as("ast-slorb", "AST + SLoRB 6e-4", 6e-4),
+        _as("ast-slorb", "AST + SLoRB 1.2e-3", 1.2e-3),
+        _frozen("frozen SparseGPT 2.4e-3", PEAK),
     )
 )
-"""What other text does for ours and for its rivals: the main budget, the same seed."""
+"""What still helps once there is other text, and whether the rivals' rates would be others: the same budget and seed."""
 
 UNSHOWN = 3
 """That seed."""
