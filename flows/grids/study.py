@@ -1,6 +1,6 @@
 """The study: every method at equal tokens on a real model, SmolLM2-135M, all block linears 2:4.
 
-Text: three shards of public-domain English books and a third as much of modern prose, about 44 million tokens, read in
+Text: three shards of public-domain English books and a third as much of modern prose, about 42 million tokens, read in
 one order by every method of a seed. Trials read five shards of books, and are judged on documents of these that no cell
 trains on; what is reported is measured on nine other books and on WikiText-2, which no trial ever sees.
 `$SPARSEFORGE_DATA` names the folder that holds `books/` and `more/`.

@@ -239,7 +239,7 @@ TEXTS: tuple[Contender, ...] = tuple(
         _frozen("frozen SparseGPT 2.4e-3", PEAK),
     )
 )
-"""What still helps once there is other text, and whether the rivals' rates would be others: the same budget and seed."""
+"""What still helps once there is other text, and whether rivals would take other rates: the same budget and seed."""
 
 UNSHOWN = 3
 """That seed."""
