@@ -39,11 +39,6 @@ def sparse_linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -
     return out
 
 
-_ORDINARY = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr()
-_ORDINARY |= torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
-"""What torch's dispatch is given in every thread, beside the tensors' own; the latter not in inference mode."""
-
-
 def _seen(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a product must be an operator: for a compiler, a trace, a mode, a transform, another kind of tensor.
 
@@ -52,7 +47,9 @@ def _seen(x: Tensor, bias: Tensor | None) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_ORDINARY != 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or (bias is not None and bias.requires_grad and torch.is_grad_enabled())
     )
 
@@ -84,25 +81,24 @@ def _product(
             "model again with the type and device wanted"
         )
     *others, inputs = x.shape
-    shape = [*others, out]
     rows = x.numel() // inputs
     if backend == "reference" or rows == 0:
         weight = dense_of(values, places, (out, inputs)) if dense is None else dense
-        return torch.nn.functional.linear(x.reshape(-1, inputs), weight, bias).view(shape)
+        return torch.nn.functional.linear(x.reshape(-1, inputs), weight, bias).view(*others, out)
     x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
     if backend == "triton":
         from sparseforge_core.runtime.kernels import triton_products  # Triton is there on GPUs alone
 
-        y = x.new_empty(shape)
+        y = x.new_empty(*others, out)  # a list of sizes takes torch twice as long to read
         with torch.cuda.device(x.device):  # Triton launches on the current one
             triton_products.run(x.view(rows, inputs), values, places, bias, y.view(rows, out))
         return y
     forms = FORMS[dense is not None, compressed is not None]
     choice = choose(out, inputs, rows, dtype, device.index, forms)
     if choice.plan is not None:
-        y = x.new_empty(shape)
+        y = x.new_empty(*others, out)  # a list of sizes takes torch twice as long to read
         choice.plan.launch(x, values, places, bias, y, (rows, out, inputs))
         return y
     flat = x.view(rows, inputs)
@@ -111,7 +107,7 @@ def _product(
     else:
         weight = dense if choice.kind == "dense" and dense is not None else expand(values, places, (out, inputs))
         y = torch.nn.functional.linear(flat, weight, bias)
-    return y.view(shape)
+    return y.view(*others, out)
 
 
 def _shape_of_product(
