@@ -32,9 +32,9 @@ from sparseforge_core.recipe import Cell
 log = logging.getLogger(__name__)
 
 TRAIN, FINAL = "train", "final"
-FAILURES, CLAIMS, CROWDED = "failures", "claims", "crowded"
-"""Folder of a cell with what failed in it; folders of the bundle's home with the locks of its cells, and with how many
-others were at work when a cell found no memory."""
+FAILURES, CLAIMS, CROWDED, TURNS = "failures", "claims", "crowded", "turns"
+"""Folder of a cell with what failed in it; folders of the bundle's home with the locks of its cells, with how many
+others were at work when a cell found no memory, and with the locks of those whose turn it is to train."""
 LEAST = 0.25
 """Share of another cell's time that one of fewer tokens is expected to take: after a pretraining come short ones."""
 POLL = 0.5
@@ -202,7 +202,8 @@ class Walk:
         paths = [folder / stage / measured.FILE for stage in (TRAIN, *map(suite_key, entry.suites))]
         if paths[0].stat().st_mtime < self.began:
             return None
-        return float(sum(files.read_json(path)["context"].get("wall_seconds", 0.0) for path in paths))
+        contexts = [files.read_json(path)["context"] for path in paths]
+        return float(sum(context.get(part, 0.0) for context in contexts for part in ("wall_seconds", "waited_seconds")))
 
     def _run(self, key: str, entry: Entry) -> None:
         """Train and measure a cell. Raises _NoRoom where it found no memory beside other cells."""
@@ -309,6 +310,12 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
     bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
     bundle.add_argument(
         "--seconds", type=float, help="start no cell that, by what the last one took, would not end within so many"
+    )
+    bundle.add_argument(
+        "--train-at-once",
+        type=int,
+        metavar="N",
+        help="so many of the processes that share a device train on it at once; the others open and measure theirs",
     )
     bundle.add_argument(
         "--drop-models",

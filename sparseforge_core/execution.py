@@ -21,6 +21,7 @@ from sparseforge_core.opening import open_family, open_skeleton
 from sparseforge_core.ranks import HEARTBEAT, own_device
 from sparseforge_core.recipe import Recipe
 from sparseforge_core.train.parallel import Sharding
+from sparseforge_core.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Execution:
     """Whether GPUs use only algorithms that give the same bits each time, where there are any; slower."""
     companions: int | None = None
     """Processes that worked on other cells beside this one when it began, if known: the device was theirs too."""
+    turns: Turns | None = None
+    """Whose turn it is to train on the device; None: nobody waits."""
     heartbeat: float = HEARTBEAT
     """Seconds after which a rank that is silent, or behind the others, ends them all."""
 

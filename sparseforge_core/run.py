@@ -8,6 +8,7 @@ python -m sparseforge_core.run evaluate CELL.json SUITE.json DIR
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from typing import Any, get_args
 import torch
 
 from sparseforge_core import bundle_status, bundles, files, measured, specs
-from sparseforge_core.bundle_run import Walk, Work, add_commands
+from sparseforge_core.bundle_run import TURNS, Walk, Work, add_commands
 from sparseforge_core.checkpoint import MANIFEST, save_final, verify
 from sparseforge_core.distributed import rank, world
 from sparseforge_core.errors import BundleError, Diverged, Interrupted, RecipeError, SparseForgeError
@@ -59,6 +60,7 @@ from sparseforge_core.train.parallel import (
     refuse,
     same_bits,
 )
+from sparseforge_core.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +148,7 @@ def _train_to_the_end(
     checkpoints = RankCheckpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())
     outcome = Outcome(final_loss=math.nan, seconds=0.0)
-    gap = math.nan
+    gap, waited = math.nan, 0.0
     if cell.recipe.train.steps:
         steps = checkpoints.steps()
         journal: Tracker = NullTracker()
@@ -156,7 +158,7 @@ def _train_to_the_end(
             journal.event("solution", used)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
-            with compiled_within_limits():
+            with compiled_within_limits(), _turn(execution, prepared.device, should_stop) as waited:
                 outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
         except Diverged as error:
@@ -175,12 +177,20 @@ def _train_to_the_end(
     checkpoints.clear()
     rows = train_rows(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
-    context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began}
+    context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began - waited}
+    if execution.turns is not None:
+        context |= {"trained_at_once": execution.turns.at_once, "waited_seconds": waited}
     if execution.companions is not None:
         context["companions"] = execution.companions
     if prepared.solutions.used:
         context["solutions"] = prepared.solutions.used
     return write_stage(directory, cell, "train", None, rows, context)
+
+
+def _turn(
+    execution: Execution, device: torch.device, should_stop: Callable[[], bool] | None
+) -> contextlib.AbstractContextManager[float]:
+    return contextlib.nullcontext(0.0) if execution.turns is None else execution.turns.turn(device, should_stop)
 
 
 def finished_training(cell: Cell, directory: Path) -> Path | None:
@@ -332,6 +342,8 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
     execution = replace(execution, recorded=options.record, deterministic=options.deterministic)
     if options.command == "bundle":
         home = options.home or options.folder / bundles.HOME
+        if options.train_at_once is not None:
+            execution = replace(execution, turns=Turns(home / TURNS, options.train_at_once))
         return run_bundle(
             options.folder,
             home,

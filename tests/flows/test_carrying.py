@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -74,6 +75,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(grids.GRIDS, "tiny-smoke", with_trouble)
         assert write_bundle(choose(["tiny-smoke"]), folder) == 5
     command = [sys.executable, "-m", "sparseforge_core.run", "bundle", str(folder), "--drop-models", "--seconds", "500"]
+    command += ["--train-at-once", "1"]
     environment = {**os.environ, "PYTHONPATH": str(folder / bundles.CODE), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(command, env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -113,6 +115,21 @@ def test_a_cell_that_fails_stops_no_other_and_is_said(troubled: Path) -> None:
     for variant in ("Wanda", "SparseForge", "Burnt"):
         assert list(folder_of(troubled, variant).glob(f"heldout-*/{measured.FILE}"))
         assert not (folder_of(troubled, variant) / "failures").exists()
+
+
+def test_who_shares_a_device_trains_in_turn(troubled: Path) -> None:
+    trained = []
+    for journal in (troubled / "home" / "cells").glob("*/train/journal.jsonl"):
+        lines, _ = read_journal(journal)
+        times = [line["t"] for line in lines if "loss/task" in line.get("scalars", {})]
+        if times:
+            trained.append((times[0], times[-1]))
+            context = files.read_json(journal.with_name(measured.FILE))["context"]
+            assert context["trained_at_once"] == 1
+            assert context["waited_seconds"] >= 0
+    assert len(trained) >= 2
+    trained.sort()
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(trained))
 
 
 def test_weights_go_when_all_is_measured_and_nobody_waits_for_them(troubled: Path) -> None:
