@@ -22,7 +22,7 @@ from flows.grids.study import (
 )
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import PerplexitySuite
-from sparseforge_core.methods import SparseForge
+from sparseforge_core.methods import ALPS, SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
@@ -199,6 +199,9 @@ STEEP = Product(first=rate(PEAK), second=Linear(first=1.0, last=0.0))
 RARELY = TeacherCorrection(rate_scale=0.08, every=4)
 """A quarter of the backward passes of the teacher, and the same way to go."""
 THRICE_AS_FAST = TeacherCorrection(rate_scale=1 / 16)
+ALPS_TOO = ALPS(samples=CALIBRATION, length=LENGTH)
+"""The same text as SparseGPT's, a smaller error of each layer."""
+BY_MORE = replace(SPARSEGPT, samples=8 * CALIBRATION)
 MOSTLY_TAUGHT = replace(FOLLOWING, kl_weight=0.9)
 
 RATES: tuple[Contender, ...] = (
@@ -228,7 +231,8 @@ TEXTS: tuple[Contender, ...] = tuple(
     for contender in (
         _but("improved"),
         _but("improved, KL 0.9", objective=MOSTLY_TAUGHT),
-        _but("improved, KL 1", objective=replace(FOLLOWING, kl_weight=1.0)),
+        _but("improved, begun from ALPS's solution", method=replace(FORGE, start_from=ALPS_TOO)),
+        _but("improved, eight times the calibration", method=replace(FORGE, start_from=BY_MORE)),
         _but("improved, the teacher learns from every fourth batch", objective=replace(FOLLOWING, correction=RARELY)),
         _but("improved, a teacher three times as fast", objective=replace(FOLLOWING, correction=THRICE_AS_FAST)),
         _but("improved, the mean of the last half", averaged_from=0.5),
