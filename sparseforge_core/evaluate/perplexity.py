@@ -27,6 +27,9 @@ from sparseforge_core.evaluate.suites import WIKITEXT_ENV, PerplexitySuite
 WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 C4_HUB = "allenai/c4"
+NOTHING = -100
+"""In the place of a token that is not predicted."""
+
 C4_FILE = "en/c4-validation.00000-of-00008.json.gz"
 C4_ENV = "SPARSEFORGE_C4"
 """The environment variable that names a local JSON-lines file of C4 validation documents, compressed or not."""
@@ -96,9 +99,10 @@ def _finite(value: float) -> float | None:
 @torch.no_grad()
 def window_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of each window of `[windows, length]`, over its `length - 1` predictions."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return losses.mean(1).cpu()
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    wanted = F.pad(tokens[:, 1:], (0, 1), value=NOTHING)  # the last position has none, and so no logit is copied
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=NOTHING, reduction="none")
+    return losses.view_as(tokens)[:, :-1].mean(1).cpu()
 
 
 def _text(tokenizer: Any, suite: PerplexitySuite, corpus: Corpus, home: Path) -> tuple[Any, dict[str, Any]]:
