@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "distributed": set(),
     CORE + "recorded": set(),
     CORE + "tf32": set(),
+    CORE + "turns": core("files"),
     CORE + "ranks": core("distributed"),
     CORE + "rank_checkpoint": core("checkpoint distributed files methods.base shard_files"),
     CORE + "shard_files": core("checkpoint distributed files"),
@@ -75,13 +76,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "store": set(),
     CORE + "runtime": core("sparsity models.folders files checkpoint"),
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
-    CORE + "execution": BELOW_TRAIN | core("train memory ranks"),
+    CORE + "execution": BELOW_TRAIN | core("train memory ranks turns"),
     CORE + "solutions": core("checkpoint data.cache files methods.base sparsity"),
     CORE + "preparing": BELOW_TRAIN | core("execution solutions train tracking.tracker ranks"),
     CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
     CORE + "run": BELOW_TRAIN
     | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint")
-    | core("bundle_run bundle_status packing tf32"),
+    | core("bundle_run bundle_status packing tf32 turns"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
@@ -142,7 +143,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed", "recorded", "tf32")),
         *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "solutions", "stage_rows")),
-        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "shard_files", "bundle_run")),
+        *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "shard_files", "bundle_run", "turns")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
     ),
