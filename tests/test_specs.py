@@ -99,7 +99,7 @@ json_values = st.recursive(
 @given(data=json_values)
 def test_any_json_is_read_or_refused_with_a_sentence(data: Any) -> None:
     wrapped = {"kind": "test-tree", "first": {"kind": "test-leaf", "name": "a"}, "limit": data}
-    if data is None or type(data) is int:
+    if data is None or (type(data) is int and abs(data) <= LARGEST):
         assert decode(wrapped, Part) == Tree(first=Leaf(name="a"), limit=data)
     else:
         with pytest.raises(RecipeError, match=r"^part\.limit: expected"):
