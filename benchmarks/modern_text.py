@@ -38,7 +38,7 @@ from flows.grids.study import MIXED
 from sparseforge_core.data.corpora import DATA_ENV
 from sparseforge_core.data.textfiles import END_OF_TEXT
 from sparseforge_core.evaluate.contamination import NGRAM, SHORTEST, item_texts
-from sparseforge_core.evaluate.ngrams import words_of
+from sparseforge_core.evaluate.ngrams import Wanted
 from sparseforge_core.evaluate.stock_tasks import stock_task
 from sparseforge_core.evaluate.suites import OFFLINE_9, WIKITEXT_ENV
 
@@ -197,28 +197,30 @@ COMMON = frozenset(
 
 
 class Known:
-    """Runs of words that text for training must not share."""
+    """What is measured, of which text for training must share no run of words: 8 of WikiText-2, 13 of an item."""
 
-    def __init__(self) -> None:
-        self.runs: dict[int, set[tuple[str, ...]]] = {SHORTEST: set(), NGRAM: set()}
-        for split in ("valid", "test"):
-            self._add((Path(os.environ[WIKITEXT_ENV]) / f"wiki.{split}.raw").read_text(encoding="utf-8"), SHORTEST)
-        for task in OFFLINE_9.tasks:
-            for document in stock_task(task, None).documents(None):
-                for text in item_texts(task, document):
-                    self._add(text, NGRAM)
-
-    def _add(self, text: str, n: int) -> None:
-        self.runs[n].update(_runs(words_of(text), n))
+    def __init__(self, texts: Iterable[str], items: Iterable[str]) -> None:
+        self.wanted = (
+            Wanted([[*texts]], n=SHORTEST, shortest=SHORTEST),
+            Wanted([[*items]], n=NGRAM, shortest=NGRAM),
+        )
 
     def shares(self, text: str) -> bool:
-        """Whether a text has any of them."""
-        words = words_of(text)
-        return any(run in known for n, known in self.runs.items() for run in _runs(words, n))
+        """Whether a text has such a run."""
+        return any(wanted.find([text]).found for wanted in self.wanted)
 
 
-def _runs(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[first:] for first in range(n)), strict=False)
+def measured() -> Known:
+    """WikiText-2, and every item of the nine benchmarks."""
+    folder = Path(os.environ[WIKITEXT_ENV])
+    texts = [(folder / f"wiki.{split}.raw").read_text(encoding="utf-8") for split in ("valid", "test")]
+    items = [
+        text
+        for task in OFFLINE_9.tasks
+        for document in stock_task(task, None).documents(None)
+        for text in item_texts(task, document)
+    ]
+    return Known(texts, items)
 
 
 def assemble(sources: dict[str, Iterable[Document]], known: Known) -> str:
@@ -241,7 +243,7 @@ def assemble(sources: dict[str, Iterable[Document]], known: Known) -> str:
                 continue
             parts.append(f"{text}\n{END_OF_TEXT}\n")
             kept += len(text.encode())
-        print(f"{name:14} {kept / 1e6:6.2f} MB, {shared} documents left out that share words with what is measured")
+        print(f"{name:14} {kept / 1e6:6.2f} MB; left out, as they share words with what is measured: {shared}")
     return "".join(parts)
 
 
@@ -263,7 +265,7 @@ def main() -> int:
         "glosses": glosses(folder),
         "web pages": web_pages(),
     }
-    text = assemble(sources, Known()).encode()
+    text = assemble(sources, measured()).encode()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(text)
     digest = hashlib.sha256(text).hexdigest()

@@ -106,7 +106,7 @@ def train_cell(
             return directory / "measurements.json"
         log.warning("cell %s diverged: %s", cell_key(cell), why)
         rows = [*seen.facts, row("final_loss", None, {"status": "diverged", "why": why})]
-        context = {**context_of(default_device()), "wall_seconds": time.perf_counter() - began}
+        context = {**context_of(default_device()), **_spent(began, seen, execution)}
         return write_stage(directory, cell, "train", None, rows, context, diverged=why)
 
 
@@ -119,6 +119,8 @@ class _Seen:
         """The last step that was made."""
         self.facts: list[dict[str, Any]] = []
         """Measurements that hold however it ends."""
+        self.waited = 0.0
+        """Seconds until its turn to train."""
 
     def __call__(self, progress: Progress) -> None:
         self.last = progress
@@ -148,7 +150,7 @@ def _train_to_the_end(
     checkpoints = RankCheckpoints(directory / "checkpoints", cell_key(cell))
     track = cell.recipe.method.start(prepared.surroundings())
     outcome = Outcome(final_loss=math.nan, seconds=0.0)
-    gap, waited = math.nan, 0.0
+    gap = math.nan
     if cell.recipe.train.steps:
         steps = checkpoints.steps()
         journal: Tracker = NullTracker()
@@ -158,7 +160,7 @@ def _train_to_the_end(
             journal.event("solution", used)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
-            with compiled_within_limits(), _turn(execution, prepared.device, should_stop) as waited:
+            with compiled_within_limits(), _turn(execution, prepared.device, should_stop) as seen.waited:
                 outcome = train(run, on_step=seen, should_stop=should_stop)
             gap = track.summary().get("mask/soft_hard_gap", math.nan)
         except Diverged as error:
@@ -177,14 +179,20 @@ def _train_to_the_end(
     checkpoints.clear()
     rows = train_rows(cell.recipe, prepared.coverage, outcome, branches, gap, track.findings())
     hashes = {"model_sha256": files.sha256(directory / "final" / MANIFEST), "data_sha256": prepared.data_sha256}
-    context = {**context_of(prepared.device), **hashes, "wall_seconds": time.perf_counter() - began - waited}
-    if execution.turns is not None:
-        context |= {"trained_at_once": execution.turns.at_once, "waited_seconds": waited}
-    if execution.companions is not None:
-        context["companions"] = execution.companions
+    context = {**context_of(prepared.device), **hashes, **_spent(began, seen, execution)}
     if prepared.solutions.used:
         context["solutions"] = prepared.solutions.used
     return write_stage(directory, cell, "train", None, rows, context)
+
+
+def _spent(began: float, seen: _Seen, execution: Execution) -> dict[str, Any]:
+    """How long a training took without what it waited for its turn, and who used the device meanwhile."""
+    found: dict[str, Any] = {"wall_seconds": time.perf_counter() - began - seen.waited}
+    if execution.turns is not None:
+        found |= {"trained_at_once": execution.turns.at_once, "waited_seconds": seen.waited}
+    if execution.companions is not None:
+        found["companions"] = execution.companions
+    return found
 
 
 def _turn(

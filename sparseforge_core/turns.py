@@ -1,7 +1,7 @@
 """Turns: of the processes that share a device so many train at once; the others open and measure their cells meanwhile.
 
-Trainings that share a GPU get its time in slices, and each slice begins with cold caches: one after the other they are
-done sooner. What leaves a GPU idle for the most part, reading a model or asking benchmark questions, does not wait.
+Trainings that share a GPU get its time in slices: three on an H200 do fewer tokens a second together than one alone
+(docs/study.md). What leaves a GPU idle for the most part, reading a model or asking benchmark questions, does not wait.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ FORGOTTEN = PerplexitySuite(
 
 def _but(label: str, **changes: Any) -> Contender:
     """The study's method, changed in one thing."""
-    return replace(contenders(PEAK)["improved"], label=label, **changes)
+    return _as("improved", label, PEAK, **changes)
 
 
 def _kept(label: str, peak: float = PEAK, *, unmasked: float = 0.05, **objective: Any) -> Contender:
@@ -189,11 +189,6 @@ FORGETTING: tuple[Contender, ...] = (
 """What keeps other text: 6 M tokens, a seed that no table has. The last is who forgets least of the rivals."""
 
 
-def _slower(label: str, peak: float, **changes: Any) -> Contender:
-    """The study's method at another peak, changed in a few things."""
-    return replace(contenders(peak)["improved"], label=label, **changes)
-
-
 STEEP = Product(first=rate(PEAK), second=Linear(first=1.0, last=0.0))
 """To zero as the square of what is left: the same peak, two thirds of the way."""
 RARELY = TeacherCorrection(rate_scale=0.08, every=4)
@@ -206,9 +201,9 @@ MOSTLY_TAUGHT = replace(FOLLOWING, kl_weight=0.9)
 
 RATES: tuple[Contender, ...] = (
     _but("improved"),
-    _slower("improved 1.2e-3", 1.2e-3),
+    _as("improved", "improved 1.2e-3", 1.2e-3),
     _but("improved, falling as a square", lr=STEEP),
-    _slower("improved 1.2e-3, KL 0.9, SLoRB", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
+    _as("improved", "improved 1.2e-3, KL 0.9, SLoRB", 1.2e-3, objective=MOSTLY_TAUGHT, slorb=SLoRB(k=16)),
     replace(contenders(6e-4)["ast-slorb"], label="AST + SLoRB 6e-4"),
 )
 """Whether the rate is what forgets: the main budget, 12 M tokens, the same seed."""
