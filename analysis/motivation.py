@@ -132,10 +132,11 @@ class Delta:
 
 
 def deltas(data: ExhibitData, reference: str = "full") -> list[Delta]:
-    """Accuracy in points and perplexity in percent, each row against the full method; dense is no ablation."""
+    """Accuracy in points, perplexity of each text in percent: rows against the full method, dense is none."""
     full = data.row(reference)
+    texts = [suite["name"] for suite in data.of_kind("perplexity")]
     metrics = [("accuracy, points", MEAN)]
-    metrics += [("perplexity, %", f"{suite['name']}:perplexity") for suite in data.of_kind("perplexity")[:1]]
+    metrics += [(f"perplexity{f' on {text}' if texts[1:] else ''}, %", f"{text}:perplexity") for text in texts]
     found = []
     for row in data.rows:
         if full is None or row is full or row.is_reference:
@@ -150,14 +151,19 @@ def deltas(data: ExhibitData, reference: str = "full") -> list[Delta]:
 def _delta(row: ExhibitRow, full: ExhibitRow, quantity: str, metric: str) -> Delta | None:
     items, other = row.items(metric), full.items(metric)
     if items is not None and other is not None and paired(items, other):
-        one, (low, high) = compare(items, other), interval(items, other)
-        how = "bootstrap over seeds and items"
-        return Delta(row.label, quantity, 100 * one.difference, 100 * low, 100 * high, how, one.p < 0.05)
+        one, ends = compare(items, other), interval(items, other)
+        value, low, high = (_hundredths(part, metric) for part in (one.difference, *ends))
+        return Delta(row.label, quantity, value, low, high, "bootstrap over seeds and items", one.p < 0.05)
     of, to = row.estimate(metric), full.estimate(metric)
     if of is None or to is None:
         return None
     value = of.mean - to.mean if metric == MEAN else float(np.log(of.mean / to.mean))
-    return Delta(row.label, quantity, 100 * value, None, None, "no outcomes of single items", False)
+    return Delta(row.label, quantity, _hundredths(value, metric), None, None, "no outcomes of single items", False)
+
+
+def _hundredths(difference: float, metric: str) -> float:
+    """Points of an accuracy; percent of a perplexity, of which differences are those of logarithms."""
+    return 100 * (difference if metric == MEAN else float(np.expm1(difference)))
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ class Ablations:
                     _point(axes, delta, -labels.index(delta.label))
                 axes.axvline(0, color="0.35", linewidth=0.9, zorder=1)
                 better = "right" if "accuracy" in quantity else "left"
-                axes.set_xlabel(f"Change of {quantity} (better: {better})")
+                axes.set_xlabel(f"Change of {quantity}\n(better: {better})")
                 plain(axes, "x")
             panels[0].set_yticks([-n for n in range(len(labels))], labels)
             panels[0].set_ylim(-len(labels) + 0.5, 0.5)

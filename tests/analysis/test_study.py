@@ -12,6 +12,7 @@ from typing import Any
 
 from analysis import study_books, study_trials
 from analysis.make_tables import collect
+from analysis.motivation import deltas
 from analysis.study import main
 from analysis.study_bars import bars
 from analysis.study_claims import claims
@@ -173,6 +174,14 @@ def test_claims_are_decided_by_tests_and_absent_rows_decide_nothing(tmp_path: Pa
     assert found["The sparse model reaches the untouched dense one"].verdict == "does not hold"
     assert found["A second-order score beats magnitude"].verdict == "not measured"
     assert found["Annealing beats hard masks from the start"].found == "rows absent"
+
+
+def test_the_figure_of_ablations_has_every_text_and_the_numbers_of_the_tables(tmp_path: Path) -> None:
+    results = Made(ours=19.0).write(tmp_path)
+    found = deltas(collect(results, "smollm2-study").exhibits["table-3"])
+    texts = {delta.quantity for delta in found if delta.quantity.startswith("perplexity")}
+    assert texts == {f"perplexity on {suite.name}, %" for suite in (BOOKS, WIKI)}
+    assert all(delta.low is not None and delta.low <= delta.value + 1e-9 for delta in found)
 
 
 def test_the_page_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
