@@ -2,7 +2,8 @@
 
 python benchmarks/lab_log.py [results/smollm2/lab] [--stretches 1-40 146-250 331-366]
 
-Then what was explored many at a time (`explored.jsonl`, `forgetting.jsonl`, `rates.jsonl`: one line a run), best first.
+Then what was explored many at a time (`explored.jsonl`, `forgetting.jsonl`, `rates.jsonl`, `texts.jsonl`: one
+line a run), best first.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ def explored(path: Path) -> list[str]:
     """Lines of a table of the runs in a file, by the perplexity of books that they do not train on."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     columns = {name: title for name, title in COLUMNS.items() if any(name in row for row in rows)}
+    several = len({row.get("seed") for row in rows}) > 1
     lines = [f"| {path.stem} | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for row in sorted(rows, key=lambda row: row.get("shard_07_perplexity") or row["heldout_perplexity"]):
         cells = ["" if row.get(name) is None else format(row[name], FORMATS.get(name, ".2f")) for name in columns]
-        lines.append(f"| {row['idea']} | " + " | ".join(cells) + " |")
+        seed = f", seed {row['seed']}" if several else ""
+        lines.append(f"| {row['idea']}{seed} | " + " | ".join(cells) + " |")
     return lines
 
 
