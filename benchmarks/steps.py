@@ -30,7 +30,7 @@ from sparseforge_core.objective import Distill, Objective, faster, forwards
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.tracking.tracker import NullTracker
-from sparseforge_core.train.correction import Correction
+from sparseforge_core.train.correction import Correction, anchor_of, fixed
 from sparseforge_core.train.loop import Progress, Run, train
 from sparseforge_core.train.optimizer import build_optimizer
 from sparseforge_core.train.recording import Recording
@@ -135,13 +135,13 @@ def bench(
     torch.manual_seed(0)
     with torch.device(device):
         model = from_config(config_of(shape)).eval()
-    follows = objective.correcting is not None
-    teacher = copy.deepcopy(model).requires_grad_(follows)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype == "bfloat16" and not follows:
-        teacher = teacher.to(torch.bfloat16)
     plan = TrainPlan(steps=steps, sequences=shape.sequences, length=shape.length, compute_dtype=dtype)
     corpus = Synthetic(documents_count=10)
+    teacher = copy.deepcopy(model)
+    if objective.correcting is None:
+        fixed(teacher, plan)
+    anchor = anchor_of(teacher, objective.correcting, plan)
     recipe = Recipe(
         model=Tiny(architecture="llama", tokenizer=TrainedBPE(corpus=corpus, size=300)),  # names the run, no more
         method=method or DenseControl(),
@@ -155,6 +155,7 @@ def bench(
     track = recipe.method.start(around)
     plain = forwards(model, teacher)
     forward, taught = faster(*plain, compiled=compiled)
+    held = None if anchor is None else faster(forwards(anchor, None)[0], None, compiled=compiled)[0]
     run = Run(
         recipe=recipe,
         model=model,
@@ -163,6 +164,7 @@ def bench(
         plain=plain,
         track=track,
         correction=Correction(teacher, objective.correcting, plan) if objective.correcting else None,
+        anchor=held,
         optimizer=build_optimizer(model, sites, plan, track),
         stream=RandomTokens(shape),  # type: ignore[arg-type]
         checkpoints=Checkpoints(folder, "bench"),

@@ -117,14 +117,16 @@ def teacher_card(recipe: Recipe) -> ModelCard | None:
 
 
 def flops(recipe: Recipe) -> float:
-    """Training at 6 N a token, 2 N of a teacher, 4 N more where it takes steps, N of mask work where there are masks;
-    then the evaluation."""
+    """Training at 6 N a token, 2 N of a teacher, 4 N more where it takes steps and 2 N where it is held in them, N of
+    mask work where there are masks; then the evaluation."""
     card, teacher = card_of(recipe.model), teacher_card(recipe)
     working = card.active or card.parameters
     per_token = (7.0 if recipe.method.sparsifies else 6.0) * working
     if teacher:
         correction = recipe.objective.correcting
-        passes = 2.0 if correction is None else 2.0 + 4.0 / correction.every
+        passes = 2.0
+        if correction is not None:
+            passes += (6.0 if correction.anchor else 4.0) / correction.every
         per_token += passes * (teacher.active or teacher.parameters)
     evaluated = 1e5 if card.parameters < 1e7 else EVALUATION_TOKENS
     return per_token * recipe.train.tokens + 2.0 * working * evaluated

@@ -19,7 +19,9 @@ MASK_BYTES = 4 + 4 + 1
 CURVATURE_BYTES = 4
 ADAM_BYTES = 8
 TEACHER_BYTES = 2
-"""Of a weight of a teacher in bfloat16; one that is corrected takes 16."""
+"""Of a weight of a teacher in bfloat16; one that is corrected takes 16, one that is held beside that 18."""
+STEP_BYTES = 12
+"""Of these, gradient and moments, which come with its first step."""
 EIGHT_BIT_BYTES = 2 + 8 / 256
 """Of a masked weight whose moments are kept in 8 bits: two codes, and two float32 scales for 256 of them."""
 MOVING_BYTES = 28
@@ -247,7 +249,7 @@ def start_lines(shape: Shape, spread: Spread) -> list[Line]:
         Line("one site solved", UPDATE_BYTES * site, f"{UPDATE_BYTES} B x {site / 1e6:,.0f}M"),
     ]
     if spread.teacher:
-        each = min(spread.teacher, 4)  # what it trains with, if it does, comes with its first step
+        each = spread.teacher - (STEP_BYTES if spread.teacher > TEACHER_BYTES else 0)
         found.append(Line("teacher", each * p, f"{each} B x {p / 1e6:,.0f}M"))
     return found
 

@@ -28,7 +28,7 @@ from sparseforge_core.ranks import Beats
 from sparseforge_core.recipe import Cell
 from sparseforge_core.solutions import KeptSolutions, computed_on
 from sparseforge_core.tracking.tracker import Tracker
-from sparseforge_core.train.correction import Correction
+from sparseforge_core.train.correction import Correction, anchor_of, fixed
 from sparseforge_core.train.loop import Run
 from sparseforge_core.train.mean_weights import MeanWeights
 from sparseforge_core.train.optimizer import build_optimizer
@@ -72,6 +72,7 @@ class Prepared:
         self.loaded_on = device if whole else torch.device("cpu")
         self.model = model.to(self.loaded_on)
         self.teacher = self._teacher()
+        self.anchor = anchor_of(self.teacher, recipe.objective.correcting, recipe.train)
         self._tokens: TokenFile | None = None
         self.solutions = KeptSolutions(home, self._about_solutions)
 
@@ -115,9 +116,12 @@ class Prepared:
         plain = forwards(self.model, self.teacher)
         # Sharded blocks are compiled as they are: FSDP2's hooks are theirs, and run between what is compiled.
         forward, teacher = faster(*plain, compiled=compiled and self.sharding != "shard")
+        anchor = None
+        if self.anchor is not None:
+            anchor, _ = faster(forwards(self.anchor, None)[0], None, compiled=compiled and self.sharding != "shard")
         if compiled and self.sharding == "shard":
             refuse(self.cell.recipe, "shard", world(), compiled=True)  # which 'auto' has only now turned out to be
-            for model in (self.model, self.teacher):
+            for model in (self.model, self.teacher, self.anchor):
                 if model is not None:
                     compile_blocks(model)
         whole: Any = self.model
@@ -132,6 +136,8 @@ class Prepared:
             if teacher is not None and self.teacher is not None:
                 root = shard(self.teacher, [], self.device)
                 plain, teacher = (plain[0], inside(root, plain[1])), inside(root, teacher)
+            if self.anchor is not None:
+                anchor = inside(shard(self.anchor, [], self.device), anchor)
             track.placed()
             ranks = Shards(beats)
         elif self.sharding == "replicate":
@@ -146,6 +152,7 @@ class Prepared:
             ranks=ranks,
             track=track,
             correction=self._correction(),
+            anchor=anchor,
             mean=self._mean(),
             recording=Recording(self.model, self.teacher, required=bool(execution.recorded)) if recorded else None,
             optimizer=build_optimizer(self.model, self.sites, plan, track),
@@ -178,9 +185,7 @@ class Prepared:
             self._check_tokenizer(source)
         if objective.correcting is not None:
             return teacher.requires_grad_(True)  # what takes steps is kept in float32
-        if self.cell.recipe.train.compute_dtype == "bfloat16":
-            teacher = teacher.to(torch.bfloat16)  # autocast would cast it again in every forward
-        return teacher.requires_grad_(False)
+        return fixed(teacher, self.cell.recipe.train)
 
     def _mean(self) -> MeanWeights | None:
         plan = self.cell.recipe.train

@@ -265,6 +265,24 @@ COMBINED: tuple[Contender, ...] = _mixed(
 )
 """Several changes at once, of which those are run that `TEXTS` leaves open."""
 
+
+def _held(label: str, *, at: float, anchor: float = 0.5, kl_weight: float = FOLLOWING.kl_weight) -> Contender:
+    """The study's method, its teacher held to the dense model and as fast as `at` of the plan's rate."""
+    correction = TeacherCorrection(rate_scale=at, anchor=anchor)
+    return _but(f"improved, {label}", objective=replace(FOLLOWING, kl_weight=kl_weight, correction=correction))
+
+
+HELD: tuple[Contender, ...] = _mixed(
+    _held("a held teacher", at=0.02),
+    _held("a held teacher at an eighth", at=0.125),
+    _held("a held teacher at a half", at=0.5),
+    _held("a held teacher at an eighth, KL 0.9", at=0.125, kl_weight=0.9),
+    _held("a held teacher at a half, KL 0.9", at=0.5, kl_weight=0.9),
+    _held("a held teacher at a half, KL 1", at=0.5, kl_weight=1.0),
+    _held("a teacher held by three quarters at a half, KL 0.9", at=0.5, anchor=0.75, kl_weight=0.9),
+)
+"""Whether a teacher that is held to the dense model may be fast: the same text, budget and seeds as `TEXTS`."""
+
 UNSHOWN = (3, 4)
 """Seeds that no table has: the first for every idea, the second where the first does not settle it."""
 
@@ -286,7 +304,7 @@ def ideas() -> Grid:
         for millions, some, suites, seeds in (
             (6, FORGETTING, (TRIED_ON, FORGOTTEN), UNSHOWN[:1]),
             (12, RATES, (TRIED_ON, FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
-            (12, (*TEXTS, *COMBINED), (FORGOTTEN, ELSEWHERE), UNSHOWN),
+            (12, (*TEXTS, *COMBINED, *HELD), (FORGOTTEN, ELSEWHERE), UNSHOWN),
         )
         for one in some
         for seed in seeds

@@ -26,7 +26,7 @@ from sparseforge_core.models.regions import compiled_blocks, has_compiled_blocks
 from sparseforge_core.models.rows import one_sequence_a_row
 from sparseforge_core.objective.divergence import SparseTarget
 from sparseforge_core.objective.fused import fused_losses, refusal
-from sparseforge_core.objective.objectives import Losses, Objective, TaskOnly
+from sparseforge_core.objective.objectives import Distill, Losses, Objective, TaskOnly
 from sparseforge_core.objective.teaching import Draws
 
 log = logging.getLogger(__name__)
@@ -82,11 +82,12 @@ def batch_losses(
     draws: Draws | None = None,
     *,
     correct: bool = False,
+    anchor: Any | None = None,
 ) -> Losses:
     """Run student and teacher on `tokens` `[batch, length]` and compute the losses.
 
-    With `correct` the teacher's own cross-entropy is among them, with its graph, from the forward pass that it teaches
-    with.
+    With `correct` the teacher's own loss is among them, with its graph, from the forward pass that it teaches with.
+    `anchor` is what it is held to, where the objective's correction says so; it runs without a graph.
     """
     if objective.distills and teacher is None:
         raise RecipeError("objective: distillation was asked for without a teacher")
@@ -101,13 +102,27 @@ def batch_losses(
         ours = _body(model)(input_ids=tokens, **asked)
         with torch.set_grad_enabled(correct):
             theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
+        own = _own(objective) if correct else None
+        held = None
+        if own is not None and own.distills:
+            if anchor is None:
+                raise RecipeError("objective.correction.anchor: the teacher is to be held to a model that is not given")
+            with torch.no_grad():
+                held = _body(anchor)(input_ids=tokens, use_cache=False)
     losses = _losses(model, teacher, objective, ours, theirs, tokens, uniform)
     if objective.matching is not None and theirs is not None:
         states = [state.detach() for state in theirs.hidden_states]
         losses = objective.with_hidden(losses, objective.matching.loss(ours.hidden_states, states))
-    if not correct or theirs is None:
+    if own is None or theirs is None:
         return losses
-    return dataclasses.replace(losses, teacher=_losses(teacher, None, TaskOnly(), theirs, None, tokens, None).total)
+    holder = None if held is None else anchor
+    return dataclasses.replace(losses, teacher=_losses(teacher, holder, own, theirs, held, tokens, None).total)
+
+
+def _own(objective: Objective) -> Objective:
+    """What a teacher that takes steps minimises."""
+    share = 0.0 if objective.correcting is None else objective.correcting.anchor
+    return Distill(kl_weight=share) if share else TaskOnly()
 
 
 def _losses(

@@ -27,7 +27,7 @@ class Losses:
     kl: Tensor | None
     hidden: Tensor | None = None
     teacher: Tensor | None = None
-    """The teacher's own cross-entropy, where it takes steps; no part of `total`."""
+    """The teacher's own loss, where it takes steps; no part of `total`."""
 
 
 class Objective(ABC):
@@ -54,10 +54,13 @@ class Objective(ABC):
 
     @property
     def teacher_bytes(self) -> int:
-        """Bytes of a weight of the teacher: bfloat16, or all that a float32 weight trains with; 0 without a teacher."""
+        """Bytes of a weight of the teacher: bfloat16, or all that a float32 weight trains with and, where it is held, a
+        second copy in bfloat16; 0 without a teacher."""
         if not self.distills:
             return 0
-        return 2 if self.correcting is None else 16
+        if self.correcting is None:
+            return 2
+        return 18 if self.correcting.anchor else 16
 
     @property
     def taught(self) -> TeacherLogits:

@@ -6,7 +6,9 @@ scatters them where it is sharded. Either way all ranks take the step of the who
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,18 @@ Clip = Callable[[list[nn.Parameter], float], Tensor]
 
 PREFIX = "teacher/"
 WEIGHTS, MOMENTS = f"{PREFIX}weights/", f"{PREFIX}moments/"
+
+
+def fixed(model: Any, plan: TrainPlan) -> Any:
+    """A model that takes no steps, in the precision that it runs in: autocast would cast it again in every forward."""
+    if plan.compute_dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    return model.requires_grad_(False)
+
+
+def anchor_of(teacher: Any | None, spec: TeacherCorrection | None, plan: TrainPlan) -> Any | None:
+    """A copy of a teacher that takes steps, as it came, where its correction holds it to that."""
+    return fixed(copy.deepcopy(teacher), plan) if spec is not None and spec.anchor else None
 
 
 class Correction:

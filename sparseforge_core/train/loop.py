@@ -68,6 +68,8 @@ class Run:
     """Student and teacher in a form that has second derivatives, neither compiled nor fused; None: they are that."""
     correction: Correction | None = None
     """The teacher's own steps, where the objective asks for them."""
+    anchor: Any | None = None
+    """What a teacher that takes steps is held to, as the objective calls it; None where it is not held."""
     mean: MeanWeights | None = None
     """What training ends with, where that is not the last step's weights."""
     recording: Recording | None = None
@@ -224,7 +226,7 @@ def _passes(
 ) -> dict[str, Tensor]:
     """Forward, a look at the loss, and backward of a micro-batch on the device; its share of the batch's losses."""
     with _autocast(run):
-        losses = batch_losses(run.forward, run.teacher, objective, tokens, draws, correct=correct)
+        losses = batch_losses(run.forward, run.teacher, objective, tokens, draws, correct=correct, anchor=run.anchor)
     if look is not None:
         look(losses.total)
     total = losses.total if losses.teacher is None else losses.total + losses.teacher

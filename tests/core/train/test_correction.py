@@ -27,6 +27,7 @@ from tests.tiny import tiny_model, tiny_source, tokens
 
 STEPS = 12
 CORRECTED = Distill(correction=TeacherCorrection(rate_scale=0.5))
+HELD = Distill(correction=TeacherCorrection(rate_scale=0.5, anchor=0.75))
 
 
 def _recipe(objective: Distill | Then = CORRECTED, method: FrozenMask | SparseForge | None = None) -> Recipe:
@@ -80,6 +81,39 @@ def test_the_student_gets_the_gradient_that_a_fixed_teacher_gives(whole: bool) -
             torch.testing.assert_close(grad, parameter.grad)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_that_is_held_gets_the_gradient_of_distillation_from_what_it_came_as(whole: bool) -> None:
+    models = tiny_model("llama"), tiny_model("llama", seed=1), tiny_model("llama", seed=2).requires_grad_(False)
+    forward, taught, anchor = models if whole else map(split, models)
+    ids = tokens(3, 12)
+    losses = batch_losses(forward, taught, HELD, ids, correct=True, anchor=anchor)
+    assert losses.teacher is not None
+    (losses.total + losses.teacher).backward()  # type: ignore[no-untyped-call]
+    ours, theirs = ([p.grad.clone() for p in m.parameters()] for m in models[:2])
+    for model in models[:2]:
+        model.zero_grad()
+    batch_losses(forward, taught, Distill(), ids).total.backward()  # type: ignore[no-untyped-call]
+    batch_losses(taught, anchor, Distill(kl_weight=0.75), ids).total.backward()  # type: ignore[no-untyped-call]
+    for grads, m in zip((ours, theirs), models[:2], strict=True):
+        for grad, parameter in zip(grads, m.parameters(), strict=True):
+            torch.testing.assert_close(grad, parameter.grad)
+    assert all(p.grad is None for p in models[2].parameters())
+    with pytest.raises(RecipeError, match=r"correction\.anchor"):
+        batch_losses(forward, taught, HELD, ids, correct=True)
+
+
+def test_one_that_is_held_stays_nearer_to_what_it_came_as(tmp_path: Path) -> None:
+    for name, objective in (("free", CORRECTED), ("held", HELD), ("stays", Distill())):
+        train_cell(Cell(recipe=_recipe(objective)), tmp_path / name, tmp_path / "home")
+    free, held, stays = (_losses(tmp_path / name, "loss/kl") for name in ("free", "held", "stays"))
+    assert held[1] == free[1] == stays[1]
+    # What a student is taught with lies between what it came as and what follows the text alone.
+    assert abs(held[STEPS] - stays[STEPS]) < abs(free[STEPS] - stays[STEPS])
+    assert _losses(tmp_path / "held", "loss/teacher")[1] == pytest.approx(
+        0.25 * _losses(tmp_path / "free", "loss/teacher")[1], rel=1e-5
+    ), "at first it is what it is held to: the divergence is zero"
+
+
 def test_it_teaches_a_batch_before_it_learns_from_it(tmp_path: Path) -> None:
     train_cell(Cell(recipe=_recipe()), tmp_path / "follows", tmp_path / "home")
     train_cell(Cell(recipe=_recipe(Distill())), tmp_path / "stays", tmp_path / "home")
@@ -104,16 +138,21 @@ def test_it_may_learn_from_some_batches_and_teach_all(tmp_path: Path) -> None:
     assert taught[STEPS] != stays[STEPS]
 
 
-@pytest.mark.parametrize("method", [FrozenMask(), SparseForge()])
+@pytest.mark.parametrize(
+    ("objective", "method"), [(CORRECTED, FrozenMask()), (CORRECTED, SparseForge()), (HELD, FrozenMask())]
+)
 @pytest.mark.parametrize("stop", [1, 7])
-def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, method: FrozenMask | SparseForge, stop: int) -> None:
-    hashes = whole_and_in_parts(Cell(recipe=_recipe(method=method)), tmp_path, stop)
+def test_a_stopped_run_resumes_to_the_bit(
+    tmp_path: Path, objective: Distill, method: FrozenMask | SparseForge, stop: int
+) -> None:
+    hashes = whole_and_in_parts(Cell(recipe=_recipe(objective, method)), tmp_path, stop)
     assert hashes[0] == hashes[1]
     assert _losses(tmp_path / "whole", "loss/teacher")[STEPS] == _losses(tmp_path / "parts", "loss/teacher")[STEPS]
 
 
-def test_micro_batches_make_the_same_step(tmp_path: Path) -> None:
-    cell = Cell(recipe=_recipe())
+@pytest.mark.parametrize("objective", [CORRECTED, HELD])
+def test_micro_batches_make_the_same_step(tmp_path: Path, objective: Distill) -> None:
+    cell = Cell(recipe=_recipe(objective))
     train_cell(cell, tmp_path / "whole", tmp_path / "home")
     train_cell(cell, tmp_path / "cut", tmp_path / "home", execution=Execution(micro_batch=1))
     whole, cut = (_losses(tmp_path / name, "loss/teacher") for name in ("whole", "cut"))
@@ -125,7 +164,10 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         TeacherCorrection(rate_scale=0.0)
     with pytest.raises(RecipeError, match=r"correction\.every=0"):
         TeacherCorrection(every=0)
+    for anchor in (-0.1, 1.0, float("nan")):
+        with pytest.raises(RecipeError, match=r"correction\.anchor"):
+            TeacherCorrection(anchor=anchor)
     with pytest.raises(RecipeError, match=r"after\.correction"):
         Then(before=CORRECTED, after=Distill(), switch_at=0.5)
     assert Then(before=CORRECTED, after=TaskOnly(), switch_at=0.5).correcting == CORRECTED.correction
-    assert [objective.teacher_bytes for objective in (TaskOnly(), Distill(), CORRECTED)] == [0, 2, 16]
+    assert [objective.teacher_bytes for objective in (TaskOnly(), Distill(), CORRECTED, HELD)] == [0, 2, 16, 18]

@@ -53,9 +53,10 @@ WATCHED = cell(SparseForge(curvature=MicroBatchFisher(every=2), statistics_of="l
 """Its curvature is each replica's own, or in shards: what a checkpoint must keep apart; its statistics are of all."""
 
 FOLLOWED = cell(
-    objective=Distill(kl_weight=0.75, correction=TeacherCorrection(rate_scale=0.5, every=2)), averaged_from=0.3
+    objective=Distill(kl_weight=0.75, correction=TeacherCorrection(rate_scale=0.5, every=2, anchor=0.5)),
+    averaged_from=0.3,
 )
-"""Its teacher takes steps too, fast enough that ranks which took others would show."""
+"""Its teacher takes steps too, fast enough that ranks which took others would show, and is held to what it was."""
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "replicas": (cell(), {"sharding": "replicate", "micro_batch": 1}),

@@ -41,6 +41,7 @@ STEPS = 9
 
 FROZEN = FrozenMask(prior=MagnitudePruning())
 FOLLOWING = Distill(correction=TeacherCorrection())
+HELD = Distill(correction=TeacherCorrection(anchor=0.5))
 NOW_AND_THEN = Distill(correction=TeacherCorrection(every=2))
 
 
@@ -103,7 +104,7 @@ def trained(
     return weights, recorder
 
 
-@pytest.mark.parametrize("objective", [Distill(), FOLLOWING])
+@pytest.mark.parametrize("objective", [Distill(), FOLLOWING, HELD])
 @pytest.mark.parametrize(
     "method",
     [
@@ -308,7 +309,7 @@ def test_questions_are_noticed_on_a_gpu() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("objective", [Distill(), FOLLOWING, NOW_AND_THEN])
+@pytest.mark.parametrize("objective", [Distill(), FOLLOWING, HELD, NOW_AND_THEN])
 def test_recorded_steps_train_as_plain_ones_do_on_a_gpu(tmp_path: Path, objective: Distill) -> None:
     """Products of bfloat16 are added in the same order by the same kernels; the embedding's gradient may not be."""
     found = [
