@@ -42,7 +42,7 @@ def divergence(subject: Subject, suite: DivergenceSuite) -> SuiteResult:
                 for place, a, b in zip(places.tolist(), kl.tolist(), same.tolist(), strict=True)
             }
 
-    known = by_window(subject, "kl-to-dense", table, run)
+    known = by_window(subject, "kl-to-dense", tokens.sha256, table, run)
     items = [{"window": place, "kl": kl, "agree": same} for place, (kl, same) in enumerate(known)]
     predicted = len(table) * (suite.window - 1)
     about = {

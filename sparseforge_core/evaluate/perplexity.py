@@ -53,7 +53,7 @@ def perplexity(subject: Subject, suite: PerplexitySuite) -> SuiteResult:
             found = window_losses(subject.model, table[places].to(subject.device))
             yield {place: [_finite(loss)] for place, loss in zip(places.tolist(), found.tolist(), strict=True)}
 
-    known = by_window(subject, f"perplexity-{suite.text}", table, run)
+    known = by_window(subject, f"perplexity-{suite.text}", about["sha256"], table, run)
     losses = torch.tensor([math.nan if loss is None else loss for (loss,) in known], dtype=torch.float64)
     mean = float(losses.mean())
     error = float(losses.std()) / math.sqrt(windows) if windows > 1 else None
@@ -69,10 +69,14 @@ def perplexity(subject: Subject, suite: PerplexitySuite) -> SuiteResult:
 
 
 def by_window(
-    subject: Subject, name: str, table: torch.Tensor, run: Callable[[list[int]], Iterator[dict[int, Any]]]
+    subject: Subject, name: str, text: str, table: torch.Tensor, run: Callable[[list[int]], Iterator[dict[int, Any]]]
 ) -> list[Any]:
-    """What `run` gives for each window of `table`, kept in the cell's folder so that an interrupted pass goes on."""
-    about = {"task": name, "window": table.shape[1], "model": subject.identity, "dtype": dtype_of(subject.model)}
+    """What `run` gives for each window of `table`, kept in the cell's folder so that an interrupted pass goes on.
+
+    `text` is the hash of what the windows are cut from: each text has a file of its own.
+    """
+    about = {"task": name, "text": text, "window": table.shape[1]}
+    about |= {"model": subject.identity, "dtype": dtype_of(subject.model)}
     asked = [hashlib.sha256(window.numpy().tobytes()).hexdigest()[:12] for window in table]
     return remembered(subject.items_dir, name, about, asked, run)
 

@@ -94,6 +94,23 @@ def test_a_text_of_the_suite_s_own_is_read_whole_and_is_never_what_trains(home: 
             PerplexitySuite(name="odd", text=text, window=16, corpus=corpus)  # type: ignore[arg-type]
 
 
+def test_two_texts_of_one_kind_keep_their_windows_apart(home: Path, tmp_path: Path) -> None:
+    subject, rows = tiny_subject(home, positions=64, items_dir=tmp_path), list[int]()
+    subject.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    suites = [
+        PerplexitySuite(
+            name=f"other-{seed}", text="named", window=16, corpus=Synthetic(documents_count=30, seed=seed), limit=4
+        )
+        for seed in (7, 8)
+    ]
+    first = [perplexity(subject, suite).items for suite in suites]
+    assert sum(rows) == 8
+    assert [perplexity(subject, suite).items for suite in suites] == first
+    assert sum(rows) == 8
+
+
 def test_a_window_beyond_the_model_and_a_text_too_short_are_refused(home: Path) -> None:
     with pytest.raises(DataError, match="window=65, and the model accepts at most 64"):
         measured(PerplexitySuite(name="long", text="heldout", window=65), home)
