@@ -283,6 +283,14 @@ HELD: tuple[Contender, ...] = _mixed(
 )
 """Whether a teacher that is held to the dense model may be fast: the same text, budget and seeds as `TEXTS`."""
 
+TWICE_AS_LONG: tuple[Contender, ...] = _mixed(
+    _but("improved"),
+    _held("a held teacher at an eighth", at=0.125),
+    _held("a held teacher at a half, KL 0.9", at=0.5, kl_weight=0.9),
+    _as("ast-slorb", "AST + SLoRB 6e-4", 6e-4),
+)
+"""Whether what holds at 12 M tokens holds at 24 M."""
+
 UNSHOWN = (3, 4)
 """Seeds that no table has: the first for every idea, the second where the first does not settle it."""
 
@@ -305,6 +313,7 @@ def ideas() -> Grid:
             (6, FORGETTING, (TRIED_ON, FORGOTTEN), UNSHOWN[:1]),
             (12, RATES, (TRIED_ON, FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
             (12, (*TEXTS, *COMBINED, *HELD), (FORGOTTEN, ELSEWHERE), UNSHOWN),
+            (24, TWICE_AS_LONG, (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
         )
         for one in some
         for seed in seeds

@@ -24,7 +24,19 @@ from flows.grids.study_grid import (
     ablations,
     tuned,
 )
-from flows.grids.study_lab import COMBINED, ELSEWHERE, FORGETTING, FORGOTTEN, HELD, IDEAS, LONG, RATES, TEXTS, UNSHOWN
+from flows.grids.study_lab import (
+    COMBINED,
+    ELSEWHERE,
+    FORGETTING,
+    FORGOTTEN,
+    HELD,
+    IDEAS,
+    LONG,
+    RATES,
+    TEXTS,
+    TWICE_AS_LONG,
+    UNSHOWN,
+)
 from flows.provenance import ROOT
 from sparseforge_core import specs
 from sparseforge_core.data.corpora import TextFiles
@@ -61,7 +73,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
     assert len({cell.recipe_key for cell in plan.cells}) == sum(
-        map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD))
+        map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, TWICE_AS_LONG))
     )
 
 
