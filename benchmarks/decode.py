@@ -48,7 +48,7 @@ PAIRS = ((128, 128), (128, 1024), (1024, 128), (1024, 1024))
 """Tokens of prompt and output in Table 7."""
 
 LONG = 2048
-"""Tokens from which a prompt counts for the bar of prompts, where there are such."""
+"""Tokens from which a prompt counts for the bar of prompts."""
 
 
 def ratios(report: Report, options: argparse.Namespace) -> None:
@@ -66,7 +66,7 @@ def ratios(report: Report, options: argparse.Namespace) -> None:
         "step_over_strong_dense.slorb", "step_ms.dense.batch_1", f"step_ms.sparse_slorb{options.block}.batch_1"
     )
     for kind in ("prefill", "prompt"):
-        lengths = [length for length in options.prefill if length >= LONG] or options.prefill
+        lengths = [length for length in options.prefill if length >= LONG]  # shorter ones have a bar of their own
         found = [report.value(f"{kind}_over_dense.{length}") for length in lengths]
         if found and None not in found:
             slowest = min(value for value in found if value is not None)
