@@ -72,6 +72,10 @@ class Checkpoints:
         self._drop_old()
         return path
 
+    def size(self, model: nn.Module, optimizer: torch.optim.Optimizer, track: Stateful) -> int:
+        """Bytes of what `save` writes."""
+        return sum(x.numel() * x.element_size() for x in state_of(model, optimizer, track).values())
+
     def steps(self) -> list[int]:
         """Steps with a complete folder, ascending."""
         found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*") if (p / MANIFEST).is_file())

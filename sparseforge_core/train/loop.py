@@ -106,7 +106,8 @@ def train(
     beside = Beside(run.track, [kept for kept in (run.correction, run.mean) if kept is not None])
     first = run.checkpoints.resume(run.model, run.optimizer, beside) + 1
     clock = _Clock(plan.sequences * plan.length, first - 1)
-    saving = _Saving(patient=run.ranks.world == 1)
+    size = functools.partial(run.checkpoints.size, run.model, run.optimizer, beside)
+    saving = _Saving(size, patient=run.ranks.world == 1)
     watch = Watch(run.optimizer, run.device, deferred=run.ranks.deferred)
     if run.recording is not None:
         run.track.record(run.recording.beside)
@@ -290,24 +291,30 @@ SLOW_SAVE = 0.5
 """Seconds from which on a checkpoint is worth waiting for the next one."""
 SAVING_SHARE = 0.1
 """Most of a training's time that slow checkpoints may take."""
+SAVE_RATE = 250e6
+"""Bytes a second that a checkpoint is expected to be written and hashed at, until one was."""
 
 
 class _Saving:
-    """Whether a checkpoint is due: a slow one is passed over until ten times what it took has been trained.
+    """Whether a checkpoint is due: a slow one is passed over until ten times what it takes has been trained.
 
-    Fast steps of a large model would otherwise write checkpoints for as long as they train. Ranks do not pass any
-    over: their clocks differ, and a checkpoint is the work of all of them.
+    Fast steps of a large model would otherwise write checkpoints for as long as they train, and a training of a minute
+    spend a sixth of it on one. Ranks do not pass any over: their clocks differ, and a checkpoint is the work of all.
     """
 
-    def __init__(self, *, patient: bool) -> None:
-        self.patient = patient
-        self.took = 0.0
+    def __init__(self, size: Callable[[], int], *, patient: bool) -> None:
+        """`size` counts the bytes of a checkpoint."""
+        self.size, self.patient = size, patient
+        self.took: float | None = None
+        """Seconds of the last one."""
         self.ended = time.perf_counter()
 
     def is_due(self) -> bool:
         """Whether to save at a step where a checkpoint is planned."""
-        since = time.perf_counter() - self.ended
-        return not (self.patient and self.took >= SLOW_SAVE and since * SAVING_SHARE < self.took)
+        if not self.patient:
+            return True
+        took = self.size() / SAVE_RATE if self.took is None else self.took
+        return took < SLOW_SAVE or (time.perf_counter() - self.ended) * SAVING_SHARE >= took
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:

@@ -29,6 +29,14 @@ def stopped(folder: Path, *steps: int) -> Run:
     return start(recipe_of(AST()), folder)
 
 
+def test_its_size_is_known_before_it_is_written(tmp_path: Path) -> None:
+    run = stopped(tmp_path, 3)
+    run.checkpoints.resume(run.model, run.optimizer, run.track)
+    written = [load_file(file) for file in (tmp_path / "step-00000003").glob("*.safetensors")]
+    expected = sum(x.numel() * x.element_size() for tensors in written for x in tensors.values())
+    assert run.checkpoints.size(run.model, run.optimizer, run.track) == expected > 0
+
+
 def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
     stopped(tmp_path, 3)
     file = tmp_path / "step-00000003" / "model.safetensors"
