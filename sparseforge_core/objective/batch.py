@@ -92,6 +92,10 @@ def batch_losses(
     if objective.distills and teacher is None:
         raise RecipeError("objective: distillation was asked for without a teacher")
     teacher = teacher if objective.distills else None
+    own = _own(objective) if correct else None
+    anchor = anchor if own is not None and own.distills else None
+    if own is not None and own.distills and anchor is None:
+        raise RecipeError("objective.correction.anchor: the teacher is to be held to a model that is not given")
     uniform = None
     if draws is not None and objective.taught.samples:
         uniform = draws.uniform(tokens.shape[0], tokens.shape[1] - 1, objective.taught.samples).to(tokens.device)
@@ -102,21 +106,15 @@ def batch_losses(
         ours = _body(model)(input_ids=tokens, **asked)
         with torch.set_grad_enabled(correct):
             theirs = None if teacher is None else _body(teacher)(input_ids=tokens, **asked)
-        own = _own(objective) if correct else None
-        held = None
-        if own is not None and own.distills:
-            if anchor is None:
-                raise RecipeError("objective.correction.anchor: the teacher is to be held to a model that is not given")
-            with torch.no_grad():
-                held = _body(anchor)(input_ids=tokens, use_cache=False)
+        with torch.no_grad():
+            held = None if anchor is None else _body(anchor)(input_ids=tokens, use_cache=False)
     losses = _losses(model, teacher, objective, ours, theirs, tokens, uniform)
     if objective.matching is not None and theirs is not None:
         states = [state.detach() for state in theirs.hidden_states]
         losses = objective.with_hidden(losses, objective.matching.loss(ours.hidden_states, states))
     if own is None or theirs is None:
         return losses
-    holder = None if held is None else anchor
-    return dataclasses.replace(losses, teacher=_losses(teacher, holder, own, theirs, held, tokens, None).total)
+    return dataclasses.replace(losses, teacher=_losses(teacher, anchor, own, theirs, held, tokens, None).total)
 
 
 def _own(objective: Objective) -> Objective:
