@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,10 @@ GAPS = (0, 0.001, 0.01, 0.1, 0.5)
 
 @dataclass(frozen=True)
 class HardVsSoft:
-    """Training loss of every retrained method of Table 2, and where it ends: soft masks against hard ones."""
+    """Training loss of the retrained methods of Table 2, and where it ends: soft masks against hard ones."""
 
     bands: list[Band]
+    """Of all rows; those that are drawn come first."""
     ends: list[tuple[int, str, Estimate | None]]
     """(number of the band, label, perplexity) of the rows whose losses are drawn."""
 
@@ -59,13 +61,16 @@ def hard_vs_soft(exhibits: Mapping[str, ExhibitData], curves: Sequence[ShownCurv
         return None
     data = exhibits["table-2"]
     metric = next((f"{suite['name']}:perplexity" for suite in data.of_kind("perplexity")), "")
-    ends = [
-        (index, row.label, row.estimate(metric))
-        for index, band in enumerate(found[:LINES])
-        for row in data.rows
-        if row.label == band.row
-    ]
+    value = {row.label: row.estimate(metric) for row in data.rows}
+    found = _lowest_first(found, {label: estimate.mean for label, estimate in value.items() if estimate is not None})
+    ends = [(index, band.row, value[band.row]) for index, band in enumerate(found[:LINES]) if band.row in value]
     return HardVsSoft(found, ends)
+
+
+def _lowest_first(found: Sequence[Band], means: Mapping[str, float]) -> list[Band]:
+    """The `LINES` bands that end lowest, which are drawn, then the others; each part in the table's order."""
+    drawn = {band.row for band in sorted(found, key=lambda band: means.get(band.row, math.inf))[:LINES]}
+    return sorted(found, key=lambda band: band.row not in drawn)
 
 
 def _ends(axes: Any, ends: Sequence[tuple[int, str, Estimate | None]], lines: int) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.bands import GRID, bands
+from analysis.bands import GRID, LINES, Band, bands
 from analysis.make_tables import collect, make_tables
-from analysis.motivation import ablations, deltas, hard_vs_soft, mask_histograms, mask_softness
+from analysis.motivation import _lowest_first, ablations, deltas, hard_vs_soft, mask_histograms, mask_softness
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import Curve
 from tests.analysis.filled import Filled, everything, scores
@@ -152,3 +152,12 @@ def test_files_are_the_same_twice_and_name_no_date(results: Results, tmp_path: P
     for path in files:
         assert path.read_bytes() == (tmp_path / "two" / "figures" / path.name).read_bytes()
         assert b"CreationDate" not in path.read_bytes()
+
+
+def test_of_many_rows_the_lowest_are_drawn() -> None:
+    found = [Band(row=f"row {i}", label="", seeds=1, done=(), mean=(), low=(), high=()) for i in range(LINES + 2)]
+    means = {band.row: float(i) for i, band in enumerate(reversed(found))} | {"row 3": 99.0}
+    shown = [band.row for band in _lowest_first(found, means)]
+    assert shown[:LINES] == [f"row {i}" for i in range(1, LINES + 2) if i != 3]
+    assert shown[LINES:] == ["row 0", "row 3"]
+    assert _lowest_first(found, {})[:LINES] == found[:LINES]
