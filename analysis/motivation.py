@@ -81,7 +81,7 @@ def _ends(axes: Any, ends: Sequence[tuple[int, str, Estimate | None]], lines: in
             )
     axes.set_yticks([-index for index, _, _ in ends], [label for _, label, _ in ends])
     axes.set_ylim(-lines + 0.4, 0.6)
-    axes.set_xlabel("Perplexity after training (95 % t)")
+    axes.set_xlabel("Final perplexity (95 % t)")
     plain(axes, "x")
 
 

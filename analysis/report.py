@@ -26,7 +26,7 @@ from sparseforge_core.store.results import Results
 
 CAPTIONS = {
     "accuracy-vs-tokens": "Perplexity and accuracy against retraining tokens; published points are hollow.",
-    "hard-vs-soft": "Loss during training and where it ends: soft against hard masks; seven rows of Table 2, the lowest.",
+    "hard-vs-soft": "Loss during training and where it ends: soft and hard masks, the seven lowest rows of Table 2.",
     "ablations": "Each ablation against the full method.",
     "mask-softness": "How soft the mask still is: share of entries in (0.1, 0.9), and mean distance to the hard mask.",
     "mask-histograms": "Mask values of one run on their way from soft to hard.",
