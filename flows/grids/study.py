@@ -78,10 +78,10 @@ CALIBRATION = 128
 """Sequences of `LENGTH` tokens that one-shot methods and priors see: 131,072 tokens."""
 
 
-def plan(tokens: int, lr: Schedule) -> TrainPlan:
-    """At least that many tokens, in steps of 16 x 1,024."""
-    steps = math.ceil(tokens / TOKENS_PER_STEP)
-    return TrainPlan(steps=steps, sequences=SEQUENCES, length=LENGTH, lr=lr, compute_dtype="bfloat16")
+def plan(tokens: int, lr: Schedule, sequences: int = SEQUENCES) -> TrainPlan:
+    """At least that many tokens, in steps of `sequences` x 1,024."""
+    steps = math.ceil(tokens / (sequences * LENGTH))
+    return TrainPlan(steps=steps, sequences=sequences, length=LENGTH, lr=lr, compute_dtype="bfloat16")
 
 
 TAUGHT = Distill()
@@ -102,6 +102,8 @@ class Contender:
     averaged_from: float = 1.0
     objective: Objective = TAUGHT
     slorb: SLoRB | None = None
+    sequences: int = SEQUENCES
+    """Of a step."""
     corpus: TextFiles = BOOKS
 
     def recipe(self, tokens: int, model: ModelSource = MODEL) -> Recipe:
@@ -121,7 +123,7 @@ class Contender:
         if self.lr is None:
             return TrainPlan()
         return replace(
-            plan(tokens, self.lr),
+            plan(tokens, self.lr, self.sequences),
             rule=self.rule,
             weight_decay=self.weight_decay,
             decayed=self.decayed,

@@ -14,6 +14,7 @@ from flows.grids.study import (
     LENGTH,
     MILLION,
     MIXED,
+    SEQUENCES,
     SPARSEGPT,
     TRIED_ON,
     Contender,
@@ -291,6 +292,25 @@ TWICE_AS_LONG: tuple[Contender, ...] = _mixed(
 )
 """Whether what holds at 12 M tokens holds at 24 M."""
 
+WIDE = 2 * SEQUENCES
+WIDE_PEAK = 3.4e-3
+"""The peak times the root of two, as the noise of twice the sequences allows."""
+WIDER: tuple[Contender, ...] = _mixed(
+    _but("improved, 32 sequences a step", sequences=WIDE),
+    _as("improved", "improved 3.4e-3, 32 sequences a step", WIDE_PEAK, sequences=WIDE),
+)
+LONGER: tuple[Contender, ...] = (
+    *WIDER,
+    *_mixed(
+        _but("improved, KL 0.9, 32 sequences a step", objective=MOSTLY_TAUGHT, sequences=WIDE),
+        _but("improved, KL 0.9", objective=MOSTLY_TAUGHT),
+        _as("ast-slorb", "AST + SLoRB 6e-4, 32 sequences a step", 6e-4, sequences=WIDE),
+        _frozen("frozen SparseGPT 2.4e-3", PEAK),
+        _frozen("frozen SparseGPT 2.4e-3, 32 sequences a step", PEAK, sequences=WIDE),
+    ),
+)
+"""Whether a larger budget should go into wider steps rather than more of them, for ours and its two nearest rivals."""
+
 UNSHOWN = (3, 4)
 """Seeds that no table has: the first for every idea, the second where the first does not settle it."""
 
@@ -312,8 +332,8 @@ def ideas() -> Grid:
         for millions, some, suites, seeds in (
             (6, FORGETTING, (TRIED_ON, FORGOTTEN), UNSHOWN[:1]),
             (12, RATES, (TRIED_ON, FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
-            (12, (*TEXTS, *COMBINED, *HELD), (FORGOTTEN, ELSEWHERE), UNSHOWN),
-            (24, TWICE_AS_LONG, (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
+            (12, (*TEXTS, *COMBINED, *HELD, *WIDER), (FORGOTTEN, ELSEWHERE), UNSHOWN),
+            (24, (*TWICE_AS_LONG, *LONGER), (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
         )
         for one in some
         for seed in seeds

@@ -32,10 +32,12 @@ from flows.grids.study_lab import (
     HELD,
     IDEAS,
     LONG,
+    LONGER,
     RATES,
     TEXTS,
     TWICE_AS_LONG,
     UNSHOWN,
+    WIDER,
 )
 from flows.provenance import ROOT
 from sparseforge_core import specs
@@ -73,7 +75,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
     assert len({cell.recipe_key for cell in plan.cells}) == sum(
-        map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, TWICE_AS_LONG))
+        map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, WIDER, TWICE_AS_LONG, LONGER))
     )
 
 
