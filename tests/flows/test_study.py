@@ -20,8 +20,11 @@ from flows.grids.study_grid import (
     NAME,
     SEEDS,
     TUNED,
+    WIDE,
+    WIDE_FROM,
     ZERO_SHOT,
     ablations,
+    at_budget,
     tuned,
 )
 from flows.grids.study_lab import (
@@ -47,6 +50,7 @@ from sparseforge_core.evaluate.suites import Suite
 from sparseforge_core.identity import key_of
 from sparseforge_core.observe.curvature import Hutchinson
 from sparseforge_core.presets import PAPER
+from sparseforge_core.recipe import Recipe
 from sparseforge_core.schedules import WarmupCosine
 from sparseforge_core.store.results import Results
 
@@ -126,6 +130,20 @@ def test_the_figure_has_five_methods_at_five_budgets() -> None:
     assert {tuned(name).label: {3, 6, 12, 24, 48} for name in FIVE} == points
 
 
+def test_at_a_budget_all_of_the_figure_see_as_many_tokens_and_wide_steps_change_nothing_else() -> None:
+    tokens = collections.defaultdict(set)
+    for name in FIVE:
+        for budget in (3, 6, 24, 48):
+            contender, recipe = at_budget(name, budget)
+            tokens[budget].add(recipe.train.tokens)
+            narrow = tuned(name).recipe(budget * 1_000_000)
+            wide = name in WIDE and budget >= WIDE_FROM
+            assert recipe.train.sequences == narrow.train.sequences * (2 if wide else 1)
+            assert replace(recipe, train=narrow.train) == narrow
+            assert contender.label == tuned(name).label
+    assert {len(found) for found in tokens.values()} == {1}
+
+
 def test_an_ablation_differs_from_the_full_recipe_and_none_twice() -> None:
     full = tuned("improved").recipe(12_000_000)
     recipes = [recipe for _, recipe in ablations().values()]
@@ -143,8 +161,15 @@ def test_the_grid_on_books_alone_is_finished_and_differs_in_its_text_alone() -> 
         results.close()
     plan = expand(grid_named(BOOKS_ALONE))
     assert {statuses[key, stage] for key, stages in plan.stages.items() for stage in stages} == {"done"}
-    ours = {key_of(replace(recipe, corpus=BOOKS)) for recipe in expand(grid_named(NAME)).recipes.values()}
-    assert {cell.recipe_key for cell in plan.cells} <= ours
+    assert set(map(_but_for_text_and_steps, plan.recipes.values())) <= set(
+        map(_but_for_text_and_steps, expand(grid_named(NAME)).recipes.values())
+    )
+
+
+def _but_for_text_and_steps(recipe: Recipe) -> tuple[str, int]:
+    """A recipe without its text and the width of its steps, and its budget in millions of tokens."""
+    train = replace(recipe.train, steps=1, sequences=1) if recipe.train.steps else recipe.train
+    return key_of(replace(recipe, corpus=BOOKS, train=train)), recipe.train.tokens // 1_000_000
 
 
 def test_the_retrained_teacher_comes_along_and_a_part_of_the_grid_can_be_carried() -> None:
