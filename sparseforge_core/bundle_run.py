@@ -309,6 +309,12 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
     bundle.add_argument("folder", type=Path, help="folder with bundle.json, written by `sparseforge bundle`")
     bundle.add_argument("--index", type=int, help="only this cell of it, counted from 0, as a job array does")
     bundle.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="start so many processes for each visible GPU, in all without one, and wait for them; logs in home/logs",
+    )
+    bundle.add_argument(
         "--seconds", type=float, help="start no cell that, by what the last one took, would not end within so many"
     )
     bundle.add_argument(

@@ -24,6 +24,7 @@ from typing import Any, get_args
 import torch
 
 from sparseforge_core import bundle_status, bundles, files, measured, specs
+from sparseforge_core.bundle_processes import LOGS, run_together
 from sparseforge_core.bundle_run import TURNS, Walk, Work, add_commands
 from sparseforge_core.checkpoint import MANIFEST, save_final, verify
 from sparseforge_core.distributed import rank, world
@@ -318,7 +319,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "status":
             print(_status(options.folder, options.home, as_json=options.json))
             return 0
-        path = _run(options, lambda: stopping[0])
+        if options.command == "bundle" and options.processes:
+            path = _together(sys.argv[1:] if arguments is None else arguments, options, lambda: stopping[0])
+        else:
+            path = _run(options, lambda: stopping[0])
         if rank() == 0:
             print(path)
         leave()
@@ -364,6 +368,17 @@ def _run(options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
         )
     cell = loads(options.cell.read_text())
     return train_cell(cell, options.directory, runs, should_stop=should_stop, execution=execution)
+
+
+def _together(arguments: list[str], options: argparse.Namespace, should_stop: Callable[[], bool]) -> Path:
+    """The bundle by several processes, each with the same arguments but for their number."""
+    if options.index is not None:
+        raise RecipeError(f"--processes {options.processes}: --index {options.index} is one cell, for one process")
+    bundles.read_bundle(options.folder)
+    home: Path = options.home or options.folder / bundles.HOME
+    arguments = [*arguments, "--processes", "0"]
+    run_together(arguments, options.processes, home / LOGS, should_stop, gpus=torch.cuda.device_count())
+    return home / "cells"
 
 
 def _status(folder: Path, home: Path | None, *, as_json: bool) -> str:

@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "measured": core("files"),
     CORE + "bundles": core("data files recipe identity evaluate.suites evaluate.benchmarks"),
     CORE + "bundle_run": core("bundles checkpoint evaluate.suites files identity measured opening recipe"),
+    CORE + "bundle_processes": set(),
     CORE + "bundle_status": core("bundles bundle_run evaluate.suites files identity measured opening tracking.tracker"),
     CORE + "packing": core("bundles bundle_run checkpoint files identity measured"),
     CORE + "checkpoint": core("recipe identity models sparsity files methods.base distributed"),
@@ -82,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
     CORE + "run": BELOW_TRAIN
     | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint")
-    | core("bundle_run bundle_status packing tf32 turns"),
+    | core("bundle_processes bundle_run bundle_status packing tf32 turns"),
     "flows.grids": SPECS | core("store.rows") | {"flows.placements"},
     "flows.placements": SPECS | {"flows.devices"},
     "flows": SPECS | core("store tracking models.families files") | {"flows"},
