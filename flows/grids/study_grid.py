@@ -247,7 +247,7 @@ _TEXT = (
 )
 _STEPS = (
     f"Steps are of {SEQUENCES} sequences of 1,024 tokens; from {WIDE_FROM} M tokens on of {2 * SEQUENCES} for all but "
-    "AST with its branch, which gains nothing by that on the text of the trials of it (docs/lab-log.md, section 12)."
+    "AST with its branch, which gained nothing by that where it was tried (docs/lab-log.md, section 12)."
 )
 
 CAPTIONS = {
