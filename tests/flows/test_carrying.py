@@ -34,7 +34,7 @@ from flows.unpacking import unpacked
 from sparseforge_core import bundles, files, measured
 from sparseforge_core.bundle_processes import LOGS, places, run_together
 from sparseforge_core.bundle_run import CLAIMS, CROWDED, POLL, TRAIN, Walk, Work
-from sparseforge_core.errors import BundleError, CellsFailed, CheckpointMismatch
+from sparseforge_core.errors import BundleError, CellsFailed, CheckpointMismatch, Interrupted
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.execution import Execution
 from sparseforge_core.identity import cell_key, loads
@@ -133,22 +133,23 @@ def test_a_cell_that_fails_stops_no_other_and_is_said(troubled: Path) -> None:
         assert not (folder_of(troubled, variant) / "failures").exists()
 
 
-def test_who_is_stopped_stops_all_processes_first(tmp_path: Path) -> None:
+def test_who_is_stopped_stops_all_processes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "carried"
     write_bundle(choose(["tiny-smoke"]), folder)
-    first = subprocess.Popen(
-        command(folder, "--processes", "2"), env=environment(folder), cwd="/", stderr=subprocess.PIPE, text=True
-    )
+    for name, value in environment(folder).items():
+        monkeypatch.setenv(name, value)
     logs = folder / bundles.HOME / LOGS
-    until = time.monotonic() + 120
-    while not any("preparing" in path.read_text() for path in logs.glob("*.log")):
-        assert time.monotonic() < until, "no process came as far as a cell"
-        time.sleep(0.05)
-    first.terminate()
-    said = first.communicate(timeout=120)[1]
-    assert first.returncode == 130, said
-    assert "run the same command again" in said
-    assert len(re.findall(r"ended with (130|-15)", said)) == 2
+
+    def at_work() -> bool:
+        return any("preparing" in path.read_text() for path in logs.glob("*.log"))
+
+    with caplog.at_level("INFO"), pytest.raises(Interrupted, match="run the same command again"):
+        run_together(command(folder)[3:], 2, logs, at_work)
+    ended = re.findall(r"ended with (130|-15)", caplog.text)
+    assert len(ended) == 2
+    assert "130" in ended
     assert len(list(logs.with_name("cells").glob(f"*/{TRAIN}/{measured.FILE}"))) < 4
 
 
