@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sparseforge_core.errors import CellsFailed, Interrupted, RecipeError
@@ -27,23 +27,23 @@ STOPPED = 130
 """Exit code of one that was stopped and left a checkpoint."""
 
 
-def places(each: int, gpus: int) -> dict[str, dict[str, str]]:
-    """The environment of every process beyond our own, by its name, each with its share of the cores.
+def places(each: int, *, gpus: int, cores: int, environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What each process has in its environment beside ours, by its name: its GPU, and its share of the cores.
 
-    `each` is how many for a GPU, or in all where there is none; `gpus` is how many CUDA sees. Raises RecipeError for
-    less than one process.
+    `each` is how many for a GPU, or in all where there is none; `gpus` is how many CUDA sees. What our environment says
+    of GPUs and threads is kept to. Raises RecipeError for less than one process.
     """
     if each < 1:
         raise RecipeError(f"--processes {each}: at least 1")
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    named = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     seen = named[:gpus] if named else [str(index) for index in range(gpus)]
     found = {
         f"gpu-{gpu.replace('/', '-')}-{number}": {"CUDA_VISIBLE_DEVICES": gpu}
         for number in range(1, each + 1)
         for gpu in seen
     } or {f"cpu-{number}": {} for number in range(1, each + 1)}
-    if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // len(found))
+    if "OMP_NUM_THREADS" not in environment:
+        threads = max(1, cores // len(found))
         found = {name: {**own, "OMP_NUM_THREADS": str(threads)} for name, own in found.items()}
     return found
 
@@ -56,7 +56,7 @@ def run_together(
     Raises RecipeError for less than one process, CellsFailed if any ended in an error, and Interrupted when asked to
     stop: each is then stopped as one alone would be, with a checkpoint.
     """
-    environments = places(each, gpus)
+    environments = places(each, gpus=gpus, cores=len(os.sched_getaffinity(0)), environment=os.environ)
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "sparseforge_core.run", *arguments]
     running: dict[str, subprocess.Popen[bytes]] = {}

@@ -1,8 +1,9 @@
-"""Bundles run in the test's own process, as a process on another machine would run them."""
+"""Bundles run as on another machine, by a command there or in the test's own process."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from sparseforge_core import bundles
@@ -33,3 +34,13 @@ def run_there(
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "sparseforge_core.run", "bundle", str(folder), *options]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a machine that has the bundle's code alone, and no GPU."""
+    own = {"PYTHONPATH": str(folder / bundles.CODE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own}

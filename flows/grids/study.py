@@ -71,7 +71,8 @@ KL = DivergenceSuite(name="kl-to-dense-1024", window=1024, limit=256)
 REPORTED: tuple[Suite, ...] = (*PERPLEXITIES, KL)
 
 SEQUENCES, LENGTH = 16, 1024
-TOKENS_PER_STEP = SEQUENCES * LENGTH
+WIDE_SEQUENCES = 2 * SEQUENCES
+"""Of a wide step, which some take at the larger budgets."""
 MILLION = 1_000_000
 
 CALIBRATION = 128

@@ -23,6 +23,7 @@ from flows.grids.study import (
     SEQUENCES,
     SPARSEGPT,
     WANDA,
+    WIDE_SEQUENCES,
     Contender,
     contenders,
     plan,
@@ -72,7 +73,7 @@ ZERO_SHOT = limited(OFFLINE_9, ITEMS)
 """Measured of what Table 2 shows; the other cells have no accuracy."""
 
 WIDE_FROM = 24
-"""Budget, in millions of tokens, from which `WIDE` take twice the sequences a step rather than twice the steps."""
+"""Budget, in millions of tokens, from which `WIDE` take `WIDE_SEQUENCES` a step rather than twice the steps."""
 WIDE = ("improved", "frozen-sparsegpt", "frozen-wanda", "sr-ste")
 """Whose WikiText-2 gains by that (docs/lab-log.md, section 12): tried were ours, which loses less of what it knew, the
 frozen SparseGPT mask, with which the other two go, and AST with its branch, which gains nothing and stays as it is."""
@@ -93,7 +94,7 @@ def at_budget(name: str, millions: int) -> tuple[Contender, Recipe]:
 
     The tokens are whole steps of either width, so that they are equal for all.
     """
-    wide = 2 * SEQUENCES if millions >= WIDE_FROM else SEQUENCES
+    wide = WIDE_SEQUENCES if millions >= WIDE_FROM else SEQUENCES
     contender = tuned(name)
     if name in WIDE:
         contender = replace(contender, sequences=wide)
@@ -246,7 +247,7 @@ _TEXT = (
     f"accuracy zero-shot, the first {ITEMS:,} items a task. Every method had the same number of trials, on other text."
 )
 _STEPS = (
-    f"Steps are of {SEQUENCES} sequences of 1,024 tokens; from {WIDE_FROM} M tokens on of {2 * SEQUENCES} for all but "
+    f"Steps are of {SEQUENCES} sequences of 1,024 tokens; from {WIDE_FROM} M tokens on of {WIDE_SEQUENCES} for all but "
     "AST with its branch, which gained nothing by that where it was tried (docs/lab-log.md, section 12)."
 )
 

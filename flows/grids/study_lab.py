@@ -14,9 +14,9 @@ from flows.grids.study import (
     LENGTH,
     MILLION,
     MIXED,
-    SEQUENCES,
     SPARSEGPT,
     TRIED_ON,
+    WIDE_SEQUENCES,
     Contender,
     contenders,
     rate,
@@ -292,21 +292,20 @@ TWICE_AS_LONG: tuple[Contender, ...] = _mixed(
 )
 """Whether what holds at 12 M tokens holds at 24 M."""
 
-WIDE = 2 * SEQUENCES
 WIDE_PEAK = 3.4e-3
 """The peak times the root of two, as the noise of twice the sequences allows."""
 WIDER: tuple[Contender, ...] = _mixed(
-    _but("improved, 32 sequences a step", sequences=WIDE),
-    _as("improved", "improved 3.4e-3, 32 sequences a step", WIDE_PEAK, sequences=WIDE),
+    _but("improved, 32 sequences a step", sequences=WIDE_SEQUENCES),
+    _as("improved", "improved 3.4e-3, 32 sequences a step", WIDE_PEAK, sequences=WIDE_SEQUENCES),
 )
 LONGER: tuple[Contender, ...] = (
     *WIDER,
     *_mixed(
-        _but("improved, KL 0.9, 32 sequences a step", objective=MOSTLY_TAUGHT, sequences=WIDE),
+        _but("improved, KL 0.9, 32 sequences a step", objective=MOSTLY_TAUGHT, sequences=WIDE_SEQUENCES),
         _but("improved, KL 0.9", objective=MOSTLY_TAUGHT),
-        _as("ast-slorb", "AST + SLoRB 6e-4, 32 sequences a step", 6e-4, sequences=WIDE),
+        _as("ast-slorb", "AST + SLoRB 6e-4, 32 sequences a step", 6e-4, sequences=WIDE_SEQUENCES),
         _frozen("frozen SparseGPT 2.4e-3", PEAK),
-        _frozen("frozen SparseGPT 2.4e-3, 32 sequences a step", PEAK, sequences=WIDE),
+        _frozen("frozen SparseGPT 2.4e-3, 32 sequences a step", PEAK, sequences=WIDE_SEQUENCES),
     ),
 )
 """Whether a larger budget should go into wider steps rather than more of them, for ours and its two nearest rivals."""

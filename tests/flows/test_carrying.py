@@ -7,11 +7,9 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,21 +30,20 @@ from flows.ingesting import ingest
 from flows.remaking import restore_models
 from flows.unpacking import unpacked
 from sparseforge_core import bundles, files, measured
-from sparseforge_core.bundle_processes import LOGS, places, run_together
+from sparseforge_core.bundle_processes import LOGS
 from sparseforge_core.bundle_run import CLAIMS, CROWDED, POLL, TRAIN, Walk, Work
-from sparseforge_core.errors import BundleError, CellsFailed, CheckpointMismatch, Interrupted
+from sparseforge_core.errors import BundleError, CellsFailed, CheckpointMismatch
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.execution import Execution
 from sparseforge_core.identity import cell_key, loads
 from sparseforge_core.opening import open_finished
 from sparseforge_core.packing import pack
 from sparseforge_core.recipe import Cell
-from sparseforge_core.run import main as core
 from sparseforge_core.schedules import WarmupLinear
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import read_journal
-from tests.there import run_there
+from tests.there import command, environment, run_there
 
 pytestmark = pytest.mark.slow
 TOO_WIDE = PerplexitySuite(name="too-wide", text="heldout", window=128, limit=8)
@@ -96,16 +93,6 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "sparseforge_core.run", "bundle", str(folder), *options]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """Of a machine that has the bundle's code alone, and no GPU."""
-    own = {"PYTHONPATH": str(folder / bundles.CODE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **own}
-
-
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(grids.GRIDS, "tiny-smoke", with_trouble)
@@ -131,65 +118,6 @@ def test_a_cell_that_fails_stops_no_other_and_is_said(troubled: Path) -> None:
     for variant in ("Wanda", "SparseForge", "Burnt"):
         assert list(folder_of(troubled, variant).glob(f"heldout-*/{measured.FILE}"))
         assert not (folder_of(troubled, variant) / "failures").exists()
-
-
-def test_who_is_stopped_stops_all_processes_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "carried"
-    write_bundle(choose(["tiny-smoke"]), folder)
-    for name, value in environment(folder).items():
-        monkeypatch.setenv(name, value)
-    logs = folder / bundles.HOME / LOGS
-
-    def at_work() -> bool:
-        return any("preparing" in path.read_text() for path in logs.glob("*.log"))
-
-    with caplog.at_level("INFO"), pytest.raises(Interrupted, match="run the same command again"):
-        run_together(command(folder)[3:], 2, logs, at_work)
-    ended = re.findall(r"ended with (130|-15)", caplog.text)
-    assert len(ended) == 2
-    assert "130" in ended
-    assert len(list(logs.with_name("cells").glob(f"*/{TRAIN}/{measured.FILE}"))) < 4
-
-
-def test_a_process_that_a_signal_ends_is_said_and_what_cannot_be_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(CellsFailed, match="cpu-1 was ended by signal 9; cpu-2"):
-        run_together(["status", "nowhere"], 2, tmp_path / LOGS, lambda: False)
-    for options, why in (
-        (["--processes", "-1"], "--processes -1: at least 1"),
-        (["--processes", "2", "--index", "0"], "--index 0 is one cell"),
-        (["--processes", "2"], "bundle.json"),
-    ):
-        folder = tmp_path / "none" if why == "bundle.json" else tmp_path / "carried"
-        if not (tmp_path / "carried").exists():
-            write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
-        assert core(["bundle", str(folder), *options]) == 2
-        assert why in capsys.readouterr().err
-
-
-def test_each_gpu_gets_as_many_processes_and_the_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(13)))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, MIG-7/1")
-    assert places(2, 2) == {
-        name: {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "3"}
-        for name, gpu in (
-            ("gpu-3-1", "3"),
-            ("gpu-MIG-7-1-1", "MIG-7/1"),
-            ("gpu-3-2", "3"),
-            ("gpu-MIG-7-1-2", "MIG-7/1"),
-        )
-    }
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert places(1, 2) == {f"gpu-{i}-1": {"CUDA_VISIBLE_DEVICES": str(i)} for i in range(2)}
-    assert places(2, 0) == {"cpu-1": {}, "cpu-2": {}}
 
 
 def test_who_shares_a_device_trains_in_turn(troubled: Path) -> None:
