@@ -106,11 +106,13 @@ class ExhibitRow:
         error = math.sqrt(sum(error**2 for error, _ in repeats)) / len(repeats)
         return Estimate(found.mean, None, found.n, half_width(error, freedom + 1))
 
-    def versus(self, reference: ExhibitRow | None, metric: str) -> Estimate | None:
-        """This row minus the reference, seed by seed where both have seeds."""
+    def versus(self, reference: ExhibitRow | None, metric: str, *, log: bool = False) -> Estimate | None:
+        """This row minus the reference, seed by seed where both have seeds; `log`: of the natural logarithms."""
         if reference is None:
             return None
         of, to = self.values.get(metric, {}), reference.values.get(metric, {})
+        if log:
+            of, to = ({seed: math.log(value) for seed, value in side.items()} for side in (of, to))
         return difference(of, to, one_of=len(self.seeds) == 1, one_to=len(reference.seeds) == 1)
 
 

@@ -159,11 +159,11 @@ def _delta(row: ExhibitRow, full: ExhibitRow, quantity: str, metric: str) -> Del
         one, ends = compare(items, other), interval(items, other)
         value, low, high = (_hundredths(part, metric) for part in (one.difference, *ends))
         return Delta(row.label, quantity, value, low, high, "bootstrap over seeds and items", one.p < 0.05)
-    of, to = row.estimate(metric), full.estimate(metric)
-    if of is None or to is None:
+    known = row.versus(full, metric, log=metric != MEAN)
+    if known is None:
         return None
-    value = of.mean - to.mean if metric == MEAN else float(np.log(of.mean / to.mean))
-    return Delta(row.label, quantity, _hundredths(value, metric), None, None, "no outcomes of single items", False)
+    how = f"over seeds that both have: {known.n}; no test"
+    return Delta(row.label, quantity, _hundredths(known.mean, metric), None, None, how, False)
 
 
 def _hundredths(difference: float, metric: str) -> float:
@@ -193,6 +193,8 @@ class Ablations:
             panels[0].set_yticks([-n for n in range(len(labels))], labels)
             panels[0].set_ylim(-len(labels) + 0.5, 0.5)
             said = "Against the full method; filled: p < 0.05; bars: 95 % bootstrap over seeds and items"
+            if any(delta.low is None for delta in self.deltas):
+                said += "; no bar: over the seeds that both have\n(not all are in), no test"
             figure.supxlabel(said, size=8)
         return figure
 

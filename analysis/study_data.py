@@ -53,16 +53,15 @@ def is_whole(row: ExhibitRow, metric: str) -> bool:
 
 
 def match(row: ExhibitRow | None, other: ExhibitRow | None, metric: str) -> Match | None:
-    """Row against row; None unless both have a number."""
+    """Row against row; None unless both have a number. Where seeds are out: over those that both have."""
     if row is None or other is None:
-        return None
-    ours, theirs = row.estimate(metric), other.estimate(metric)
-    if ours is None or theirs is None:
         return None
     items, others = row.items(metric), other.items(metric)
     if items is None or others is None or not paired(items, others):
-        difference = ours.mean - theirs.mean if metric == MEAN else ours.mean / theirs.mean - 1
-        return Match(row, other, metric, difference)
+        known = row.versus(other, metric, log=metric != MEAN)
+        if known is None:
+            return None
+        return Match(row, other, metric, known.mean if metric == MEAN else math.expm1(known.mean))
     found, (low, high) = compare(items, others), interval(items, others)
     if metric == MEAN:
         return Match(row, other, metric, found.difference, low, high, found.p)

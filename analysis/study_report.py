@@ -41,9 +41,9 @@ SECTIONS = {
 
 A bar is met or not by the numbers as they are; "so far" says that planned seeds are still missing, or rows that other
 budgets have. A difference of perplexity is relative, with a 95 % bootstrap interval over items and seeds in brackets;
-without brackets where a row still lacks seeds: no interval and no test is made of a part. An interval over three seeds
-is 2.5 of their standard deviations wide to either side; where two touch, what pairing by window and seed says is given
-with them.
+without brackets where a row still lacks seeds: then it is over the seeds that both have, and no interval and no test is
+made of a part. An interval over three seeds is 2.5 of their standard deviations wide to either side; where two touch,
+what pairing by window and seed says is given with them.
 """,
     "trials": """## The trials
 

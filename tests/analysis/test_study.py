@@ -137,6 +137,21 @@ def test_what_is_half_there_is_judged_so_far_and_what_is_absent_not_at_all(tmp_p
     ]
 
 
+def test_a_row_that_lacks_seeds_is_set_against_the_other_over_those_that_both_have(tmp_path: Path) -> None:
+    made = Made(ours=19.0, done=(2,))  # of around(19), 1 % above their mean
+    slower = measured(around(19.0 * 1.5), around(19.0 * 1.5 * 1.1), (0.4, 0.4, 0.41))
+    made.row("table-3", "half-steps", "w/ half the steps", slower, done=(0,))
+    study = study_of(made.write(tmp_path))
+    ahead = bars(study)[5]
+    assert ahead.verdict == "met so far"
+    assert "books-2048: -9.52 % against Frozen" in ahead.found, "19 to 21 within the one seed"
+    lacking = [delta for delta in deltas(study.table_3) if delta.label == "w/ half the steps"]
+    assert [round(delta.value, 6) for delta in lacking if delta.quantity.startswith("perplexity")] == [50.0, 50.0]
+    assert {(delta.low, delta.significant, delta.how) for delta in lacking} == {
+        (None, False, "over seeds that both have: 1; no test")
+    }
+
+
 def test_no_bar_is_met_for_good_at_a_budget_that_rows_of_other_budgets_lack(tmp_path: Path) -> None:
     made = Made(ours=19.0)
     for tokens in (6_012_928, 24_002_560):
