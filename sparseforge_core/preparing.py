@@ -18,15 +18,17 @@ from sparseforge_core.distributed import world
 from sparseforge_core.errors import DataError
 from sparseforge_core.execution import Execution, records
 from sparseforge_core.methods.base import MaskTrack, Surroundings
+from sparseforge_core.models.families import Family
 from sparseforge_core.models.families.automatic import AUTOMATIC
 from sparseforge_core.models.regions import compile_blocks
 from sparseforge_core.models.sites import Site, assign_patterns, coverage, find_sites
 from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import faster, forwards
 from sparseforge_core.opening import open_family, open_source, open_tokenizer, source_identity
+from sparseforge_core.permuting import put_in_order
 from sparseforge_core.ranks import Beats
 from sparseforge_core.recipe import Cell
-from sparseforge_core.solutions import KeptSolutions, computed_on
+from sparseforge_core.solutions import KeptSolutions, code_hash, computed_on
 from sparseforge_core.tracking.tracker import Tracker
 from sparseforge_core.train.correction import Correction, anchor_of, fixed
 from sparseforge_core.train.loop import Run
@@ -65,6 +67,9 @@ class Prepared:
             self.sites = assign_patterns(find_sites(model, family), recipe.pattern)
         self.coverage = coverage(model, family, recipe.pattern)
         log.log(logging.WARNING if family.name == AUTOMATIC else logging.INFO, "%s", self.coverage)
+        self._tokens: TokenFile | None = None
+        self.model = model
+        self.permuted = self._put_in_order(family)
         self.sharding = chosen_sharding(sharding, recipe, model, self.sites, device)
         # One-shot methods move a block at a time to the device: a model that fits in no GPU can still be pruned.
         # What is to be sharded is cut in the memory of the CPU.
@@ -73,7 +78,6 @@ class Prepared:
         self.model = model.to(self.loaded_on)
         self.teacher = self._teacher()
         self.anchor = anchor_of(self.teacher, recipe.objective.correcting, recipe.train)
-        self._tokens: TokenFile | None = None
         self.solutions = KeptSolutions(home, self._about_solutions)
 
     @property
@@ -174,6 +178,31 @@ class Prepared:
         matched = any(self.cell.recipe.objective.at(share).matching for share in (0.0, 1.0))
         return "compiled blocks do not show the hidden states that are matched" if matched else None
 
+    def _put_in_order(self, family: Family) -> dict[str, Any] | None:
+        """What was found of the order of channels; None where the recipe leaves it."""
+        permutation = self.cell.recipe.permutation
+        if permutation is None:
+            return None
+        return put_in_order(
+            self.model,
+            family,
+            self.sites,
+            permutation,
+            calibration=self._calibration,
+            device=self.device,
+            home=self.home,
+            about={**self._about(), "on": computed_on(self.device, torch.device("cpu")), "code": code_hash()},
+        )
+
+    def _about(self) -> dict[str, Any]:
+        """What everything that calibration text decides depends on."""
+        return {
+            "weights": source_identity(self.cell.recipe.model, self.home),
+            "pattern": specs.encode(self.cell.recipe.pattern),
+            "tokens": self.tokens.sha256,
+            "seed": self.cell.seed,
+        }
+
     def _teacher(self) -> Any | None:
         objective = self.cell.recipe.objective
         if not objective.distills:
@@ -215,13 +244,8 @@ class Prepared:
 
     def _about_solutions(self) -> dict[str, Any]:
         """What a one-shot solution of this cell depends on besides the method."""
-        return {
-            "weights": source_identity(self.cell.recipe.model, self.home),
-            "pattern": specs.encode(self.cell.recipe.pattern),
-            "tokens": self.tokens.sha256,
-            "seed": self.cell.seed,
-            "on": computed_on(self.device, self.loaded_on),
-        }
+        permutation = {"permutation": self.permuted["key"]} if self.permuted else {}
+        return {**self._about(), **permutation, "on": computed_on(self.device, self.loaded_on)}
 
     def _calibration(self, samples: int, length: int) -> list[Tensor]:
         length = min(length, _positions(self.model))

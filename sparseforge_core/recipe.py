@@ -11,6 +11,7 @@ from sparseforge_core.models.sources import ModelSource
 from sparseforge_core.objective import Objective, TaskOnly
 from sparseforge_core.schedules import Schedule, WarmupLinear
 from sparseforge_core.sparsity.patterns import PatternChoice
+from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.sparsity.slorb import SLoRB
 from sparseforge_core.specs import spec
 
@@ -100,6 +101,8 @@ class Recipe:
     """How long and how fast."""
     slorb: SLoRB | None = None
     """Optional dense side branch, eq. (1)."""
+    permutation: ChannelPermutation | None = None
+    """Whether channels are put in another order before anything is pruned, so that groups lose less."""
 
     def __post_init__(self) -> None:
         if self.method.sparsifies and self.pattern is None:
@@ -119,6 +122,10 @@ class Recipe:
             raise RecipeError(
                 f"train.averaged_from={self.train.averaged_from}: method {self.method.kind!r} leaves the weights as "
                 "they are, so their mean is the weights; use 1"
+            )
+        if self.permutation is not None and not self.method.sparsifies:
+            raise RecipeError(
+                f"permutation: method {self.method.kind!r} prunes nothing, whatever the order of channels"
             )
         if self.slorb is not None and not self.method.sparsifies:
             raise RecipeError(f"slorb: method {self.method.kind!r} prunes nothing that a branch could restore")

@@ -159,6 +159,8 @@ def _train_to_the_end(
             journal = Journal(directory / "journal.jsonl", resume_step=steps[-1] if steps else 0)
         for used in prepared.solutions.used:
             journal.event("solution", used)
+        if prepared.permuted is not None:
+            journal.event("permutation", prepared.permuted)
         try:
             run = prepared.run(track, checkpoints, journal, execution, beats)
             with compiled_within_limits(), _turn(execution, prepared.device, should_stop) as seen.waited:
@@ -183,6 +185,8 @@ def _train_to_the_end(
     context = {**context_of(prepared.device), **hashes, **_spent(began, seen, execution)}
     if prepared.solutions.used:
         context["solutions"] = prepared.solutions.used
+    if prepared.permuted is not None:
+        context["permutation"] = prepared.permuted
     return write_stage(directory, cell, "train", None, rows, context)
 
 

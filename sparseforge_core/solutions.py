@@ -38,8 +38,8 @@ TENSORS = "solution.safetensors"
 MASK, WEIGHT = "mask/", "weight/"
 """Before the name of a site: its keep mask, eight entries a byte, and its weight."""
 
-DECIDING = ("methods", "observe", "sparsity", "models", "data", "preparing.py")
-"""The code that decides what a solution is."""
+DECIDING = ("methods", "observe", "sparsity", "models", "data", "permuting.py", "preparing.py")
+"""The code that decides what a solution is, and an order of channels."""
 
 
 class KeptSolutions:

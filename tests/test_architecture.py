@@ -79,7 +79,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     CORE + "export": core("runtime sparsity models files checkpoint identity opening recipe"),
     CORE + "execution": BELOW_TRAIN | core("train memory ranks turns"),
     CORE + "solutions": core("checkpoint data.cache files methods.base sparsity"),
-    CORE + "preparing": BELOW_TRAIN | core("execution solutions train tracking.tracker ranks"),
+    CORE + "permuting": core("data.cache files models observe sparsity"),
+    CORE + "preparing": BELOW_TRAIN | core("execution permuting solutions train tracking.tracker ranks"),
     CORE + "stage_rows": BELOW_TRAIN | core("measured train"),
     CORE + "run": BELOW_TRAIN
     | core("execution preparing stage_rows train evaluate measured bundles tracking.tracker ranks rank_checkpoint")
@@ -143,7 +144,10 @@ DOORS: dict[str, tuple[str, ...]] = {
             )
         ),
         *(f"sparseforge_core/{file}.py" for file in ("checkpoint", "opening", "distributed", "recorded", "tf32")),
-        *(f"sparseforge_core/{file}.py" for file in ("run", "execution", "preparing", "solutions", "stage_rows")),
+        *(
+            f"sparseforge_core/{file}.py"
+            for file in ("run", "execution", "permuting", "preparing", "solutions", "stage_rows")
+        ),
         *(f"sparseforge_core/{file}.py" for file in ("ranks", "rank_checkpoint", "shard_files", "bundle_run", "turns")),
         "flows/outlook.py",  # what a GPU there is copies in a second
         "flows/doctor.py",  # which build is installed and what device it sees
@@ -376,8 +380,8 @@ def test_what_an_import_costs(statement: str, never: set[str]) -> None:
 
 
 TRAINING = core(
-    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution preparing "
-    "solutions"
+    "train methods objective observe sparsity checkpoint recipe identity models data schedules execution permuting "
+    "preparing solutions"
 )
 """Rooms that decide what a model becomes."""
 

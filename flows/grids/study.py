@@ -36,6 +36,7 @@ from sparseforge_core.observe.curvature import Hutchinson
 from sparseforge_core.recipe import Recipe, TrainPlan
 from sparseforge_core.schedules import Schedule, WarmupCosine, WarmupLinear
 from sparseforge_core.sparsity.patterns import nm
+from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.sparsity.slorb import SLoRB
 
 MODEL = Packaged(name="smollm2-135m")
@@ -105,6 +106,7 @@ class Contender:
     slorb: SLoRB | None = None
     sequences: int = SEQUENCES
     """Of a step."""
+    permutation: ChannelPermutation | None = None
     corpus: TextFiles = BOOKS
 
     def recipe(self, tokens: int, model: ModelSource = MODEL) -> Recipe:
@@ -117,6 +119,7 @@ class Contender:
             objective=self.objective if self.lr else TaskOnly(),
             train=self.plan(tokens),
             slorb=self.slorb,
+            permutation=self.permutation,
         )
 
     def plan(self, tokens: int) -> TrainPlan:

@@ -23,13 +23,14 @@ from flows.grids.study import (
 )
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import PerplexitySuite
-from sparseforge_core.methods import ALPS, SparseForge
+from sparseforge_core.methods import ALPS, FrozenMask, SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.schedules import Constant, Linear, Product
 from sparseforge_core.sparsity.compensation import Compensation
 from sparseforge_core.sparsity.criteria import HessianOBD, SparseGPTScore, WandaScore
+from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.sparsity.slorb import SLoRB
 
 SOFT = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION // 2)
@@ -310,6 +311,33 @@ LONGER: tuple[Contender, ...] = (
 )
 """Whether a larger budget should go into wider steps rather than more of them, for ours and its two nearest rivals."""
 
+PERMUTED = ChannelPermutation(samples=CALIBRATION, length=LENGTH)
+IN_ORDER: dict[str, Contender] = {
+    "channels in order": _but("improved", permutation=PERMUTED),
+    "channels in order, begun from ALPS's solution": _but(
+        "improved", permutation=PERMUTED, method=replace(FORGE, start_from=ALPS_TOO)
+    ),
+    "channels in order, SparseGPT's mask as it is": _but(
+        "improved", permutation=PERMUTED, method=FrozenMask(prior=SPARSEGPT)
+    ),
+}
+PERMUTING: tuple[Contender, ...] = _mixed(
+    *(replace(one, label=f"improved, {change}") for change, one in IN_ORDER.items())
+)
+PERMUTING_LONG: tuple[Contender, ...] = _mixed(
+    *(
+        replace(one, label=f"improved, {change}, {WIDE_SEQUENCES} sequences a step", sequences=WIDE_SEQUENCES)
+        for change, one in IN_ORDER.items()
+    ),
+    _frozen(
+        f"frozen SparseGPT 2.4e-3, channels in order, {WIDE_SEQUENCES} sequences a step",
+        PEAK,
+        permutation=PERMUTED,
+        sequences=WIDE_SEQUENCES,
+    ),
+)
+"""Whether what groups lose less of is still worth something after retraining, for ours and for its nearest rival."""
+
 UNSHOWN = (3, 4)
 """Seeds that no table has: the first for every idea, the second where the first does not settle it."""
 
@@ -331,8 +359,8 @@ def ideas() -> Grid:
         for millions, some, suites, seeds in (
             (6, FORGETTING, (TRIED_ON, FORGOTTEN), UNSHOWN[:1]),
             (12, RATES, (TRIED_ON, FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
-            (12, (*TEXTS, *COMBINED, *HELD, *WIDER), (FORGOTTEN, ELSEWHERE), UNSHOWN),
-            (24, (*TWICE_AS_LONG, *LONGER), (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
+            (12, (*TEXTS, *COMBINED, *HELD, *WIDER, *PERMUTING), (FORGOTTEN, ELSEWHERE), UNSHOWN),
+            (24, (*TWICE_AS_LONG, *LONGER, *PERMUTING_LONG), (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
         )
         for one in some
         for seed in seeds

@@ -28,9 +28,15 @@ def inverse_gram_diagonals(
         raise RecipeError(f"damping={damping}: must be above 0, or a constant input leaves no inverse")
     found: dict[str, Tensor] = {}
     for block in stream_blocks(model, sites, batches):
-        for name, (gram, tokens) in input_grams(block).items():
-            found[name] = _inverse_diagonal(gram, tokens, damping, name)
+        found |= block_inverse_diagonals(block, damping)
     return found
+
+
+@torch.no_grad()
+def block_inverse_diagonals(block: Block, damping: float = 0.01) -> dict[str, Tensor]:
+    """The same of one block's sites."""
+    found = input_grams(block).items()
+    return {name: _inverse_diagonal(gram, tokens, damping, name) for name, (gram, tokens) in found}
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ from flows.grids.study_lab import (
     IDEAS,
     LONG,
     LONGER,
+    PERMUTING,
+    PERMUTING_LONG,
     RATES,
     TEXTS,
     TWICE_AS_LONG,
@@ -79,7 +81,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
     assert len({cell.recipe_key for cell in plan.cells}) == sum(
-        map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, WIDER, TWICE_AS_LONG, LONGER))
+        map(len, (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, WIDER, TWICE_AS_LONG, LONGER, PERMUTING, PERMUTING_LONG))
     )
 
 

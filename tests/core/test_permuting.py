@@ -1,0 +1,126 @@
+"""Cells whose channels are put in order: found once, the same model, less lost, the same bits after a stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparseforge_core import permuting
+from sparseforge_core.errors import RecipeError, UnsupportedModel
+from sparseforge_core.methods import AST, DenseControl, FrozenMask, Method, SparseGPT, Wanda
+from sparseforge_core.models.channels import Channels, free_channels
+from sparseforge_core.models.families import Family, family_of
+from sparseforge_core.models.sites import assign_patterns
+from sparseforge_core.objective import Distill
+from sparseforge_core.opening import cell_folder, open_finished
+from sparseforge_core.permuting import put_in_order
+from sparseforge_core.recipe import Cell, Recipe, TrainPlan
+from sparseforge_core.run import train_cell
+from sparseforge_core.sparsity.patterns import BLOCK_16, PatternChoice, Unstructured, nm
+from sparseforge_core.sparsity.permutation import ChannelPermutation
+from tests.core.train.stopping import whole_and_in_parts
+from tests.tiny import sites_of, tiny_model, tiny_source, tokens
+
+PERMUTATION = ChannelPermutation(samples=8, length=16)
+PRIOR = SparseGPT(samples=4, length=16)
+
+
+def recipe_of(method: Method, architecture: str = "llama", **changes: Any) -> Recipe:
+    source = tiny_source(architecture)
+    values: dict[str, Any] = {
+        "model": source,
+        "method": method,
+        "corpus": source.tokenizer.corpus,  # type: ignore[attr-defined]
+        "pattern": nm(2, 4),
+        "train": TrainPlan(steps=4, sequences=2, length=16) if method.trains else TrainPlan(),
+        "permutation": PERMUTATION,
+    }
+    return Recipe(**{**values, **changes})
+
+
+def ordered(model: Any, home: Path, pattern: PatternChoice | None = None, **changes: Any) -> dict[str, Any]:
+    family = family_of(model.config.model_type)
+    sites = assign_patterns(sites_of(model), pattern or nm(2, 4))
+    values: dict[str, Any] = {
+        "calibration": lambda samples, length: list(tokens(samples, length, seed=5).split(4)),
+        "device": torch.device("cpu"),
+        "home": home,
+        "about": {"model": "tiny"},
+    }
+    return put_in_order(model, family, sites, PERMUTATION, **{**values, **changes})
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_groups_lose_less_and_the_model_computes_what_it_did(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    before = model(input_ids=tokens()).logits.detach()
+    found = ordered(model, tmp_path)
+    torch.testing.assert_close(model(input_ids=tokens()).logits, before, rtol=1e-3, atol=1e-4)
+    assert 0 < found["lost_after"] < 0.95 * found["lost_before"] < 0.5
+    assert model.training is False
+
+
+def test_an_order_is_found_once_and_a_damaged_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = (tiny_model("llama") for _ in range(3))
+    found = ordered(first, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(permuting, "_search", lambda *_: pytest.fail("it was there"))
+        assert ordered(second, tmp_path) == found
+    (path,) = (tmp_path / "permutations").glob("*.json")
+    body = json.loads(path.read_text())
+    body["found"]["orders"]["residual stream"][0] = body["found"]["orders"]["residual stream"][1]
+    path.write_text(json.dumps(body))
+    with caplog.at_level(logging.WARNING):
+        assert ordered(third, tmp_path) == found
+    assert "its checksum differs" in caplog.text
+    for other in (second, third):
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    assert ordered(tiny_model("llama"), tmp_path, about={"model": "another"})["key"] != found["key"]
+
+
+def test_a_wrong_declaration_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: Any, family: Family) -> list[Channels]:
+        *found, stream = free_channels(model, family)
+        return [*found, Channels(stream.name, stream.size, stream.places[1:])]  # the embedding stays
+
+    monkeypatch.setattr(permuting, "free_channels", forgetful)
+    with pytest.raises(UnsupportedModel, match=r"the llama model computes something else .*leave `permutation` out"):
+        ordered(tiny_model("llama"), tmp_path)
+
+
+def test_what_cannot_be_put_in_order_is_refused_before_any_work(tmp_path: Path) -> None:
+    for pattern, said in ((BLOCK_16, "under pattern block-16"), (Unstructured(), "under pattern 50% by row")):
+        with pytest.raises(RecipeError, match=said):
+            ordered(tiny_model("llama"), tmp_path, pattern)
+    with pytest.raises(RecipeError, match="values 0, 32 channels, do not divide into groups of 64"):
+        ordered(tiny_model("llama", width=64), tmp_path, nm(32, 64))
+    with pytest.raises(UnsupportedModel, match="family opt"):
+        ordered(tiny_model("opt"), tmp_path)
+    with pytest.raises(RecipeError, match="permutation: method 'dense-control' prunes nothing"):
+        recipe_of(DenseControl(), pattern=None)
+    assert not (tmp_path / "permutations").exists()
+
+
+@pytest.mark.parametrize("method", [Wanda(samples=4, length=16), FrozenMask(prior=PRIOR), AST()], ids=lambda m: m.kind)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_cell_is_pruned_in_its_new_order(method: Method, architecture: str, tmp_path: Path) -> None:
+    cell = Cell(recipe=recipe_of(method, architecture))
+    body = json.loads(train_cell(cell, cell_folder(tmp_path, cell) / "train", tmp_path).read_text())
+    assert body["context"]["permutation"]["lost_after"] < body["context"]["permutation"]["lost_before"]
+    model = open_finished(cell, tmp_path)
+    for site in sites_of(model):
+        groups = site.matrix(site.weight).unflatten(-1, (-1, 4))
+        assert int((groups != 0).sum(-1).max()) == 2, site.name
+
+
+def test_a_cell_that_was_stopped_ends_in_the_same_bits(tmp_path: Path) -> None:
+    cell = Cell(recipe=recipe_of(FrozenMask(prior=PRIOR), objective=Distill(kl_weight=0.5)))
+    whole, parts = whole_and_in_parts(cell, tmp_path, 2)
+    assert whole == parts
