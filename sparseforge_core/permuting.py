@@ -7,7 +7,6 @@ That the model still computes what it did is checked by running it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from sparseforge_core import files, specs
 from sparseforge_core.data.cache import content_key
-from sparseforge_core.errors import RecipeError, UnsupportedModel
+from sparseforge_core.errors import DataError, RecipeError, UnsupportedModel
 from sparseforge_core.models.channels import Channels, free_channels, permute
 from sparseforge_core.models.families import Family
 from sparseforge_core.models.sites import Site
@@ -91,7 +90,7 @@ def put_in_order(
             found = _read(path, ordered)
             if found is None:
                 found = _search(model, sites, ordered, batches, permutation.rounds, device)
-                files.write_json(path, {"found": found, "check": content_key(found), "identity": identity})
+                files.write_json(path, files.seal({"found": found, "identity": identity}))
     probe = batches[0][:1, :PROBE]
     before = _logits(model, probe)
     for one in ordered:
@@ -190,14 +189,14 @@ def _read(path: Path, ordered: list[_Ordered]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = files.read_json(path)
+        if not files.seal_fits(body):
+            raise ValueError("it was altered")
         found: dict[str, Any] = body["found"]
-        if content_key(found) != body["check"]:
-            raise ValueError("its checksum differs")
         for one in ordered:
             if sorted(found["orders"][one.channels.name]) != list(range(one.channels.size)):
                 raise ValueError(f"{one.channels.name}: no order of {one.channels.size} channels")
-    except (ValueError, KeyError, TypeError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s); the order of channels is searched again", path, error)
         return None
     return found

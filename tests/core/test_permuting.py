@@ -75,11 +75,17 @@ def test_an_order_is_found_once_and_a_damaged_one_again(
         assert ordered(second, tmp_path) == found
     (path,) = (tmp_path / "permutations").glob("*.json")
     body = json.loads(path.read_text())
-    body["found"]["orders"]["residual stream"][0] = body["found"]["orders"]["residual stream"][1]
-    path.write_text(json.dumps(body))
-    with caplog.at_level(logging.WARNING):
-        assert ordered(third, tmp_path) == found
-    assert "its checksum differs" in caplog.text
+    stream = body["found"]["orders"]["residual stream"]
+    stream[0] = stream[1]
+    damaged = {"altered": json.dumps(body), "cut off": path.read_text()[:-9], "no body": "[]"}
+    for what, text in damaged.items():
+        path.write_text(text)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert ordered(third, tmp_path) == found, what
+        assert "is damaged" in caplog.text, what
+        third = tiny_model("llama")
+    ordered(third, tmp_path)
     for other in (second, third):
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
     assert ordered(tiny_model("llama"), tmp_path, about={"model": "another"})["key"] != found["key"]
