@@ -213,7 +213,8 @@ def test_who_looks_at_operators_finds_the_product(monkeypatch: pytest.MonkeyPatc
     with Seen() as seen:
         assert torch.equal(sparse_linear(x, weight), expected)
     assert "sparseforge::linear_24" in seen.names
-    assert torch.equal(torch.func.vmap(lambda row: sparse_linear(row, weight))(x), expected)
+    # of three rows at a time, which a CPU's product may add up in another order than six
+    torch.testing.assert_close(torch.func.vmap(lambda row: sparse_linear(row, weight))(x), expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert sparse_linear(mode.from_tensor(x), weight).shape == (2, 3, 16)
     traced = torch.jit.trace(lambda x: sparse_linear(x, weight), x, check_trace=False)
