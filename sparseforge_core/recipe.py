@@ -127,6 +127,11 @@ class Recipe:
             raise RecipeError(
                 f"permutation: method {self.method.kind!r} prunes nothing, whatever the order of channels"
             )
+        if self.permutation is not None and _matches_another(self.objective):
+            raise RecipeError(
+                "permutation: hidden states are matched with those of another teacher (objective.teacher), whose "
+                "channels keep their order; leave out one of the two, or have the model as it was teach"
+            )
         if self.slorb is not None and not self.method.sparsifies:
             raise RecipeError(f"slorb: method {self.method.kind!r} prunes nothing that a branch could restore")
         if self.slorb is not None and not self.method.branches:
@@ -134,6 +139,12 @@ class Recipe:
                 f"slorb: method {self.method.kind!r} decides its mask at the end, so a branch has nothing to restore "
                 "while it trains; leave the branch out"
             )
+
+
+def _matches_another(objective: Objective) -> bool:
+    """Whether hidden states are matched at any time with those of a model that is opened from elsewhere."""
+    matched = any(objective.at(share).matching is not None for share in (0.0, 1.0))
+    return matched and getattr(objective, "teacher", None) is not None
 
 
 @spec("trained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparseforge_core.models.channels import Channels, free_channels
 from sparseforge_core.models.families import Family, family_of
 from sparseforge_core.models.sites import assign_patterns
 from sparseforge_core.objective import Distill
+from sparseforge_core.objective.hidden import HiddenMatch
 from sparseforge_core.opening import cell_folder, open_finished
 from sparseforge_core.permuting import put_in_order
 from sparseforge_core.recipe import Cell, Recipe, TrainPlan
@@ -111,6 +113,10 @@ def test_what_cannot_be_put_in_order_is_refused_before_any_work(tmp_path: Path) 
         ordered(tiny_model("opt"), tmp_path)
     with pytest.raises(RecipeError, match="permutation: method 'dense-control' prunes nothing"):
         recipe_of(DenseControl(), pattern=None)
+    matched = Distill(hidden=HiddenMatch())
+    assert recipe_of(AST(), objective=matched), "the teacher is the model in its new order"
+    with pytest.raises(RecipeError, match="permutation: hidden states are matched with those of another teacher"):
+        recipe_of(AST(), objective=replace(matched, teacher=tiny_source("llama")))
     assert not (tmp_path / "permutations").exists()
 
 
