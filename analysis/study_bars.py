@@ -14,6 +14,8 @@ FROM = 6 * MILLION
 AHEAD, AHEAD_OF_PAPER = 0.03, 0.05
 """By how much, of perplexity."""
 MET, NOT_MET, OPEN = "met", "not met", "not measured"
+SO_FAR = " so far"
+"""Ends the verdict on what is not all in."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ def main_bars(study: Study) -> list[Bar]:
 
 
 def counted(found: Sequence[Bar]) -> str:
-    """How many are met, not met, not measured."""
+    """How many are met, not met, not measured; and of how many that is said with seeds or rows still out."""
     met, missed = (sum(bar.verdict.startswith(verdict) for bar in found) for verdict in (MET, NOT_MET))
-    return f"{met} are met, {missed} not met, {len(found) - met - missed} not measured"
+    text = f"{met} are met, {missed} not met, {len(found) - met - missed} not measured"
+    partly = sum(bar.verdict.endswith(SO_FAR) for bar in found)
+    return f"{text} ({partly} of them so far: seeds or rows are still out)" if partly else text
 
 
 def _leads(study: Study, tokens: int) -> Bar:
@@ -183,4 +187,4 @@ def _verdict(enough: bool, known: Iterable[Match], planned: int) -> str:
     if not known:
         return OPEN
     whole = len(known) >= planned and all(one.whole for one in known)
-    return (MET if enough else NOT_MET) + ("" if whole else " so far")
+    return (MET if enough else NOT_MET) + ("" if whole else SO_FAR)

@@ -48,16 +48,19 @@ def _parts(study: Study) -> list[str]:
         row = study.table_3.row(one.row)
         if row is not None and not row.is_reference:
             by_row.setdefault(one.row, []).append(one)
-    groups: dict[str, list[str]] = {"worse": [], "better": [], "other": []}
+    groups: dict[str, list[str]] = {"worse": [], "better": [], "both": [], "other": []}
     for row_verdicts in by_row.values():
         said = {one.says for one in row_verdicts}
-        whole = len(row_verdicts) == len(study.texts) and len(said) == 1
-        groups[said.pop() if whole and said <= {"worse", "better"} else "other"].append(row_verdicts[0].label)
+        whole = len(row_verdicts) == len(study.texts) and said <= {"worse", "better"}
+        groups["other" if not whole else "both" if len(said) > 1 else said.pop()].append(row_verdicts[0].label)
     if not by_row:
         return ["Which parts of the method matter: no ablation has all its seeds yet."]
     names = {
         "worse": "Significantly worse than the whole method on every text",
         "better": "Significantly better than it on every text",
-        "other": "Not told apart from it on every text",
+        "both": "Better than it on one text and worse on another, both significantly",
+        "other": "Shown to differ from it on some texts alone, or on none",
     }
-    return [f"{names[group]}: {', '.join(labels) or 'none'}." for group, labels in groups.items()]
+    absent = [row.label for row in study.table_3.rows if not row.is_reference and row.row not in {*by_row, FULL}]
+    lines = [f"{names[group]}: {', '.join(labels) or 'none'}." for group, labels in groups.items()]
+    return [*lines, f"Without all their seeds yet, and so not tested: {', '.join(absent)}."] if absent else lines

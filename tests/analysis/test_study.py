@@ -14,7 +14,7 @@ from analysis import study_books, study_trials
 from analysis.make_tables import collect
 from analysis.motivation import deltas
 from analysis.study import main
-from analysis.study_bars import bars
+from analysis.study_bars import bars, counted
 from analysis.study_claims import claims
 from analysis.study_data import Study
 from analysis.study_parts import alone, planned_study
@@ -130,6 +130,10 @@ def test_bars_are_not_met_where_ours_is_behind_or_not_far_enough_ahead(tmp_path:
 def test_what_is_half_there_is_judged_so_far_and_what_is_absent_not_at_all(tmp_path: Path) -> None:
     half = bars(study_of(Made(ours=19.0, done=(0, 1)).write(tmp_path)))
     assert half[1].verdict == "met so far"
+    partly = sum(bar.verdict.endswith("so far") for bar in half)
+    assert (
+        counted(half) == f"10 are met, 0 not met, 0 not measured ({partly} of them so far: seeds or rows are still out)"
+    )
     alone = bars(study_of(Made(ours=19.0, others=False).write(tmp_path / "alone")))
     assert [bar.verdict == "not measured" for bar in alone] == [
         *(False, True, False, False),  # no rival at the main budget
@@ -233,7 +237,9 @@ def test_the_page_begins_with_what_was_found_and_a_second_model_that_is_absent_i
     assert "difference -9.52 % [" in short
     assert "Of 10 bars set before, 10 are met, 0 not met, 0 not measured." in short
     assert "Significantly worse than the whole method on every text: w/o distillation." in short
-    assert "Not told apart from it on every text: none." in short
+    assert "Better than it on one text and worse on another, both significantly: none." in short
+    assert "Shown to differ from it on some texts alone, or on none: none." in short
+    assert "Without all their seeds" not in short
     assert "A second model: absent." in short
     assert "Absent: the store has no plan of grid `gpt2-study`." in page
     half = report(Made(ours=22.5, done=(0, 1)).write(tmp_path / "half"), "smollm2-study", store="x")
