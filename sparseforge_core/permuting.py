@@ -40,7 +40,7 @@ TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
-class Reader:
+class _Reader:
     """A masked weight that has channels among its inputs, from column `start` of its `[out, in]` matrix on."""
 
     site: Site
@@ -52,7 +52,7 @@ class _Ordered:
     """Channels on their way to an order."""
 
     channels: Channels
-    readers: list[Reader]
+    readers: list[_Reader]
     pattern: GroupPattern
     scores: list[Tensor] = field(default_factory=list)
 
@@ -132,13 +132,13 @@ def _orderable(channels: list[Channels], sites: list[Site]) -> list[_Ordered]:
     return found
 
 
-def _readers(channels: Channels, sites: list[Site]) -> list[Reader]:
+def _readers(channels: Channels, sites: list[Site]) -> list[_Reader]:
     by_name = {site.name: site for site in sites}
     found = []
     for place in channels.places:
         site = by_name.get(place.parameter)
         if site is not None and place.dim == (0 if site.transposed else 1):
-            found.append(Reader(site, place.start))
+            found.append(_Reader(site, place.start))
     return found
 
 
@@ -156,16 +156,15 @@ def _search(
     total = before = after = 0.0
     for block in stream_blocks(model, sites, batches, device=device):
         inverse = block_inverse_diagonals(block)
-        there = {site.name for site in block.sites}
+        scored = {site.name: criterion.score(site.matrix(site.weight), inverse[site.name]) for site in block.sites}
         for one in ordered:
             for reader in one.readers:
-                if reader.site.name in there:
+                if reader.site.name in scored:
                     columns = slice(reader.start, reader.start + one.channels.size)
-                    scores = criterion.score(reader.site.matrix(reader.site.weight), inverse[reader.site.name])
-                    one.scores.append(scores[:: one.every, columns].contiguous())
+                    one.scores.append(scored[reader.site.name][:: one.every, columns])
             if len(one.scores) < len(one.readers):
                 continue  # the residual stream is read by every block
-            scores = torch.cat([part.to(block.device) for part in one.scores])
+            scores = torch.cat(one.scores)
             shape = {"keep": one.pattern.keep, "size": one.pattern.cols}
             order = best_order(scores, rounds=rounds, **shape)
             whole = float(scores.sum(dtype=torch.float64))
