@@ -62,6 +62,7 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "objective": encode(preset.objective),
                 "lr": encode(preset.lr),
                 "slorb": None if preset.slorb is None else encode(preset.slorb, omit_defaults=False),
+                "permutation": None if preset.permutation is None else encode(preset.permutation, omit_defaults=False),
             }
             for preset in PRESETS.values()
         ]

@@ -45,6 +45,13 @@ class _Reader:
 
     site: Site
     start: int
+    expert: int | None = None
+    """Which of the experts that its tensor holds; None for a weight of one matrix, or for all of them."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows `[outputs, in]` of a tensor of the weight's layout that read the channels."""
+        mine = x if self.expert is None else x[self.expert]
+        return mine.reshape(-1, mine.shape[-1])
 
 
 @dataclass
@@ -59,7 +66,7 @@ class _Ordered:
     @property
     def every(self) -> int:
         """Of so many outputs one is looked at."""
-        rows = sum(reader.site.matrix(reader.site.weight).shape[0] for reader in self.readers)
+        rows = sum(len(reader.rows(reader.site.matrix(reader.site.weight))) for reader in self.readers)
         return -(-rows // MOST_ROWS)
 
 
@@ -137,8 +144,11 @@ def _readers(channels: Channels, sites: list[Site]) -> list[_Reader]:
     found = []
     for place in channels.places:
         site = by_name.get(place.parameter)
-        if site is not None and place.dim == (0 if site.transposed else 1):
-            found.append(_Reader(site, place.start))
+        if site is None:
+            continue
+        inputs = site.weight.ndim - (2 if site.transposed else 1) - (place.expert is not None)
+        if place.dim == inputs:
+            found.append(_Reader(site, place.start, place.expert))
     return found
 
 
@@ -161,7 +171,7 @@ def _search(
             for reader in one.readers:
                 if reader.site.name in scored:
                     columns = slice(reader.start, reader.start + one.channels.size)
-                    one.scores.append(scored[reader.site.name][:: one.every, columns])
+                    one.scores.append(reader.rows(scored[reader.site.name])[:: one.every, columns])
             if len(one.scores) < len(one.readers):
                 continue  # the residual stream is read by every block
             scores = torch.cat(one.scores)

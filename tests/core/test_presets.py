@@ -18,6 +18,8 @@ from sparseforge_core.objective import Distill, TaskOnly
 from sparseforge_core.observe.curvature import Fisher
 from sparseforge_core.presets import PAPER, PRESETS, RELEASED, Preset, preset_named
 from sparseforge_core.recipe import Recipe
+from sparseforge_core.sparsity.patterns import BLOCK_16, Pattern, Unstructured, nm
+from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.specs import decode, encode
 from sparseforge_core.train.loop import train
 from tests.contract.test_methods import start
@@ -47,10 +49,21 @@ def test_lean_is_the_defaults_kept_in_few_bytes() -> None:
     assert recipe(PRESETS["lean"], 40).objective == Distill()
 
 
-def test_improved_is_the_study_s_own_row() -> None:
+def test_improved_is_the_study_s_own_row_but_for_the_order_of_channels() -> None:
     row, preset = tuned("improved"), PRESETS["improved"]
+    assert row.permutation is None, "its rows were trained before (docs/lab-log.md, section 15)"
+    assert recipe(preset, 40).permutation == ChannelPermutation(samples=128, length=1024)
     assert (preset.method, preset.objective, preset.lr) == (row.method, row.objective, row.lr)
     assert recipe(preset, 40).train.unmasked_rate == row.unmasked_rate == 0.25
+
+
+@pytest.mark.parametrize("pattern", [BLOCK_16, Unstructured(), nm(1, 4)], ids=lambda pattern: pattern.name)
+def test_channels_are_put_in_order_for_patterns_of_inputs_alone(pattern: Pattern) -> None:
+    source = tiny_source("llama")
+    made = PRESETS["improved"].recipe(
+        source, Synthetic(documents_count=10), steps=40, sequences=4, length=16, pattern=pattern
+    )
+    assert (made.permutation is None) == (pattern != nm(1, 4))
 
 
 @pytest.mark.parametrize("preset", [PAPER, RELEASED], ids=lambda p: p.name)

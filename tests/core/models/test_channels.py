@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from sparseforge_core.errors import UnsupportedModel
+from sparseforge_core.models.channel_layouts import LAYOUTS
 from sparseforge_core.models.channels import free_channels, permute
 from sparseforge_core.models.families import FAMILIES, family_of
-from sparseforge_core.models.families.llama import LLAMA_BLOCK
-from sparseforge_core.models.tiny import CONFIGURATIONS
-from tests.tiny import tiny_model, tokens
-
-DECLARED = ("llama", "gpt2", *(name for family in LLAMA_BLOCK for name in family.model_types if name in CONFIGURATIONS))
+from sparseforge_core.models.hub import from_config
+from tests.tiny import EVERY_ARCHITECTURE, sites_of, tiny_model, tokens
 
 
-def test_every_architecture_with_llamas_block_is_tried() -> None:
-    assert {family_of(name).name for name in DECLARED} == {"llama", "gpt2", *(family.name for family in LLAMA_BLOCK)}
-
-
-@pytest.mark.parametrize("architecture", DECLARED)
-def test_a_model_with_its_channels_in_another_order_computes_the_same(architecture: str) -> None:
-    model = tiny_model(architecture)
+def unlike(model: Any) -> Any:
+    """No two channels alike, norms and biases included."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():  # no two channels alike, norms and biases included
+    for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def assert_any_order_computes_the_same(model: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
     before = model(input_ids=tokens()).logits.detach()
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    found = free_channels(model, family_of(architecture))
+    found = free_channels(model, family_of(model.config.model_type))
     assert [one.name for one in found][-1] == "residual stream"
     assert len({one.name for one in found}) == len(found)
     for one in found:
         permute(model, one, torch.randperm(one.size, generator=generator))
         torch.testing.assert_close(model(input_ids=tokens()).logits, before, rtol=1e-3, atol=1e-4, msg=one.name)
     still = {name for name, weight in model.named_parameters() if torch.equal(weight, weights[name])}
-    assert all(re.search(r"bias|self_attn\..*norm", name) for name in still), "all but what a head has to itself"
+    apart = r"bias|self_attn\..*norm|self_attn\.sinks"
+    if getattr(model.config, "word_embed_proj_dim", None) not in (None, model.config.hidden_size):
+        apart += r"|embed_tokens"  # what is projected into the stream has channels of its own
+    assert all(re.search(apart, name) for name in still), f"all but what a head has to itself: {still}"
+
+
+def test_every_family_is_declared() -> None:
+    assert set(LAYOUTS) == {family.name for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+def test_a_model_with_its_channels_in_another_order_computes_the_same(architecture: str) -> None:
+    assert_any_order_computes_the_same(unlike(tiny_model(architecture)))
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+def test_every_input_of_a_masked_weight_is_free_but_for_what_a_rotation_mixes(architecture: str) -> None:
+    model = tiny_model(architecture)
+    places = [place for one in free_channels(model, family_of(model.config.model_type)) for place in one.places]
+    for site in sites_of(model):
+        whole = site.weight.ndim - (2 if site.transposed else 1)
+        mine = [place for place in places if place.parameter == site.name]
+        assert any(place.dim == whole - (place.expert is not None) for place in mine), site.name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("phi3", {"num_key_value_heads": 2}),
+        ("falcon", {"multi_query": False}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "bias": True}),
+        ("gpt_bigcode", {"multi_query": False}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("opt", {"word_embed_proj_dim": 32}),
+        ("deepseek_v3", {"q_lora_rank": None}),
+        ("gpt_oss", {"num_key_value_heads": 2}),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_other_layouts_of_a_family(architecture: str, changes: dict[str, Any]) -> None:
+    config = copy.deepcopy(tiny_model(architecture, heads=4).config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    assert_any_order_computes_the_same(unlike(from_config(config).eval()))
 
 
 def test_a_query_head_reads_the_values_of_its_own_head() -> None:
@@ -48,8 +95,9 @@ def test_a_query_head_reads_the_values_of_its_own_head() -> None:
 
 
 def test_what_nobody_declared_is_refused_with_what_to_do() -> None:
-    with pytest.raises(UnsupportedModel, match=r"family opt may change places is not declared.*Declared: llama"):
-        free_channels(tiny_model("opt"), family_of("opt"))
+    other = replace(FAMILIES["opt"], name="automatic")
+    with pytest.raises(UnsupportedModel, match=r"family automatic may change places is not declared.*Declared: llama"):
+        free_channels(tiny_model("opt"), other)
     model = tiny_model("llama")
     model.register_parameter("gain", torch.nn.Parameter(torch.ones(3)))
     with pytest.raises(UnsupportedModel, match=r"nothing says whether gain \(3,\) has the channels"):
