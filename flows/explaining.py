@@ -91,22 +91,22 @@ def _one_cell(results: Results, prefix: str) -> str:
 
 def recipe_lines(cell: Cell) -> Iterator[str]:
     """The recipe's parts and every field that differs from its default, as `path = value`."""
-    yield from _given("", specs.encode(cell.recipe))
+    yield from _given("", specs.encode(cell.recipe), cell.seed)
 
 
-def _given(path: str, value: Any) -> Iterator[str]:
+def _given(path: str, value: Any, seed: int) -> Iterator[str]:
     if not isinstance(value, dict):
         yield f"{path} = {json.dumps(value)}"
         return
     if value.get("kind") == "trained":
         source = specs.decode(value, Trained, "model")
-        yield f"{path} = the model of cell {cell_key(Cell(recipe=source.recipe, seed=source.seed))}"
+        yield f"{path} = the model of cell {cell_key(source.cell(seed))}"
         return
     if path:
         yield f"{path} = {value.get('kind', 'values')}"
     for name, item in value.items():
         if name not in ("kind", "revision", "spec_revision"):
-            yield from _given(f"{path}.{name}" if path else name, item)
+            yield from _given(f"{path}.{name}" if path else name, item, seed)
 
 
 def _neighbour(results: Results, found: Dossier) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def cell_key(cell: Cell) -> str:
 def required_cells(cell: Cell) -> tuple[Cell, ...]:
     """The cells whose checkpoints this one reads: its model and its teacher, where another cell made them."""
     sources = [cell.recipe.model, getattr(cell.recipe.objective, "teacher", None)]
-    found = [Cell(recipe=s.recipe, seed=s.seed) for s in sources if isinstance(s, Trained)]
+    found = [source.cell(cell.seed) for source in sources if isinstance(source, Trained)]
     return tuple(dict.fromkeys(found))
 
 

@@ -44,10 +44,10 @@ def divergence(directory: Path) -> str | None:
     return None if why is None else str(why)
 
 
-def open_source(source: ModelSource, home: Path) -> PreTrainedModel:
-    """The model that a recipe starts from, float32, on the CPU."""
+def open_source(source: ModelSource, home: Path, seed: int) -> PreTrainedModel:
+    """The model that a cell of this seed starts from or is taught by, float32, on the CPU."""
     if isinstance(source, Trained):
-        return open_finished(Cell(recipe=source.recipe, seed=source.seed), home)
+        return open_finished(source.cell(seed), home)
     return hub.load_model(source, home)
 
 
@@ -80,7 +80,7 @@ def weights_identity(cell: Cell, home: Path) -> str:
     the cell has no finished model.
     """
     if not cell.recipe.method.sparsifies and not cell.recipe.method.trains:
-        return source_identity(cell.recipe.model, home)
+        return source_identity(cell.recipe.model, home, cell.seed)
     try:
         manifest = json.loads((final_folder(home, cell) / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -90,10 +90,10 @@ def weights_identity(cell: Cell, home: Path) -> str:
     return content_key({"cell": cell_key(cell), "files": manifest["files"]})
 
 
-def source_identity(source: ModelSource, home: Path) -> str:
+def source_identity(source: ModelSource, home: Path, seed: int) -> str:
     """Which weights `open_source` gives, 16 hex digits."""
     if isinstance(source, Trained):
-        return weights_identity(Cell(recipe=source.recipe, seed=source.seed), home)
+        return weights_identity(source.cell(seed), home)
     return content_key({"source": canonical(source)})
 
 
@@ -118,7 +118,7 @@ def open_apart(cell: Cell, home: Path) -> tuple[PreTrainedModel, dict[str, tuple
     Raises as `open_finished`.
     """
     if not cell.recipe.method.sparsifies and not cell.recipe.method.trains:
-        return open_source(cell.recipe.model, home), {}
+        return open_source(cell.recipe.model, home, cell.seed), {}
     folder = final_folder(home, cell)
     if not folder.is_dir():
         if why := divergence(folder.parent):

@@ -60,7 +60,7 @@ class Prepared:
         recipe = cell.recipe
         self.cell, self.home, self.device = cell, home, device
         self.tokenizer = open_tokenizer(recipe.model, home)
-        model: Any = open_source(recipe.model, home)
+        model: Any = open_source(recipe.model, home, cell.seed)
         family = open_family(recipe.model, model)
         self.sites: list[Site] = []
         if recipe.pattern is not None:
@@ -197,7 +197,7 @@ class Prepared:
     def _about(self) -> dict[str, Any]:
         """What everything that calibration text decides depends on."""
         return {
-            "weights": source_identity(self.cell.recipe.model, self.home),
+            "weights": source_identity(self.cell.recipe.model, self.home, self.cell.seed),
             "pattern": specs.encode(self.cell.recipe.pattern),
             "tokens": self.tokens.sha256,
             "seed": self.cell.seed,
@@ -208,7 +208,10 @@ class Prepared:
         if not objective.distills:
             return None
         source = getattr(objective, "teacher", None)
-        teacher = copy.deepcopy(self.model) if source is None else open_source(source, self.home).to(self.loaded_on)  # type: ignore[arg-type]
+        if source is None:
+            teacher = copy.deepcopy(self.model)
+        else:
+            teacher = open_source(source, self.home, self.cell.seed).to(self.loaded_on)  # type: ignore[arg-type]
         objective.check(self.model.config, teacher.config)
         if source is not None:
             self._check_tokenizer(source)

@@ -152,7 +152,12 @@ class Trained(ModelSource):
     """The model that another cell produced: its final checkpoint. The whole recipe is part of this identity."""
 
     recipe: Recipe
-    seed: int = 0
+    seed: int | None = 0
+    """None: that of the cell which reads it, so that both saw the same text."""
+
+    def cell(self, seed: int) -> Cell:
+        """The cell that made it, for a reader of this seed."""
+        return Cell(recipe=self.recipe, seed=seed if self.seed is None else self.seed)
 
 
 @spec("cell")

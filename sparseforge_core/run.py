@@ -249,6 +249,7 @@ def evaluate_cell(
         tokenizer=open_tokenizer(recipe.model, home),
         identity=weights_identity(cell, home),
         source=recipe.model,
+        seed=cell.seed,
         corpus=recipe.corpus,
         retrained=recipe.method.trains,
         home=home,

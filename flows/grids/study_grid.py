@@ -188,7 +188,7 @@ def ablations() -> dict[str, tuple[str, Recipe]]:
         mask_rate=Constant(value=1.0),
     )
     fixed = replace(objective, correction=None)
-    teacher = Trained(recipe=tuned("dense-control").recipe(MAIN * MILLION))
+    teacher = Trained(recipe=tuned("dense-control").recipe(MAIN * MILLION), seed=None)
     changed = {
         "magnitude": ("w/ magnitude score", replace(full, method=replace(method, criterion=Magnitude()))),
         "wanda": ("w/ Wanda score", replace(full, method=replace(method, criterion=WandaScore()))),
@@ -269,8 +269,8 @@ CAPTIONS = {
     "table-3": (
         f"Ablations of SparseForge (improved), {_TOKENS} tokens unless said. Without annealing: hard masks from the "
         "first update on, chosen again at every later one by the same score. Without moving masks: SparseGPT's, as it "
-        "is. A fixed teacher takes no steps on the text; the retrained one is the dense control of seed 0, which has "
-        "seen as many tokens once more. Books alone: five shards of books, no modern prose. No larger "
+        "is. A fixed teacher takes no steps on the text; the retrained one is the dense control of the same seed, "
+        "which has seen the same tokens once more. Books alone: five shards of books, no modern prose. No larger "
         "model with this tokenizer is at hand, so that there is no row with a larger teacher."
     ),
     "accuracy-vs-tokens": (

@@ -14,6 +14,7 @@ from flows.grids.study import (
     LENGTH,
     MILLION,
     MIXED,
+    SEQUENCES,
     SPARSEGPT,
     TRIED_ON,
     WIDE_SEQUENCES,
@@ -27,6 +28,7 @@ from sparseforge_core.methods import ALPS, FrozenMask, SparseForge
 from sparseforge_core.objective import Distill
 from sparseforge_core.objective.correction import TeacherCorrection
 from sparseforge_core.objective.hidden import HiddenMatch
+from sparseforge_core.recipe import Trained
 from sparseforge_core.schedules import Constant, Linear, Product
 from sparseforge_core.sparsity.compensation import Compensation
 from sparseforge_core.sparsity.criteria import HessianOBD, SparseGPTScore, WandaScore
@@ -338,6 +340,36 @@ PERMUTING_LONG: tuple[Contender, ...] = _mixed(
 )
 """Whether what groups lose less of is still worth something after retraining, for ours and for its nearest rival."""
 
+
+def _retaught(
+    label: str, millions: int, sequences: int = SEQUENCES, *, name: str = "improved", **objective: Any
+) -> Contender:
+    """A method of the study with channels in order, taught by the dense control of its seed, text, budget and steps."""
+    control = replace(contenders(CONTROL_PEAK)["dense-control"], corpus=MIXED, sequences=sequences)
+    teacher = Trained(recipe=control.recipe(millions * MILLION), seed=None)
+    changed = replace(FOLLOWING, **{"correction": None, "teacher": teacher, **objective})
+    wide = "" if sequences == SEQUENCES else f", {sequences} sequences a step"
+    return _as(
+        name, f"{label}{wide}, modern text too", PEAK, objective=changed, permutation=PERMUTED, sequences=sequences,
+        corpus=MIXED,
+    )  # fmt: skip
+
+
+CONTROL_PEAK = 1.2e-3
+"""Of the dense control, as its trials chose."""
+RETAUGHT: tuple[Contender, ...] = (
+    _retaught("improved, in order, a retrained teacher", 12),
+    _retaught("improved, in order, a retrained teacher, KL 0.9", 12, kl_weight=0.9),
+    _retaught("improved, in order, a retrained teacher that follows", 12, correction=FOLLOWING.correction),
+    _retaught("frozen SparseGPT 2.4e-3, in order, a retrained teacher", 12, name="frozen-sparsegpt", kl_weight=0.5),
+)
+RETAUGHT_LONG: tuple[Contender, ...] = (
+    _retaught("improved, in order, a retrained teacher", 24, WIDE_SEQUENCES),
+    _retaught("improved, in order, a retrained teacher, KL 0.9", 24, WIDE_SEQUENCES, kl_weight=0.9),
+)
+"""Whether a teacher that has read the text before its pupil does, and is fixed, is worth more than one that follows:
+the dense model retrained on the same tokens, by the study's own dense control."""
+
 UNSHOWN = (3, 4)
 """Seeds that no table has: the first for every idea, the second where the first does not settle it."""
 
@@ -359,8 +391,8 @@ def ideas() -> Grid:
         for millions, some, suites, seeds in (
             (6, FORGETTING, (TRIED_ON, FORGOTTEN), UNSHOWN[:1]),
             (12, RATES, (TRIED_ON, FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
-            (12, (*TEXTS, *COMBINED, *HELD, *WIDER, *PERMUTING), (FORGOTTEN, ELSEWHERE), UNSHOWN),
-            (24, (*TWICE_AS_LONG, *LONGER, *PERMUTING_LONG), (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
+            (12, (*TEXTS, *COMBINED, *HELD, *WIDER, *PERMUTING, *RETAUGHT), (FORGOTTEN, ELSEWHERE), UNSHOWN),
+            (24, (*TWICE_AS_LONG, *LONGER, *PERMUTING_LONG, *RETAUGHT_LONG), (FORGOTTEN, ELSEWHERE), UNSHOWN[:1]),
         )
         for one in some
         for seed in seeds

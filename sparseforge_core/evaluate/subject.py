@@ -25,6 +25,8 @@ class Subject:
     """Which weights these are; answers are kept under it."""
     source: ModelSource
     """The dense model that the recipe starts from."""
+    seed: int
+    """Of the cell."""
     corpus: Corpus
     """The recipe's text."""
     retrained: bool
@@ -39,12 +41,13 @@ class Subject:
 
     def dense(self) -> Subject:
         """The recipe's own dense model, whose answers are kept once for all cells that start from it."""
-        identity = source_identity(self.source, self.home)
+        identity = source_identity(self.source, self.home, self.seed)
         return Subject(
-            model=open_source(self.source, self.home).to(self.device).eval(),  # type: ignore[arg-type]
+            model=open_source(self.source, self.home, self.seed).to(self.device).eval(),  # type: ignore[arg-type]
             tokenizer=self.tokenizer,
             identity=identity,
             source=self.source,
+            seed=self.seed,
             corpus=self.corpus,
             retrained=False,
             home=self.home,

@@ -57,6 +57,15 @@ def test_a_model_made_by_another_cell_carries_its_whole_recipe() -> None:
     assert required_cells(Cell(recipe=RECIPE)) == (Cell(recipe=PRETRAINING, seed=0),)
 
 
+def test_a_model_of_the_reader_s_own_seed() -> None:
+    taught = dataclasses.replace(RECIPE, objective=Distill(teacher=Trained(recipe=PRETRAINING, seed=None)))
+    assert key_of(taught) != key_of(dataclasses.replace(RECIPE, objective=Distill(teacher=Trained(recipe=PRETRAINING))))
+    for seed in (0, 5):
+        found = required_cells(Cell(recipe=taught, seed=seed))
+        assert found == tuple(dict.fromkeys(Cell(recipe=PRETRAINING, seed=one) for one in (0, seed)))
+    assert specs.decode(specs.encode(taught), Recipe) == taught
+
+
 def test_a_cell_file_edited_by_hand_is_refused() -> None:
     body = json.loads(dumps(Cell(recipe=RECIPE)))
     body["cell"]["recipe"]["train"]["steps"] = 21

@@ -15,7 +15,7 @@ from flows.placements import CPU_FLOPS, GPU_FLOPS, card_of, cost_hours, flops, m
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.evaluate.suites import CAST_7, HELDOUT, ZERO_SHOT_7, PerplexitySuite, suite_key
-from sparseforge_core.identity import diff, loads, recipe_spec
+from sparseforge_core.identity import diff, key_of, loads, recipe_spec
 from sparseforge_core.methods import Dense, DenseControl, SparseForge
 from sparseforge_core.models.sources import Hub, Tiny, TrainedBPE
 from sparseforge_core.objective import Distill
@@ -135,6 +135,17 @@ def test_a_chain_of_trained_models_is_planned_whole() -> None:
     assert [(cell.tokens // 1024, cell.seed) for cell in plan.cells] == [(10, 3), (20, 0), (30, 0), (30, 1)]
     assert [cell.variant for cell in plan.cells] == ["pretraining", "pretraining", "SparseForge", "SparseForge"]
     assert [len(cell.requires) for cell in plan.cells] == [0, 1, 1, 1]
+
+
+def test_each_seed_may_be_taught_by_a_model_of_its_own_seed() -> None:
+    control = Recipe(model=TINY, method=DenseControl(), corpus=TEXT, train=TrainPlan(steps=10))
+    taught = Recipe(model=TINY, method=SparseForge(), pattern=nm(2, 4), corpus=TEXT, train=TrainPlan(steps=30),
+                    objective=Distill(teacher=Trained(recipe=control, seed=None)))  # fmt: skip
+    plan = expand(_grid(Planned(recipe=taught, variant="SparseForge", seeds=(1, 2))))
+    (teacher, pupil) = key_of(control), key_of(taught)
+    assert {cell.key: list(cell.requires) for cell in plan.cells} == {
+        f"{teacher}-s1": [], f"{teacher}-s2": [], f"{pupil}-s1": [f"{teacher}-s1"], f"{pupil}-s2": [f"{teacher}-s2"],
+    }  # fmt: skip
 
 
 def test_two_recipes_for_one_row_are_refused() -> None:

@@ -41,6 +41,8 @@ from flows.grids.study_lab import (
     PERMUTING,
     PERMUTING_LONG,
     RATES,
+    RETAUGHT,
+    RETAUGHT_LONG,
     TEXTS,
     TWICE_AS_LONG,
     UNSHOWN,
@@ -82,9 +84,16 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
-    groups = (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, WIDER, PERMUTING)
-    longer = (TWICE_AS_LONG, LONGER, PERMUTING_LONG)
-    assert len({cell.recipe_key for cell in plan.cells}) == sum(map(len, (*groups, *longer)))
+    groups = (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, WIDER, PERMUTING, RETAUGHT)
+    longer = (TWICE_AS_LONG, LONGER, PERMUTING_LONG, RETAUGHT_LONG)
+    teachers = {required for cell in plan.cells for required in cell.requires}
+    recipes = {cell.recipe_key for cell in plan.cells if cell.key not in teachers}
+    assert len(recipes) == sum(map(len, (*groups, *longer)))
+    assert len(teachers) == 3, "of both seeds at 12 M tokens, of one at 24"
+    for cell in plan.cells:
+        for required in cell.requires:
+            taught_by = next(one for one in plan.cells if one.key == required)
+            assert (taught_by.seed, taught_by.tokens) == (cell.seed, cell.tokens)
 
 
 def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
@@ -179,7 +188,7 @@ def _but_for_text_and_steps(recipe: Recipe) -> tuple[str, int]:
 def test_the_retrained_teacher_comes_along_and_a_part_of_the_grid_can_be_carried() -> None:
     chosen = choose([NAME], only=Only(variants=("w/ Retrained, fixed Teacher",), seeds=(1,)))
     assert [(cell.variant, cell.seed) for cell in chosen.cells.values()] == [
-        ("Dense control", 0),
+        ("Dense control", 1),
         ("w/ retrained, fixed teacher", 1),
     ]
     one_shot = choose([NAME], only=Only(millions=(0,), seeds=(0,)))

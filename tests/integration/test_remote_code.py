@@ -104,7 +104,7 @@ def test_a_repository_with_its_own_code_is_pruned_saved_and_measured(home: Path,
     suite = PerplexitySuite(name="heldout", text="heldout", window=16, limit=4)
     body = json.loads(evaluate_cell(cell, suite, home / "out", home).read_text())
     assert body["measurements"][0]["value"] > 1.0
-    started = sys.modules[type(open_source(cell.recipe.model, home)).__module__]
+    started = sys.modules[type(open_source(cell.recipe.model, home, cell.seed)).__module__]
     assert COMMIT in str(started.__file__), "other code than the commit's ran"
     # The code travels with the finished model, under the manifest's hashes.
     assert (folder / "final" / "modeling_deepseek.py").read_text() == Path(deepseek_original.__file__).read_text()
@@ -117,11 +117,11 @@ def test_our_own_classes_of_deepseek_make_the_same_model_without_running_its_cod
     theirs, ours = cell_of("deepseek", remote_code=True), cell_of("deepseek")
     x = tokens()
     with torch.no_grad():
-        built = open_source(ours.recipe.model, home)
+        built = open_source(ours.recipe.model, home, ours.seed)
         assert isinstance(built, FusedDeepseekForCausalLM)
         before = built(x).logits
         assert not (cache / "modules").exists(), "code was copied"
-        assert torch.allclose(before, open_source(theirs.recipe.model, home)(x).logits, atol=1e-5)
+        assert torch.allclose(before, open_source(theirs.recipe.model, home, theirs.seed)(x).logits, atol=1e-5)
     weights = trained(ours, home)[2]
     for name, weight in trained(theirs, home)[2].items():
         assert torch.equal(weight, weights[name]), name
