@@ -197,7 +197,7 @@ IMPROVED = Preset(
 24 million tokens 733 steps of twice the sequences were better than 1,465: perplexity on other text fell by 6.5 % for
 1.3 % more on the text's own kind (docs/lab-log.md, section 12; one seed). The order of channels, which needs a declared
 family, gave 0.9 % on the text's own kind and 3.7 % on other text at 12 million tokens (two seeds), 0.4 and 2.2 % at 24
-(one; section 15)."""
+(one; section 14)."""
 
 PRESETS = {preset.name: preset for preset in (PAPER, RELEASED, LEAN, IMPROVED)}
 

@@ -51,7 +51,7 @@ def test_lean_is_the_defaults_kept_in_few_bytes() -> None:
 
 def test_improved_is_the_study_s_own_row_but_for_the_order_of_channels() -> None:
     row, preset = tuned("improved"), PRESETS["improved"]
-    assert row.permutation is None, "its rows were trained before (docs/lab-log.md, section 15)"
+    assert row.permutation is None, "its rows were trained before (docs/lab-log.md, section 14)"
     assert recipe(preset, 40).permutation == ChannelPermutation(samples=128, length=1024)
     assert (preset.method, preset.objective, preset.lr) == (row.method, row.objective, row.lr)
     assert recipe(preset, 40).train.unmasked_rate == row.unmasked_rate == 0.25

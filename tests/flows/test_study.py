@@ -18,8 +18,8 @@ from flows.grids.study_grid import (
     FIGURE_SEEDS,
     FIVE,
     MORE_SEEDS,
+    MORE_SEEDS_OF,
     NAME,
-    NEAREST,
     SEEDS,
     TUNED,
     WIDE,
@@ -104,11 +104,11 @@ def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
     assert not any("books" in said for said in _not_carried(suites))
 
 
-def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds_and_four_more_of_the_nearest_two() -> None:
+def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds_and_four_more_of_the_nearest_rival() -> None:
     rows = {slot.row: entry for entry in grid_named(NAME).entries for slot in entry.slots if slot.exhibit == "table-2"}
     assert set(rows) == {"dense", "magnitude", "wanda", "sparsegpt", *contenders(PEAKS[0])}
     for name in contenders(PEAKS[0]):
-        assert rows[name].seeds == ((0, 1, 2, 5, 6, 7, 8) if name in NEAREST else (0, 1, 2))
+        assert rows[name].seeds == ((0, 1, 2, 5, 6, 7, 8) if name in MORE_SEEDS_OF else (0, 1, 2))
         assert rows[name].recipe.train.tokens == 733 * 16 * 1024
     assert {entry.suites for entry in rows.values()} == {(*REPORTED, ZERO_SHOT)}
     assert set(TUNED) == set(contenders(PEAKS[0]))
