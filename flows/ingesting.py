@@ -27,7 +27,8 @@ from sparseforge_core import bundles, files, measured, specs
 from sparseforge_core.checkpoint import MANIFEST, dropped, verify
 from sparseforge_core.errors import BundleError, CellTaken, CheckpointMismatch, RecipeError
 from sparseforge_core.evaluate.suites import suite_key
-from sparseforge_core.identity import cell_key, required_cells
+from sparseforge_core.identity import cell_key
+from sparseforge_core.recipe import Trained
 from sparseforge_core.store.rows import StageState
 from sparseforge_core.store.store import ResultStore
 
@@ -132,7 +133,7 @@ def _of_other_models(
     """Cells whose model came out otherwise than the recorded one, and those that were made from such a model.
 
     What was measured of them is of another model. A teacher that was trained anew is no reason: it is of the same
-    recipe, and no row is compared with it.
+    recipe, and no row is compared with it; the pupil's context says which weights taught it.
     """
     found = set()
     for stage in carried:
@@ -143,9 +144,9 @@ def _of_other_models(
             log.warning("cell %s was trained before, to another model; what is new of this one is left out", stage.cell)
             found.add(stage.cell)
     for entry in bundle.entries:  # each comes after those it needs
-        key = cell_key(entry.cell)
-        if any(cell_key(required) in found for required in required_cells(entry.cell)):
-            log.warning("cell %s reads a model that was made anew and is another one; it is left out", key)
+        source, key = entry.cell.recipe.model, cell_key(entry.cell)
+        if isinstance(source, Trained) and cell_key(source.cell(entry.cell.seed)) in found:
+            log.warning("cell %s stands on a model that was made anew and is another one; it is left out", key)
             found.add(key)
     return found
 

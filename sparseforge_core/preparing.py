@@ -76,6 +76,9 @@ class Prepared:
         whole = recipe.method.trains and self.sharding != "shard"
         self.loaded_on = device if whole else torch.device("cpu")
         self.model = model.to(self.loaded_on)
+        taught_by = getattr(recipe.objective, "teacher", None)
+        self.taught_by = None if taught_by is None else source_identity(taught_by, home, cell.seed)
+        """Which weights a teacher from another source came with."""
         self.teacher = self._teacher()
         self.anchor = anchor_of(self.teacher, recipe.objective.correcting, recipe.train)
         self.solutions = KeptSolutions(home, self._about_solutions)

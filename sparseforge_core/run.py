@@ -185,6 +185,8 @@ def _train_to_the_end(
     context = {**context_of(prepared.device), **hashes, **_spent(began, seen, execution)}
     if prepared.solutions.used:
         context["solutions"] = prepared.solutions.used
+    if prepared.taught_by is not None:
+        context["teacher"] = prepared.taught_by
     if prepared.permuted is not None:
         context["permutation"] = prepared.permuted
     return write_stage(directory, cell, "train", None, rows, context)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,11 @@ OWN = Trained(recipe=CONTROL, seed=None)
 PUPIL = replace(CONTROL, method=FrozenMask(), pattern=nm(2, 4), objective=Distill(kl_weight=1.0, teacher=OWN))
 
 
+def context(cell: Cell, home: Path) -> dict[str, Any]:
+    written = json.loads((cell_folder(home, cell) / "train" / "measurements.json").read_text())
+    return dict(written["context"])
+
+
 def trained(cell: Cell, home: Path) -> torch.Tensor:
     train_cell(cell, cell_folder(home, cell) / "train", home)
     return open_finished(cell, home)(input_ids=tokens()).logits.detach()
@@ -46,6 +53,8 @@ def test_a_pupil_is_taught_by_the_model_of_its_own_seed(tmp_path: Path) -> None:
         assert torch.equal(open_source(OWN, tmp_path, seed)(input_ids=tokens()).logits, expected)
     assert source_identity(OWN, tmp_path, 0) != source_identity(OWN, tmp_path, 1)
     pupil = trained(Cell(recipe=PUPIL, seed=1), tmp_path)
+    assert context(Cell(recipe=PUPIL, seed=1), tmp_path)["teacher"] == source_identity(OWN, tmp_path, 1)
+    assert "teacher" not in context(teachers[1], tmp_path)
     named = replace(PUPIL, objective=Distill(kl_weight=1.0, teacher=replace(OWN, seed=1)))
     assert torch.equal(pupil, trained(Cell(recipe=named, seed=1), tmp_path))
     other = replace(PUPIL, objective=Distill(kl_weight=1.0, teacher=replace(OWN, seed=0)))
