@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ class _Reader:
     expert: int | None = None
     """Which of the experts that its tensor holds; None for a weight of one matrix, or for all of them."""
 
+    @property
+    def outputs(self) -> int:
+        """Rows that read the channels."""
+        weight = self.site.weight
+        whole = weight.numel() // self.site.matrix(weight).shape[-1]
+        return whole if self.expert is None else whole // len(weight)
+
     def rows(self, x: Tensor) -> Tensor:
         """Rows `[outputs, in]` of a tensor of the weight's layout that read the channels."""
         mine = x if self.expert is None else x[self.expert]
@@ -63,11 +71,10 @@ class _Ordered:
     pattern: GroupPattern
     scores: list[Tensor] = field(default_factory=list)
 
-    @property
+    @cached_property
     def every(self) -> int:
         """Of so many outputs one is looked at."""
-        rows = sum(len(reader.rows(reader.site.matrix(reader.site.weight))) for reader in self.readers)
-        return -(-rows // MOST_ROWS)
+        return -(-sum(reader.outputs for reader in self.readers) // MOST_ROWS)
 
 
 @torch.no_grad()
@@ -106,8 +113,8 @@ def put_in_order(
     if not change <= TOLERANCE:
         raise UnsupportedModel(
             f"permutation: the {family.name} model computes something else with its channels in another order (a logit "
-            f"changed by {change:.2g} standard deviations): its declaration in models/channels.py is wrong for it; "
-            "leave `permutation` out"
+            f"changed by {change:.2g} standard deviations): its declaration in models/channel_layouts.py is "
+            "wrong for it, or it turns on less than rounding (a router's near tie); leave `permutation` out"
         )
     lost = [100 * share for share in found["lost"]]
     log.info("channels in another order: groups lose %.2f %% of all scores, not %.2f %%", lost[1], lost[0])
@@ -115,12 +122,18 @@ def put_in_order(
 
 
 def _orderable(channels: list[Channels], sites: list[Site]) -> list[_Ordered]:
-    """Those that masked weights read, with their readers. Raises RecipeError where the pattern knows no groups."""
+    """Those that masked weights read, with their readers.
+
+    Raises RecipeError where the pattern knows no groups, UnsupportedModel where nothing is declared of what a masked
+    weight reads.
+    """
     found = []
+    read = set()
     for one in channels:
         readers = _readers(one, sites)
         if not readers:
             continue
+        read |= {reader.site.name for reader in readers}
         patterns = {reader.site.pattern for reader in readers}
         pattern = patterns.pop()
         if patterns or not isinstance(pattern, GroupPattern) or pattern.rows != 1:
@@ -136,6 +149,11 @@ def _orderable(channels: list[Channels], sites: list[Site]) -> list[_Ordered]:
                 "`permutation` out"
             )
         found.append(_Ordered(one, readers, pattern))
+    if unread := [site.name for site in sites if site.name not in read]:
+        raise UnsupportedModel(
+            f"permutation: nothing is declared of what {len(unread)} masked weights read, such as {unread[0]}; add it "
+            "to sparseforge_core/models/channel_layouts.py, or leave `permutation` out"
+        )
     return found
 
 
@@ -148,6 +166,7 @@ def _readers(channels: Channels, sites: list[Site]) -> list[_Reader]:
             continue
         inputs = site.weight.ndim - (2 if site.transposed else 1) - (place.expert is not None)
         if place.dim == inputs:
+            assert place.step == 1, "groups are of neighbours"
             found.append(_Reader(site, place.start, place.expert))
     return found
 

@@ -10,6 +10,7 @@ caller's.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,8 @@ from sparseforge_core.sparsity.patterns import GroupPattern, PatternChoice, nm
 from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.sparsity.slorb import SLoRB
 
+log = logging.getLogger(__name__)
+
 STEPS, ANNEALED, EARLY, DELAY = 20_000, 17_000, 2_000, 500
 """The script's steps: all with the finetune, without it, until T_update falls from 30 to 10, without any update."""
 
@@ -61,7 +64,7 @@ class Preset:
     """Share of the learning rate for what carries no mask."""
     slorb: SLoRB | None = None
     permutation: ChannelPermutation | None = None
-    """For patterns of N:M inputs; other patterns leave channels as they stand."""
+    """For one pattern of N:M inputs; under others, mixed ones too, channels stay as they stand."""
 
     def recipe(
         self,
@@ -73,8 +76,14 @@ class Preset:
         length: int,
         pattern: PatternChoice | None = None,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        in_order: bool = True,
     ) -> Recipe:
-        """The preset on a model and a text, `steps` of `sequences` x `length` tokens; 2:4 unless told otherwise."""
+        """The preset on a model and a text, `steps` of `sequences` x `length` tokens; 2:4 unless told otherwise.
+
+        With `in_order` channels are put in order where the preset says so and the pattern is one of N:M inputs. A model
+        of no declared family, or whose heads or units groups do not divide, is refused when it is opened: it needs
+        `in_order=False`.
+        """
         plan = TrainPlan(
             steps=steps,
             sequences=sequences,
@@ -87,6 +96,8 @@ class Preset:
         )
         pattern = pattern or nm(2, 4)
         by_inputs = isinstance(pattern, GroupPattern) and pattern.rows == 1
+        if in_order and self.permutation and not by_inputs:
+            log.info("preset %s: under pattern %s channels stay as they stand", self.name, pattern.name)
         return Recipe(
             model=model,
             method=self.method,
@@ -95,7 +106,7 @@ class Preset:
             objective=self.objective,
             train=plan,
             slorb=self.slorb,
-            permutation=self.permutation if by_inputs else None,
+            permutation=self.permutation if in_order and by_inputs else None,
         )
 
 

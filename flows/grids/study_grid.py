@@ -64,11 +64,10 @@ OTHER_BUDGETS = tuple(budget for budget in BUDGETS if budget != MAIN)
 SEEDS = (0, 1, 2)
 """At the main budget."""
 MORE_SEEDS = (5, 6, 7, 8)
-"""Beside these at the main budget of the rival that was nearest on WikiText-2 there, and of ours as soon as its recipe
-is trained anew: three leave intervals that touch. Planned after the three were seen and before any of the four was run
-(docs/lab-log.md, "Next")."""
+"""Beside these at the main budget, since three leave intervals that touch. Planned for ours and for its nearest rival
+on WikiText-2, after the three were seen and before any of the four was run (docs/lab-log.md, section 14)."""
 MORE_SEEDS_OF = ("ast-slorb",)
-"""Who has them."""
+"""Who has them so far: ours gets them when its recipe is trained anew."""
 FIGURE_SEEDS = (1,)
 """At the figure's other budgets: not the trials' seed, so that no cell that chose anything is shown."""
 FIVE = ("improved", "frozen-sparsegpt", "frozen-wanda", "sr-ste", "ast-slorb")
@@ -278,6 +277,7 @@ CAPTIONS = {
     ),
     "accuracy-vs-tokens": (
         "SmolLM2-135M, retraining tokens against perplexity on books no cell trains on and on WikiText-2; accuracy"
-        f" at the main budget alone. {len(SEEDS)} seeds at the main budget, {len(FIGURE_SEEDS)} at the others."
+        f" at the main budget alone. {len(SEEDS)} seeds at the main budget ({len(SEEDS) + len(MORE_SEEDS)} of AST with"
+        f" its branch), {len(FIGURE_SEEDS)} at the others."
     ),
 }

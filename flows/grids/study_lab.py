@@ -361,14 +361,21 @@ RETAUGHT: tuple[Contender, ...] = (
     _retaught("improved, in order, a retrained teacher", 12),
     _retaught("improved, in order, a retrained teacher, KL 0.9", 12, kl_weight=0.9),
     _retaught("improved, in order, a retrained teacher that follows", 12, correction=FOLLOWING.correction),
-    _retaught("frozen SparseGPT 2.4e-3, in order, a retrained teacher", 12, name="frozen-sparsegpt", kl_weight=0.5),
 )
 RETAUGHT_LONG: tuple[Contender, ...] = (
     _retaught("improved, in order, a retrained teacher", 24, WIDE_SEQUENCES),
     _retaught("improved, in order, a retrained teacher, KL 0.9", 24, WIDE_SEQUENCES, kl_weight=0.9),
+    _retaught(
+        "frozen SparseGPT 2.4e-3, in order, a retrained teacher",
+        24,
+        WIDE_SEQUENCES,
+        name="frozen-sparsegpt",
+        kl_weight=0.5,
+    ),
 )
 """Whether a teacher that has read the text before its pupil does, and is fixed, is worth more than one that follows:
-the dense model retrained on the same tokens, by the study's own dense control."""
+the dense model retrained on the same tokens, by the study's own dense control. The rival's fellow is in
+`PERMUTING_LONG`."""
 
 UNSHOWN = (3, 4)
 """Seeds that no table has: the first for every idea, the second where the first does not settle it."""

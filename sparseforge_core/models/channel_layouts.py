@@ -2,7 +2,7 @@
 
 Names are regular expressions of parameters. Within an MLP or an expert each pair of matrices shares its hidden units;
 attention reads each head's values by one or more query heads; everything else touches the residual stream along one
-dimension, or not at all. A family that is not here has no order to choose until somebody adds it.
+dimension, or not at all. Every declared family is here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Inner:
     read: str
     """The layer whose inputs they are."""
     made: tuple[tuple[str, int], ...]
-    """Layers whose outputs they are, each with how many times the channels' number lies before them there."""
+    """Layers whose outputs they are, and at which multiple of their number they begin there: 1 for the second half of a
+    fused matrix."""
     what: str = "units"
     transposed: bool = False
     """Whether weights are stored `[in, out]`."""
@@ -81,7 +82,8 @@ class Layout:
     experts: tuple[Experts, ...] = ()
     transposed: bool = False
     projected: tuple[str, str] | None = None
-    """Where a model has a parameter of the first name, those of the second are apart: narrower embeddings."""
+    """Where a model has a parameter of the first name, those of the second are apart: OPT-350M embeds in fewer channels
+    than its stream has, and projects."""
 
 
 def _sizes(config: Any) -> tuple[int, int, int]:
@@ -91,7 +93,7 @@ def _sizes(config: Any) -> tuple[int, int, int]:
     return heads, queries // heads, int(getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
-def _apart(config: Any) -> Heads:
+def _own_matrix(config: Any) -> Heads:
     """Values have a matrix of their own."""
     heads, readers, width = _sizes(config)
     return Heads(heads, readers, width, lambda head: head * width)
@@ -154,7 +156,7 @@ _LLAMA_STREAM = {
     _NORMS: 0,
     r".*\.(q|k|v|gate|up)_proj\.bias|lm_head\.bias|.*\.self_attn\.(q|k|query|key)_(layer)?norm\..*": APART,
 }
-_LLAMA = Layout(stream=_LLAMA_STREAM, heads=_apart, inner=(_GATED,))
+_LLAMA = Layout(stream=_LLAMA_STREAM, heads=_own_matrix, inner=(_GATED,))
 _MIXTURE = replace(
     _LLAMA,
     experts=(_EXPERTS,),
@@ -274,7 +276,7 @@ LAYOUTS: dict[str, Layout] = {
     OPT.name: Layout(
         attention=r"model\.decoder\.layers\.\d+\.self_attn",
         output="out_proj",
-        heads=_apart,
+        heads=_own_matrix,
         inner=(Inner(prefix=r".+\.layers\.\d+", read="fc2", made=(("fc1", 0),)),),
         stream={
             r".*\.embed_(tokens|positions)\.weight|lm_head\.weight": 1,

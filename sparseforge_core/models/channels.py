@@ -1,9 +1,9 @@
 """Channels whose order is free: a model that has them in another order computes the same.
 
-The hidden units of an MLP and of each expert, the values of an attention head, the latents of a low-rank projection and
-the residual stream are sums over channels, with one number of every weight that touches a channel. Where that is, is
-declared for each family in `channel_layouts.py`; what a declaration says is checked by running the model before and
-after (`permuting.py`).
+They are the hidden units of an MLP and of each expert, the values of an attention head, the latents of a low-rank
+projection, and the residual stream. Whatever reads them sums over them, so that an order applied to every weight along
+that dimension changes nothing. Which dimension that is, is declared for each family in `channel_layouts.py`; what a
+declaration says is checked by running the model before and after (`permuting.py`).
 """
 
 from __future__ import annotations
@@ -153,5 +153,10 @@ def _outputs(shapes: Shapes, module: str, start: int, layout: Inner | Layout) ->
     A norm has its channels along the only dimension of its weight.
     """
     weight, bias = f"{module}.weight", f"{module}.bias"
+    if weight not in shapes:
+        raise UnsupportedModel(
+            f"permutation: {weight} should make channels and is not in this model; mend its layout in "
+            "sparseforge_core/models/channel_layouts.py, or leave `permutation` out"
+        )
     places = [Place(weight, 1 if layout.transposed and len(shapes[weight]) > 1 else 0, start)]
     return [*places, Place(bias, 0, start)] if bias in shapes else places

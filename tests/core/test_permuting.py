@@ -103,6 +103,30 @@ def test_a_wrong_declaration_is_found_out(tmp_path: Path, monkeypatch: pytest.Mo
         ordered(tiny_model("llama"), tmp_path)
 
 
+def test_a_layout_that_knows_nothing_of_a_masked_weight_s_inputs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attention_alone(model: Any, family: Family) -> list[Channels]:
+        return [one for one in free_channels(model, family) if "mlp" not in one.name]
+
+    monkeypatch.setattr(permuting, "free_channels", attention_alone)
+    with pytest.raises(UnsupportedModel, match=r"what 2 masked weights read, such as model\.layers\.0\.mlp\.down_proj"):
+        ordered(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "llama"])
+def test_of_experts_in_one_tensor_each_reads_its_own_channels(architecture: str) -> None:
+    model = tiny_model(architecture)
+    sites = {site.name: site for site in assign_patterns(sites_of(model), nm(2, 4))}
+    for one in permuting._orderable(free_channels(model, family_of(architecture)), list(sites.values())):
+        for reader in one.readers:
+            site = sites[reader.site.name]
+            rows = reader.rows(site.matrix(site.weight))
+            assert rows.shape == (reader.outputs, site.matrix(site.weight).shape[-1])
+            if "experts " in one.channels.name:
+                assert torch.equal(rows, site.matrix(site.weight[int(one.channels.name.split()[1])]))
+
+
 def test_what_cannot_be_put_in_order_is_refused_before_any_work(tmp_path: Path) -> None:
     for pattern, said in ((BLOCK_16, "under pattern block-16"), (Unstructured(), "under pattern 50% by row")):
         with pytest.raises(RecipeError, match=said):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,9 @@ from sparseforge_core.objective import Distill, TaskOnly
 from sparseforge_core.observe.curvature import Fisher
 from sparseforge_core.presets import PAPER, PRESETS, RELEASED, Preset, preset_named
 from sparseforge_core.recipe import Recipe
-from sparseforge_core.sparsity.patterns import BLOCK_16, Pattern, Unstructured, nm
+from sparseforge_core.sparsity.patterns import BLOCK_16, PatternChoice, Unstructured, nm
 from sparseforge_core.sparsity.permutation import ChannelPermutation
+from sparseforge_core.sparsity.rules import ByRule, PatternRule
 from sparseforge_core.specs import decode, encode
 from sparseforge_core.train.loop import train
 from tests.contract.test_methods import start
@@ -57,13 +60,27 @@ def test_improved_is_the_study_s_own_row_but_for_the_order_of_channels() -> None
     assert recipe(preset, 40).train.unmasked_rate == row.unmasked_rate == 0.25
 
 
-@pytest.mark.parametrize("pattern", [BLOCK_16, Unstructured(), nm(1, 4)], ids=lambda pattern: pattern.name)
-def test_channels_are_put_in_order_for_patterns_of_inputs_alone(pattern: Pattern) -> None:
+MIXED = ByRule(rules=(PatternRule(sites="attention", pattern=nm(2, 4)), PatternRule(sites="mlp", pattern=nm(1, 4))))
+
+
+@pytest.mark.parametrize("pattern", [BLOCK_16, Unstructured(), MIXED, nm(1, 4)], ids=lambda pattern: pattern.name)
+def test_channels_are_put_in_order_for_one_pattern_of_inputs_alone(
+    pattern: PatternChoice, caplog: pytest.LogCaptureFixture
+) -> None:
     source = tiny_source("llama")
+    caplog.set_level(logging.INFO)
     made = PRESETS["improved"].recipe(
         source, Synthetic(documents_count=10), steps=40, sequences=4, length=16, pattern=pattern
     )
     assert (made.permutation is None) == (pattern != nm(1, 4))
+    assert ("channels stay as they stand" in caplog.text) == (pattern != nm(1, 4))
+
+
+def test_channels_may_be_left_as_they_stand() -> None:
+    text = Synthetic(documents_count=10)
+    preset = PRESETS["improved"]
+    made = preset.recipe(tiny_source("llama"), text, steps=40, sequences=4, length=16, in_order=False)
+    assert made == replace(recipe(preset, 40), permutation=None)
 
 
 @pytest.mark.parametrize("preset", [PAPER, RELEASED], ids=lambda p: p.name)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows import cli, doctor
-from flows.explaining import UnknownCell, explain, log_tail
+from flows.explaining import UnknownCell, explain, log_tail, recipe_lines
 from flows.explanation import explanation_lines
 from flows.home import Home
 from flows.stages import TRAIN
+from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import StoreError
+from sparseforge_core.identity import key_of
+from sparseforge_core.methods import DenseControl
+from sparseforge_core.objective import Distill
+from sparseforge_core.recipe import Cell, Recipe, Trained, TrainPlan
 from tests.flows.test_cycle import ORIGIN, Workspace, stopper
+from tests.tiny import tiny_source
 
 
 @pytest.fixture
@@ -47,6 +54,14 @@ def test_a_finished_cell_tells_its_recipe_its_readers_its_attempts_and_its_files
     assert "train/final/model.safetensors" in {file["path"] for file in found["files"]}
     assert "final_loss" in {row["metric"] for row in found["measurements"]}
     assert found["reproduce"][0].startswith("python -m sparseforge_core.run --home ")
+
+
+def test_a_teacher_of_the_cell_s_own_seed_is_named_by_it() -> None:
+    source = tiny_source("llama")
+    control = Recipe(model=source, method=DenseControl(), corpus=Synthetic(), train=TrainPlan(steps=1))
+    pupil = replace(control, objective=Distill(teacher=Trained(recipe=control, seed=None)))
+    said = list(recipe_lines(Cell(recipe=pupil, seed=3)))
+    assert f"objective.teacher = the model of cell {key_of(control)}-s3" in said
 
 
 def test_a_cell_says_what_it_waits_for_and_how_it_differs_from_its_neighbour(space: Workspace) -> None:

@@ -90,6 +90,7 @@ def test_every_idea_is_a_recipe_of_its_own() -> None:
     recipes = {cell.recipe_key for cell in plan.cells if cell.key not in teachers}
     assert len(recipes) == sum(map(len, (*groups, *longer)))
     assert len(teachers) == 3, "of both seeds at 12 M tokens, of one at 24"
+    assert {key.partition("-")[0] for key in teachers} >= {key_of(tuned("dense-control").recipe(12_000_000))}
     for cell in plan.cells:
         for required in cell.requires:
             taught_by = next(one for one in plan.cells if one.key == required)

@@ -24,8 +24,9 @@ def tiny_subject(
     values: dict[str, Any] = {
         "model": hub.load_model(source, home).eval(),
         "tokenizer": hub.load_tokenizer(source, home),
-        "identity": source_identity(source, home),
+        "identity": source_identity(source, home, 0),
         "source": source,
+        "seed": 0,
         "corpus": corpus,
         "retrained": False,
         "home": home,

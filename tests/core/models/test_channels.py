@@ -75,6 +75,16 @@ def test_every_input_of_a_masked_weight_is_free_but_for_what_a_rotation_mixes(ar
         ("opt", {"word_embed_proj_dim": 32}),
         ("deepseek_v3", {"q_lora_rank": None}),
         ("gpt_oss", {"num_key_value_heads": 2}),
+        ("stablelm", {"num_key_value_heads": 2, "qk_layernorm": True}),
+        ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+        ("phi", {"num_key_value_heads": 2, "qk_layernorm": True}),
+        ("cohere", {"num_key_value_heads": 2, "use_qk_norm": True, "attention_bias": True}),
+        ("olmoe", {"num_key_value_heads": 2, "clip_qkv": 0.5}),
+        ("gemma2", {"head_dim": 32}),
+        ("falcon", {"alibi": True, "bias": True, "parallel_attn": False}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
+        ("granitemoe", {"num_key_value_heads": 2, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -92,6 +102,13 @@ def test_a_query_head_reads_the_values_of_its_own_head() -> None:
     wrong = [one for one in free_channels(model, FAMILIES["llama"]) if "values" in one.name]
     assert len(wrong) == model.config.num_hidden_layers, "one head of values a block, read by all four"
     assert {len(one.places) for one in wrong} == {1 + 4}
+
+
+def test_a_layout_that_names_what_a_model_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tuple(replace(one, made=(("gate_proj", 0), ("lift_proj", 0))) for one in LAYOUTS["llama"].inner)
+    monkeypatch.setitem(LAYOUTS, "llama", replace(LAYOUTS["llama"], inner=inner))
+    with pytest.raises(UnsupportedModel, match=r"mlp\.lift_proj\.weight should make channels and is not in this model"):
+        free_channels(tiny_model("llama"), FAMILIES["llama"])
 
 
 def test_what_nobody_declared_is_refused_with_what_to_do() -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import CheckpointMismatch
+from sparseforge_core.evaluate.suites import DivergenceSuite
 from sparseforge_core.identity import cell_key
-from sparseforge_core.methods import DenseControl, FrozenMask
+from sparseforge_core.methods import DenseControl, FrozenMask, Wanda
 from sparseforge_core.objective import Distill
 from sparseforge_core.opening import cell_folder, open_finished, open_source, source_identity
 from sparseforge_core.recipe import Cell, Recipe, Trained, TrainPlan
-from sparseforge_core.run import train_cell
+from sparseforge_core.run import evaluate_cell, train_cell
 from sparseforge_core.sparsity.patterns import nm
 from tests.tiny import tiny_source, tokens
 
@@ -25,7 +27,7 @@ SOURCE = tiny_source("llama")
 CONTROL = Recipe(
     model=SOURCE,
     method=DenseControl(),
-    corpus=SOURCE.tokenizer.corpus,  # type: ignore[attr-defined]
+    corpus=Synthetic(documents_count=200),
     train=TrainPlan(steps=2, sequences=2, length=16),
 )
 OWN = Trained(recipe=CONTROL, seed=None)
@@ -40,6 +42,19 @@ def context(cell: Cell, home: Path) -> dict[str, Any]:
 def trained(cell: Cell, home: Path) -> torch.Tensor:
     train_cell(cell, cell_folder(home, cell) / "train", home)
     return open_finished(cell, home)(input_ids=tokens()).logits.detach()
+
+
+def test_a_cell_may_start_from_the_model_of_its_own_seed(tmp_path: Path) -> None:
+    first = Cell(recipe=CONTROL, seed=1)
+    started = trained(first, tmp_path)
+    pruned = Cell(
+        recipe=Recipe(model=OWN, method=Wanda(samples=2, length=16), corpus=CONTROL.corpus, pattern=nm(2, 4)), seed=1
+    )
+    assert not torch.equal(trained(pruned, tmp_path), started)
+    suite = DivergenceSuite(name="kl", window=16, limit=2)
+    written = evaluate_cell(pruned, suite, cell_folder(tmp_path, pruned) / "kl", tmp_path).read_text()
+    (row,) = (row for row in json.loads(written)["measurements"] if row["metric"] == "kl_to_dense")
+    assert row["value"] > 0, "set against the dense model of seed 1: there is no other"
 
 
 def test_a_pupil_is_taught_by_the_model_of_its_own_seed(tmp_path: Path) -> None:
