@@ -21,7 +21,7 @@ import torch
 from analysis.make_tables import make_tables
 from analysis.study_report import report
 from flows import grids
-from flows.bundle import choose, write_bundle
+from flows.bundle import Only, choose, write_bundle
 from flows.cli import main as cli
 from flows.grids.planned import Grid, Planned, expand
 from flows.grids.smoke import tiny_smoke
@@ -36,10 +36,13 @@ from sparseforge_core.errors import BundleError, CellsFailed, CheckpointMismatch
 from sparseforge_core.evaluate.suites import PerplexitySuite
 from sparseforge_core.execution import Execution
 from sparseforge_core.identity import cell_key, loads
-from sparseforge_core.opening import open_finished
+from sparseforge_core.methods import FrozenMask
+from sparseforge_core.objective import Distill
+from sparseforge_core.opening import open_finished, weights_identity
 from sparseforge_core.packing import pack
-from sparseforge_core.recipe import Cell
+from sparseforge_core.recipe import Cell, Trained
 from sparseforge_core.schedules import WarmupLinear
+from sparseforge_core.sparsity.patterns import nm
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from sparseforge_core.tracking.tracker import read_journal
@@ -412,6 +415,34 @@ def test_what_stands_on_a_pretraining_that_was_made_anew_is_left_out(troubled: P
         run_there(tmp_path / "second", execution=Execution(micro_batch=1))  # another model under the same key
     found = ingest(store, other, tmp_path / "second")
     assert (found.recorded, found.known, found.other) == (0, 1, 8)
+
+
+def test_a_pupil_comes_home_though_its_teacher_was_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = tiny_smoke()
+    wanda = next(entry for entry in grid.entries if entry.variant == "Wanda")
+    assert isinstance(wanda.recipe.model, Trained)
+    control = wanda.recipe.model.recipe
+    taught = Distill(teacher=Trained(recipe=control, seed=None))
+    pupil = dataclasses.replace(control, method=FrozenMask(), pattern=nm(2, 4), objective=taught)
+    entries = [
+        Planned(recipe=recipe, variant=variant, seeds=(1,), suites=wanda.suites)
+        for recipe, variant in ((control, "Control"), (pupil, "Pupil"))
+    ]
+    monkeypatch.setitem(grids.GRIDS, "tiny-smoke", lambda: dataclasses.replace(grid, entries=tuple(entries)))
+    home = home_in(tmp_path)
+    store = ResultStore(home.store_url)
+    write_bundle(choose(["tiny-smoke"], only=Only(variants=("Control",))), tmp_path / "first")
+    run_there(tmp_path / "first")
+    assert ingest(store, home, tmp_path / "first").recorded == 2
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "second")
+    run_there(tmp_path / "second", execution=Execution(micro_batch=1))  # another control under the same key
+    found = ingest(store, home, tmp_path / "second")
+    assert (found.recorded, found.other) == (2, 0), "the control's suites are known, the pupil's are new"
+    (done,) = (a for a in store.attempts(cell_key(Cell(recipe=pupil, seed=1))) if a.stage == TRAIN)
+    there = tmp_path / "second" / "home"
+    assert (done.context or {})["teacher"] == weights_identity(Cell(recipe=control, seed=1), there)
 
 
 @pytest.mark.usefixtures("planned")
