@@ -162,7 +162,7 @@ _MIXTURE = replace(
     experts=(_EXPERTS,),
     stream={**_LLAMA_STREAM, r".*\.router\.bias|.*\.e_score_correction_bias": APART},
 )
-_TRANSPOSED = {
+_TRANSPOSED_EXPERTS = {
     r".*\.experts\.gate_up_proj": 1,
     r".*\.experts\.down_proj": 2,
     r".*\.experts\.down_proj_bias": 1,
@@ -233,12 +233,12 @@ LAYOUTS: dict[str, Layout] = {
     GPT_OSS.name: replace(
         _MIXTURE,
         experts=(replace(_EXPERTS, transposed=True, interleaved=True),),
-        stream={**_TRANSPOSED, **{k: v for k, v in _MIXTURE.stream.items() if k not in _TRANSPOSED}},
+        stream={**_MIXTURE.stream, **_TRANSPOSED_EXPERTS},
     ),
     LLAMA4.name: replace(
         _MIXTURE,
         experts=(replace(_EXPERTS, transposed=True),),
-        stream={**_TRANSPOSED, **{k: v for k, v in _MIXTURE.stream.items() if k not in _TRANSPOSED}},
+        stream={**_MIXTURE.stream, **_TRANSPOSED_EXPERTS},
     ),
     GPT2.name: Layout(
         attention=r"transformer\.h\.\d+\.attn",
