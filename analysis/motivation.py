@@ -20,7 +20,7 @@ from analysis.aggregate import Estimate
 from analysis.bands import LINES, Band, bands, bands_csv, draw_bands
 from analysis.drawing import BAD, COLORS, GOOD, MARKERS, new_figure, plain
 from analysis.frames import ExhibitData, ExhibitRow
-from analysis.significance import compare, interval, paired
+from analysis.verdicts import Verdict, verdicts
 from sparseforge_core.store.rows import Curve
 from sparseforge_core.store.shown import ShownCurve
 
@@ -137,28 +137,32 @@ class Delta:
 
 
 def deltas(data: ExhibitData, reference: str = "full") -> list[Delta]:
-    """Accuracy in points, perplexity of each text in percent: rows against the full method, dense is none."""
+    """Accuracy in points, perplexity of each text in percent: rows against the full method, dense is none.
+
+    Significant is what the table calls better or worse.
+    """
     full = data.row(reference)
     texts = [suite["name"] for suite in data.of_kind("perplexity")]
     metrics = [("accuracy, points", MEAN)]
     metrics += [(f"perplexity{f' on {text}' if texts[1:] else ''}, %", f"{text}:perplexity") for text in texts]
+    tested = {(metric, one.row): one for _, metric in metrics for one in verdicts(data, [("", metric)], reference)}
     found = []
     for row in data.rows:
         if full is None or row is full or row.is_reference:
             continue
         for quantity, metric in metrics:
-            delta = _delta(row, full, quantity, metric)
+            delta = _delta(row, full, quantity, metric, tested.get((metric, row.row)))
             if delta is not None:
                 found.append(delta)
     return found
 
 
-def _delta(row: ExhibitRow, full: ExhibitRow, quantity: str, metric: str) -> Delta | None:
-    items, other = row.items(metric), full.items(metric)
-    if items is not None and other is not None and paired(items, other):
-        one, ends = compare(items, other), interval(items, other)
-        value, low, high = (_hundredths(part, metric) for part in (one.difference, *ends))
-        return Delta(row.label, quantity, value, low, high, "bootstrap over seeds and items", one.p < 0.05)
+def _delta(row: ExhibitRow, full: ExhibitRow, quantity: str, metric: str, tested: Verdict | None) -> Delta | None:
+    if tested is not None:
+        parts = (tested.found.difference, tested.low, tested.high)
+        value, low, high = (_hundredths(part, metric) for part in parts)
+        significant = tested.says in ("better", "worse")
+        return Delta(row.label, quantity, value, low, high, "bootstrap over seeds and items", significant)
     known = row.versus(full, metric, log=metric != MEAN)
     if known is None:
         return None
@@ -192,7 +196,9 @@ class Ablations:
                 plain(axes, "x")
             panels[0].set_yticks([-n for n in range(len(labels))], labels)
             panels[0].set_ylim(-len(labels) + 0.5, 0.5)
-            said = "Against the full method; filled: p < 0.05; bars: 95 % bootstrap over seeds and items"
+            said = (
+                "Against the full method; filled: significant, as in Table 3; bars: 95 % bootstrap over seeds and items"
+            )
             if any(delta.low is None for delta in self.deltas):
                 said += "; no bar: over the seeds that both have\n(not all are in), no test"
             figure.supxlabel(said, size=8)
@@ -221,7 +227,7 @@ def _point(axes: Any, delta: Delta, height: float) -> None:
 def _deltas_csv(found: list[Delta]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "quantity", "difference to full", "low95", "high95", "interval", "p < 0.05"])
+    writer.writerow(["row", "quantity", "difference to full", "low95", "high95", "interval", "significant"])
     for d in found:
         numbers = ["" if v is None else f"{v:.6g}" for v in (d.value, d.low, d.high)]
         writer.writerow([d.label, d.quantity, *numbers, d.how, d.significant])

@@ -20,6 +20,7 @@ from analysis.study_data import Study
 from analysis.study_parts import alone, planned_study
 from analysis.study_report import report
 from analysis.study_second import section
+from analysis.verdicts import verdicts
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.store import ResultStore
 from tests.analysis.filled import CAPTION, TASKS, Filled, suite
@@ -200,6 +201,12 @@ def test_the_figure_of_ablations_has_every_text_and_the_numbers_of_the_tables(tm
     found = deltas(collect(results, "smollm2-study").exhibits["table-3"])
     texts = {delta.quantity for delta in found if delta.quantity.startswith("perplexity")}
     assert texts == {f"perplexity on {suite.name}, %" for suite in (BOOKS, WIKI)}
+    table_3 = collect(results, "smollm2-study").exhibits["table-3"]
+    for text in (BOOKS, WIKI):
+        said = verdicts(table_3, [("", f"{text.name}:perplexity")], "full")
+        tested = {one.label for one in said if one.says in ("better", "worse")} - {"Dense"}
+        of = [delta for delta in found if text.name in delta.quantity]
+        assert {delta.label for delta in of if delta.significant} == tested, "the figure says what the table says"
     assert all(delta.low is not None and delta.low <= delta.value + 1e-9 for delta in found)
 
 
