@@ -200,7 +200,7 @@ class Ablations:
                 "Against the full method; filled: significant, as in Table 3; bars: 95 % bootstrap over seeds and items"
             )
             if any(delta.low is None for delta in self.deltas):
-                said += "; no bar: over the seeds that both have\n(not all are in), no test"
+                said += ";\nno bar: over the seeds that both have (not all are in), no test"
             figure.supxlabel(said, size=8)
         return figure
 
