@@ -143,6 +143,8 @@ def rate(peak: float) -> Schedule:
 
 WANDA = Wanda(samples=CALIBRATION, length=LENGTH)
 SPARSEGPT = SparseGPT(samples=CALIBRATION, length=LENGTH)
+PERMUTED = ChannelPermutation(samples=CALIBRATION, length=LENGTH)
+"""Channels in the order in which groups lose least (docs/lab-log.md, section 14)."""
 
 PEAKS = (6e-4, 1.2e-3, 2.4e-3)
 """Each method's trials: these peaks of its learning rate, everything else as its source has it."""

@@ -14,6 +14,7 @@ from flows.grids.study import (
     LENGTH,
     MILLION,
     MIXED,
+    PERMUTED,
     SEQUENCES,
     SPARSEGPT,
     TRIED_ON,
@@ -32,7 +33,6 @@ from sparseforge_core.recipe import Trained
 from sparseforge_core.schedules import Constant, Linear, Product
 from sparseforge_core.sparsity.compensation import Compensation
 from sparseforge_core.sparsity.criteria import HessianOBD, SparseGPTScore, WandaScore
-from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.sparsity.slorb import SLoRB
 
 SOFT = SparseForge(criterion=SparseGPTScore(), calibration_samples=CALIBRATION // 2)
@@ -313,7 +313,6 @@ LONGER: tuple[Contender, ...] = (
 )
 """Whether a larger budget should go into wider steps rather than more of them, for ours and its two nearest rivals."""
 
-PERMUTED = ChannelPermutation(samples=CALIBRATION, length=LENGTH)
 IN_ORDER: dict[str, Contender] = {
     "channels in order": _but("improved", permutation=PERMUTED),
     "channels in order, begun from ALPS's solution": _but(
