@@ -1,7 +1,7 @@
 """The study's report, results/README.md, from the results store alone; rows that are not in yet are said to be absent.
 
-python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--books-alone smollm2-books]
-                         [--second gpt2-study] [--figure FILE] [--out FILE]
+python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--unordered GRID]
+                         [--books-alone smollm2-books] [--second gpt2-study] [--figure FILE] [--out FILE]
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--db", default=f"sqlite:///{STORE}", metavar="URL", help=f"default sqlite:///{STORE}")
     parser.add_argument("--grid", default="smollm2-study")
     parser.add_argument("--trials", default="smollm2-trials", metavar="GRID", help="the grid of the trials")
+    parser.add_argument(
+        "--unordered",
+        default="",
+        metavar="GRID",
+        help="of a grid with channels in order: that of ours with channels as they stand, smollm2-unordered",
+    )
     parser.add_argument("--books-alone", default="smollm2-books", metavar="GRID", help="the grid on books alone")
     parser.add_argument("--second", default="gpt2-study", metavar="GRID", help="the grid of the second model")
     parser.add_argument(
@@ -61,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 grid,
                 store=store,
                 trials_grid=options.trials,
+                unordered_grid=options.unordered,
                 books_grid=options.books_alone,
                 second_grid=options.second,
                 **pictures,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from analysis import study_books, study_second, study_summary, study_trials
+from analysis import study_earlier, study_second, study_summary, study_trials
 from analysis.accuracy_tables import MEAN, table_2, table_3
 from analysis.make_tables import collect
 from analysis.render import escape_markdown, to_markdown
@@ -84,6 +84,7 @@ def report(
     figure: str = "",
     ablations: str = "",
     trials_grid: str = "",
+    unordered_grid: str = "",
     books_grid: str = "",
     second_grid: str = "",
 ) -> str:
@@ -91,16 +92,21 @@ def report(
 
     `store` is how the page names the store's file; `figure` and `ablations` are the pictures' files, relative to the
     page; empty: none.
-    `trials_grid` is the grid of the trials, `books_grid` that on books alone, `second_grid` that of the second model;
-    empty: none.
+    `trials_grid` is the grid of the trials, `unordered_grid` that of ours with channels as they stand, `books_grid`
+    that on books alone, `second_grid` that of the second model; empty: none.
     """
     material = collect(results, grid)
     study = Study(material.exhibits)
     caption = study.table_2.caption
     parts = [HEAD.format(state=_state(results, grid), caption=caption, store=store, grid=grid)]
-    found, books, second = bars(study), planned_study(results, books_grid), planned_study(results, second_grid)
+    found, second = bars(study), planned_study(results, second_grid)
+    before = [
+        (name, planned_study(results, name), earlier)
+        for name, earlier in ((unordered_grid, study_earlier.UNORDERED), (books_grid, study_earlier.BOOKS_ALONE))
+        if name
+    ]
     short = study_summary.summary(study, found)
-    short += [study_books.short(books)] if books_grid else []
+    short += [study_earlier.short(one, earlier) for _, one, earlier in before]
     short += [study_second.short(second)] if second_grid else []
     parts += [study_summary.HEAD, bullets(short), SECTIONS["bars"], bar_table(found)]
     parts += ["## Every method at one budget\n", glance(study), "## Table 2\n", to_markdown(table_2(study.table_2))]
@@ -113,8 +119,8 @@ def report(
     if ablations:
         parts.append(f"![Change of perplexity without a part of the method, or with another one]({ablations})\n")
     parts += significance(study.table_3, FULL, study.texts)
-    if books_grid:
-        parts += study_books.section(results, books_grid, books, store=store)
+    for name, one, earlier in before:
+        parts += study_earlier.section(results, name, one, earlier, store=store)
     if second_grid:
         parts += study_second.section(results, second_grid, second)
     parts += [SECTIONS["divergence"], divergences(results, study.table_2)]

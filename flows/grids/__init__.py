@@ -59,6 +59,12 @@ def _books_alone() -> Grid:
     return books_alone()
 
 
+def _unordered() -> Grid:
+    from flows.grids.study_grid import unordered
+
+    return unordered()
+
+
 def _second() -> Grid:
     from flows.grids.study_gpt2 import second
 
@@ -81,6 +87,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "smollm2-ideas": _ideas,
     "smollm2-study": _study_grid,
     "smollm2-books": _books_alone,
+    "smollm2-unordered": _unordered,
     "gpt2-study": _second,
     **{name: _smoke(name) for name in ("smollm2-smoke", "tiny-smoke", "long-smoke")},
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import BOOKS, KL, MILLION, OTHER_BOOKS, Contender, plan
-from flows.grids.study_grid import MAIN, SEEDS, tuned, untrained
+from flows.grids.study_grid import MAIN, OURS, SEEDS, untrained
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import WIKITEXT2_1024, PerplexitySuite, Suite
 from sparseforge_core.methods import DenseControl
@@ -84,7 +84,7 @@ def second(model: Trained = MODEL) -> Grid:
         _planned(row, contender, contender.recipe(0, model), (0,)) for row, (contender, _) in untrained(BOOKS).items()
     ]
     for row, seeds in ROWS.items():
-        contender = tuned(row, BOOKS)
+        contender = OURS.contender(row, BOOKS)
         entries.append(_planned(row, contender, contender.recipe(MAIN * MILLION, model), seeds))
     title = "The study's second model: GPT-2's shape, pretrained here, all block linears 2:4"
     return Grid(name=NAME, title=title, entries=tuple(entries), captions={"table-2": CAPTION})

@@ -10,7 +10,7 @@ seeds. A bundle may carry any part of it: `sparseforge bundle smollm2-study --se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import (
@@ -37,9 +37,10 @@ from sparseforge_core.objective import Distill, TaskOnly
 from sparseforge_core.recipe import Recipe, Trained
 from sparseforge_core.schedules import Constant
 from sparseforge_core.sparsity.criteria import HessianOBD, Magnitude, WandaScore
+from sparseforge_core.sparsity.permutation import ChannelPermutation
 from sparseforge_core.sparsity.slorb import SLoRB
 
-NAME, BOOKS_ALONE = "smollm2-study", "smollm2-books"
+NAME, BOOKS_ALONE, UNORDERED_CHANNELS = "smollm2-study", "smollm2-books", "smollm2-unordered"
 
 TUNED: dict[str, float] = {
     "dense-control": 1.2e-3,
@@ -68,7 +69,7 @@ MORE_SEEDS = (5, 6, 7, 8)
 """Beside these at the main budget, since three leave intervals that touch. Planned for ours and for its nearest rival
 on WikiText-2, after the three were seen and before any of the four was run (docs/lab-log.md, section 14)."""
 MORE_SEEDS_OF = ("ast-slorb",)
-"""Who has them so far: ours gets them when its recipe is trained anew."""
+"""Who has them beside ours, which gets them when its recipe is trained anew (`Ours`)."""
 IN_ORDER = ("frozen-sparsegpt", "ast-slorb")
 """The nearest rival on each text, which Table 2 shows with its channels in order too, as ours has them: so that nobody
 has to ask whether the order alone wins. They count as rivals."""
@@ -87,10 +88,32 @@ WIDE = ("improved", "frozen-sparsegpt", "frozen-wanda", "sr-ste")
 """Whose WikiText-2 gains by that (docs/lab-log.md, section 12): tried were ours, which loses less of what it knew, the
 frozen SparseGPT mask, with which the other two go, and AST with its branch, which gains nothing and stays as it is."""
 
-MAIN_SEEDS: dict[str, tuple[int, ...]] = {
-    name: (*SEEDS, *MORE_SEEDS) if name in MORE_SEEDS_OF else SEEDS for name in TUNED
-}
-"""Rows of the main budget, and seeds."""
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """Which recipe fills our rows of Table 2 and of the figure."""
+
+    permutation: ChannelPermutation | None
+    """None: channels as they stand, the recipe that the ablations differ from."""
+    seeds: tuple[int, ...]
+    """At the main budget."""
+
+    def contender(self, name: str, corpus: TextFiles = MIXED) -> Contender:
+        """A method as these rows have it; only ours differs from what its trials chose."""
+        found = tuned(name, corpus)
+        return replace(found, permutation=self.permutation) if name == "improved" else found
+
+    def main_seeds(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the main budget, and seeds."""
+        more = dict.fromkeys(MORE_SEEDS_OF, (*SEEDS, *MORE_SEEDS))
+        return {name: self.seeds if name == "improved" else more.get(name, SEEDS) for name in TUNED}
+
+
+UNORDERED = Ours(permutation=None, seeds=SEEDS)
+ORDERED = Ours(permutation=PERMUTED, seeds=(*SEEDS, *MORE_SEEDS))
+"""Channels in order, as the preset has them (docs/lab-log.md, sections 14 and 15)."""
+OURS = UNORDERED
+"""What the study shows: `ORDERED` once its rows are trained anew, each in its session."""
 
 ON_BOOKS: dict[str, tuple[int, ...]] = {name: (0,) if name in ("maskllm", "paper") else SEEDS for name in TUNED}
 """Rows of the main budget on books alone, and seeds."""
@@ -98,18 +121,22 @@ LONGEST_ON_BOOKS = ("improved", "frozen-sparsegpt")
 """Who was trained for the figure's last budget there."""
 
 
+WHOLE = Slot(exhibit="table-3", row="full", label="SparseForge (full)", suites=PERPLEXITIES)
+HALF_STEPS = Slot(exhibit="table-3", row="half-steps", label="w/ half the steps", suites=PERPLEXITIES)
+
+
 def tuned(name: str, corpus: TextFiles = MIXED) -> Contender:
     """A method with the settings that its trials chose."""
     return replace(contenders(TUNED[name])[name], corpus=corpus)
 
 
-def at_budget(name: str, millions: int) -> tuple[Contender, Recipe]:
+def at_budget(name: str, millions: int, ours: Ours = OURS) -> tuple[Contender, Recipe]:
     """A method of the figure at a budget: as its trials chose, with wide steps where these were found better.
 
     The tokens are whole steps of either width, so that they are equal for all.
     """
     wide = WIDE_SEQUENCES if millions >= WIDE_FROM else SEQUENCES
-    contender = tuned(name)
+    contender = ours.contender(name)
     if name in WIDE:
         contender = replace(contender, sequences=wide)
     return contender, contender.recipe(plan(millions * MILLION, Constant(value=0.0), wide).tokens)
@@ -125,7 +152,9 @@ def untrained(corpus: TextFiles = MIXED) -> dict[str, tuple[Contender, tuple[int
     }
 
 
-def table_2(rows: Mapping[str, tuple[int, ...]], corpus: TextFiles = MIXED, *, ablated: bool = True) -> list[Planned]:
+def table_2(
+    rows: Mapping[str, tuple[int, ...]], corpus: TextFiles = MIXED, *, ablated: bool = True, ours: Ours = OURS
+) -> list[Planned]:
     """These methods with their seeds at the main budget, and what needs no retraining.
 
     `ablated` says that there is a Table 3, of which two of the rows are rows too.
@@ -142,13 +171,13 @@ def table_2(rows: Mapping[str, tuple[int, ...]], corpus: TextFiles = MIXED, *, a
             slots.append(Slot(exhibit="table-3", row=row, label=contender.label, suites=PERPLEXITIES))
         entries.append(_planned(contender, contender.recipe(0), seeds, suites, slots))
     for row, seeds in rows.items():
-        contender = tuned(row, corpus)
+        contender = ours.contender(row, corpus)
         recipe = contender.recipe(MAIN * MILLION)
         slots = [Slot(exhibit="table-2", row=row, label=contender.label, suites=shown)]
         if row in FIVE:
             slots.append(_point(contender, recipe, shown))
-        if row == "improved" and ablated:
-            slots.append(Slot(exhibit="table-3", row="full", label="SparseForge (full)", suites=PERPLEXITIES))
+        if row == "improved" and ablated and ours.permutation is None:
+            slots.append(WHOLE)
         entries.append(_planned(contender, recipe, seeds, suites, slots))
     return entries
 
@@ -165,16 +194,16 @@ def in_order() -> list[Planned]:
     return entries
 
 
-def figure() -> list[Planned]:
-    """The five at the figure's other budgets; half the steps of ours is a row of Table 3 too."""
+def figure(ours: Ours = OURS, *, ablated: bool = True) -> list[Planned]:
+    """The five at the figure's other budgets; half the steps of the ablations' recipe is a row of Table 3 too."""
     entries = []
     for name in FIVE:
         for budget in OTHER_BUDGETS:
-            contender, recipe = at_budget(name, budget)
+            contender, recipe = at_budget(name, budget, ours)
             slots = [_point(contender, recipe, PERPLEXITIES)]
             seeds: tuple[int, ...] = FIGURE_SEEDS
             if (name, budget) == ("improved", HALF):
-                slots.append(Slot(exhibit="table-3", row="half-steps", label="w/ half the steps", suites=PERPLEXITIES))
+                slots += [HALF_STEPS] if ablated and ours.permutation is None else []
                 seeds = SEEDS
             entries.append(_planned(contender, recipe, seeds, REPORTED, slots))
     return entries
@@ -223,6 +252,19 @@ def ablations() -> dict[str, tuple[str, Recipe]]:
     return {row: (label, recipe) for row, (label, recipe) in changed.items() if recipe != full}
 
 
+def whole(ours: Ours = OURS) -> list[Planned]:
+    """What the ablations differ from, and half its steps, where ours is not these itself but a difference of them."""
+    if ours.permutation is None:
+        return []
+    base, contender = tuned("improved"), ours.contender("improved")
+    order = Slot(exhibit="table-3", row="in-order", label="w/ channels in order", suites=PERPLEXITIES)
+    return [
+        _planned(replace(base, label=WHOLE.label), base.recipe(MAIN * MILLION), SEEDS, REPORTED, [WHOLE]),
+        _planned(replace(base, label=HALF_STEPS.label), base.recipe(HALF * MILLION), SEEDS, REPORTED, [HALF_STEPS]),
+        _planned(contender, contender.recipe(MAIN * MILLION), ours.seeds, REPORTED, [order]),
+    ]
+
+
 def table_3() -> list[Planned]:
     """The ablations at the main budget; KL to dense is on a recipe's own text, and so says nothing of other text."""
     entries = []
@@ -244,13 +286,27 @@ def _point(contender: Contender, recipe: Recipe, suites: tuple[Suite, ...]) -> S
     return Slot(exhibit="accuracy-vs-tokens", row=row, label=contender.label, suites=suites)
 
 
-def study() -> Grid:
+def study(ours: Ours = OURS) -> Grid:
     """All of it."""
+    rows = table_2(ours.main_seeds(), ours=ours)
     return Grid(
         name=NAME,
         title="The study: SmolLM2-135M, all block linears 2:4",
-        entries=(*table_2(MAIN_SEEDS), *in_order(), *figure(), *table_3()),
-        captions={**CAPTIONS, "accuracy-vs-tokens": f"{CAPTIONS['accuracy-vs-tokens']} {_STEPS}"},
+        entries=(*rows, *in_order(), *figure(ours), *whole(ours), *table_3()),
+        captions=captions(ours),
+    )
+
+
+def unordered() -> Grid:
+    """Table 2 and the figure as the study was before channels were put in order, as far as it was measured."""
+    return Grid(
+        name=UNORDERED_CHANNELS,
+        title="The study with channels as they stand: SmolLM2-135M, all block linears 2:4",
+        entries=(*table_2(UNORDERED.main_seeds(), ablated=False, ours=UNORDERED), *figure(UNORDERED, ablated=False)),
+        captions={
+            "table-2": CAPTIONS["table-2"],
+            "accuracy-vs-tokens": f"{CAPTIONS['accuracy-vs-tokens']} {_steps(UNORDERED)}",
+        },
     )
 
 
@@ -261,7 +317,7 @@ def books_alone() -> Grid:
     return Grid(
         name=BOOKS_ALONE,
         title="The study on books alone: SmolLM2-135M, all block linears 2:4",
-        entries=(*table_2(ON_BOOKS, BOOKS, ablated=False), *figure_on_books()),
+        entries=(*table_2(ON_BOOKS, BOOKS, ablated=False, ours=UNORDERED), *figure_on_books()),
         captions=captions,
     )
 
@@ -272,19 +328,25 @@ _TEXT = (
     "Perplexity at window 2048, on nine books that no cell trains on (books-2048) and on the raw WikiText-2 test set; "
     f"accuracy zero-shot, the first {ITEMS:,} items a task. Every method had the same number of trials, on other text."
 )
-_MORE = ", ".join(tuned(name).label for name in MORE_SEEDS_OF)
-_STEPS = (
-    f"Of {_MORE} there are {len(SEEDS) + len(MORE_SEEDS)} at the main budget, of ours {len(SEEDS)} at {HALF} M tokens. "
-    f"Steps are of {SEQUENCES} sequences of 1,024 tokens; from {WIDE_FROM} M tokens on of {WIDE_SEQUENCES} for all but "
-    "AST with its branch, which gained nothing by that where it was tried (docs/lab-log.md, section 12)."
-)
+
+
+def _steps(ours: Ours) -> str:
+    """Who has how many seeds, and the width of steps."""
+    seeds = ours.main_seeds()
+    more = [tuned(name).label for name in TUNED if len(seeds[name]) > len(SEEDS)]
+    return (
+        f"Of {' and '.join(more)} there are {len(SEEDS) + len(MORE_SEEDS)} at the main budget, of ours {len(SEEDS)} at "
+        f"{HALF} M tokens. Steps are of {SEQUENCES} sequences of 1,024 tokens; from {WIDE_FROM} M tokens on of "
+        f"{WIDE_SEQUENCES} for all but AST with its branch, which gained nothing by that where it was tried "
+        "(docs/lab-log.md, section 12)."
+    )
+
 
 CAPTIONS = {
     "table-2": (
         f"SmolLM2-135M, all block linears 2:4, {_TOKENS} retraining tokens of {MIXTURE} for the "
         f"retrained rows, read in the same order by every method of a seed. {_TEXT} The dense control had the same "
-        "tokens and teacher and is no sparse model. In order: the channels of the dense model were first put into an "
-        "order in which groups of four lose least (no part of that method as published)."
+        "tokens and teacher and is no sparse model."
     ),
     "table-3": (
         f"Ablations of SparseForge (improved), {_TOKENS} tokens unless said. Without annealing: hard masks from the "
@@ -298,3 +360,20 @@ CAPTIONS = {
         f" at the main budget alone. {len(SEEDS)} seeds at the main budget, {len(FIGURE_SEEDS)} at the others."
     ),
 }
+
+
+def captions(ours: Ours = OURS) -> dict[str, str]:
+    """Of the study's exhibits."""
+    order = (
+        "In order: the channels of the dense model were first put into an order in which groups of four lose least, "
+        "which is no part of that method as published."
+    )
+    base = (
+        " The whole method is the recipe with channels as they stand: with channels in order it is SparseForge "
+        "(improved) of Table 2."
+    )
+    return {
+        "table-2": f"{CAPTIONS['table-2']} {order}",
+        "table-3": CAPTIONS["table-3"] + (base if ours.permutation else ""),
+        "accuracy-vs-tokens": f"{CAPTIONS['accuracy-vs-tokens']} {_steps(ours)}",
+    }

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import study_books, study_trials
+from analysis import study_earlier, study_trials
 from analysis.make_tables import collect
 from analysis.motivation import deltas
 from analysis.study import main
 from analysis.study_bars import bars, counted
 from analysis.study_claims import claims
 from analysis.study_data import Study
+from analysis.study_earlier import BOOKS_ALONE, UNORDERED
 from analysis.study_parts import alone, planned_study
 from analysis.study_report import report
 from analysis.study_second import section
@@ -268,7 +269,7 @@ def test_the_second_models_section_judges_its_own_rows(tmp_path: Path) -> None:
 def on_books(made: Made, folder: Path) -> str:
     """The section, here of any grid of that shape."""
     results = made.write(folder)
-    return "\n".join(study_books.section(results, "smollm2-study", study_of(results), store="s.db"))
+    return "\n".join(study_earlier.section(results, "smollm2-study", study_of(results), BOOKS_ALONE, store="s.db"))
 
 
 def test_the_section_on_books_alone_says_where_ours_leads_where_not_and_who_was_not_there(tmp_path: Path) -> None:
@@ -315,17 +316,21 @@ def test_the_section_on_books_alone_is_where_it_was_asked_for(tmp_path: Path) ->
     assert "- On books alone, as the study was first run: of the 10 bars 1 are met, 9 not met, 0 not measured." in short
     heads = [line for line in page.splitlines() if line.startswith("## ")]
     first = heads.index("## Table 3")
-    assert heads[first : first + 3] == ["## Table 3", study_books.TITLE, "## A second model, no setting chosen anew"]
+    assert heads[first : first + 3] == ["## Table 3", BOOKS_ALONE.title, "## A second model, no setting chosen anew"]
     absent = report(results, "smollm2-study", store="x", books_grid="smollm2-books")
-    assert f"{study_books.TITLE}\n\nAbsent: the store has no plan of grid `smollm2-books`.\n" in absent
+    assert f"{BOOKS_ALONE.title}\n\nAbsent: the store has no plan of grid `smollm2-books`.\n" in absent
     assert "- On books alone, as the study was first run: absent." in absent
-    assert study_books.TITLE not in report(results, "smollm2-study", store="x")
+    assert BOOKS_ALONE.title not in report(results, "smollm2-study", store="x")
+    both = report(results, "smollm2-study", store="x", unordered_grid="smollm2-study", books_grid="smollm2-study")
+    assert "- With channels as they stand, as ours was run before: of the 10 bars 1 are met, 9 not met" in both
+    heads = [line for line in both.splitlines() if line.startswith("## ")]
+    assert heads[first : first + 3] == ["## Table 3", UNORDERED.title, BOOKS_ALONE.title]
     results.close()
     url = f"sqlite:///{tmp_path / 'store.db'}"
     for more, there in (([], False), (["--books-alone", "smollm2-study"], True)):
         assert main(["--db", url, "--out", str(tmp_path / "page.md"), "--quiet", *more]) == 0
         written = (tmp_path / "page.md").read_text()
-        assert study_books.TITLE in written
+        assert BOOKS_ALONE.title in written
         assert ("no plan of grid `smollm2-books`" not in written) == there
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.grids.study_grid import tuned
+from flows.grids.study_grid import ORDERED
 from sparseforge_core.data.corpora import Synthetic
 from sparseforge_core.errors import RecipeError
 from sparseforge_core.identity import canonical
@@ -52,10 +52,9 @@ def test_lean_is_the_defaults_kept_in_few_bytes() -> None:
     assert recipe(PRESETS["lean"], 40).objective == Distill()
 
 
-def test_improved_is_the_study_s_own_row_but_for_the_order_of_channels() -> None:
-    row, preset = tuned("improved"), PRESETS["improved"]
-    assert row.permutation is None, "its rows were trained before (docs/lab-log.md, section 14)"
-    assert recipe(preset, 40).permutation == ChannelPermutation(samples=128, length=1024)
+def test_improved_is_the_study_s_own_row_as_it_is_to_be_trained_anew() -> None:
+    row, preset = ORDERED.contender("improved"), PRESETS["improved"]
+    assert recipe(preset, 40).permutation == row.permutation == ChannelPermutation(samples=128, length=1024)
     assert (preset.method, preset.objective, preset.lr) == (row.method, row.objective, row.lr)
     assert recipe(preset, 40).train.unmasked_rate == row.unmasked_rate == 0.25
 

@@ -21,18 +21,25 @@ from flows.grids.study_grid import (
     MORE_SEEDS,
     MORE_SEEDS_OF,
     NAME,
+    ORDERED,
+    OURS,
     SEEDS,
     TUNED,
+    UNORDERED,
+    UNORDERED_CHANNELS,
     WIDE,
     WIDE_FROM,
     ZERO_SHOT,
     ablations,
     at_budget,
+    study,
     tuned,
+    unordered,
 )
 from flows.grids.study_lab import (
     COMBINED,
     ELSEWHERE,
+    FASTER,
     FORGETTING,
     FORGOTTEN,
     HELD,
@@ -86,7 +93,7 @@ def test_trials_and_ideas_never_see_what_is_reported() -> None:
 def test_every_idea_is_a_recipe_of_its_own() -> None:
     plan = expand(grid_named("smollm2-ideas"))
     groups = (IDEAS, LONG, FORGETTING, RATES, TEXTS, COMBINED, HELD, WIDER, PERMUTING, RETAUGHT)
-    longer = (TWICE_AS_LONG, LONGER, PERMUTING_LONG, RETAUGHT_LONG)
+    longer = (TWICE_AS_LONG, LONGER, PERMUTING_LONG, RETAUGHT_LONG, FASTER)
     teachers = {required for cell in plan.cells for required in cell.requires}
     recipes = {cell.recipe_key for cell in plan.cells if cell.key not in teachers}
     assert len(recipes) == sum(map(len, (*groups, *longer)))
@@ -114,7 +121,8 @@ def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds_and_four_
         assert rows[row].seeds == SEEDS
         assert replace(rows[row].recipe, permutation=None) == rows[name].recipe
     for name in contenders(PEAKS[0]):
-        assert rows[name].seeds == ((0, 1, 2, 5, 6, 7, 8) if name in MORE_SEEDS_OF else (0, 1, 2))
+        more = name in MORE_SEEDS_OF or (name == "improved" and OURS == ORDERED)
+        assert rows[name].seeds == ((0, 1, 2, 5, 6, 7, 8) if more else (0, 1, 2))
         assert rows[name].recipe.train.tokens == 733 * 16 * 1024
     assert {entry.suites for entry in rows.values()} == {(*REPORTED, ZERO_SHOT)}
     assert set(TUNED) == set(contenders(PEAKS[0]))
@@ -155,12 +163,29 @@ def test_at_a_budget_all_of_the_figure_see_as_many_tokens_and_wide_steps_change_
         for budget in (3, 6, 24, 48):
             contender, recipe = at_budget(name, budget)
             tokens[budget].add(recipe.train.tokens)
-            narrow = tuned(name).recipe(budget * 1_000_000)
+            narrow = OURS.contender(name).recipe(budget * 1_000_000)
             wide = name in WIDE and budget >= WIDE_FROM
             assert recipe.train.sequences == narrow.train.sequences * (2 if wide else 1)
             assert replace(recipe, train=narrow.train) == narrow
             assert contender.label == tuned(name).label
     assert {len(found) for found in tokens.values()} == {1}
+
+
+def test_ours_trained_anew_differs_by_its_order_alone_and_the_ablations_stay_what_they_are() -> None:
+    """What the store has of ours stays planned, as the whole method that ablations differ from or as it was shown."""
+    before, anew, shown = expand(study(UNORDERED)), expand(study(ORDERED)), expand(unordered())
+    assert expand(grid_named(UNORDERED_CHANNELS)) == shown
+    keys = [{cell.key for cell in plan.cells} for plan in (before, anew, shown)]
+    assert keys[2] <= keys[0] <= keys[1] | keys[2]
+    new = [cell for cell in anew.cells if cell.key in keys[1] - keys[0]]
+    assert {cell.variant for cell in new} == {"SparseForge (improved)"}
+    seeds = sorted((cell.tokens // 1_000_000, cell.seed) for cell in new)
+    assert seeds == [(3, 1), *((6, s) for s in SEEDS), *((12, s) for s in (*SEEDS, *MORE_SEEDS)), (24, 1), (48, 1)]
+    known = {cell.recipe_key for cell in before.cells}
+    assert {key_of(replace(anew.recipes[cell.recipe_key], permutation=None)) for cell in new} <= known
+    rows = [[slot.row for slot in plan.slots if slot.exhibit == "table-3"] for plan in (before, anew)]
+    assert set(rows[1]) - set(rows[0]) == {"in-order"}
+    assert not set(rows[0]) - set(rows[1])
 
 
 def test_an_ablation_differs_from_the_full_recipe_and_none_twice() -> None:
@@ -169,7 +194,7 @@ def test_an_ablation_differs_from_the_full_recipe_and_none_twice() -> None:
     assert full not in recipes
     assert len(set(map(key_of, recipes))) == len(recipes)
     rows = {slot.row for entry in grid_named(NAME).entries for slot in entry.slots if slot.exhibit == "table-3"}
-    assert rows == {"dense", "full", "half-steps", *ablations()}
+    assert rows == {"dense", "full", "half-steps", *(["in-order"] if OURS == ORDERED else []), *ablations()}
 
 
 def test_the_grid_on_books_alone_is_finished_and_differs_in_its_text_alone() -> None:
@@ -181,7 +206,7 @@ def test_the_grid_on_books_alone_is_finished_and_differs_in_its_text_alone() -> 
     plan = expand(grid_named(BOOKS_ALONE))
     assert {statuses[key, stage] for key, stages in plan.stages.items() for stage in stages} == {"done"}
     assert set(map(_but_for_text_and_steps, plan.recipes.values())) <= set(
-        map(_but_for_text_and_steps, expand(grid_named(NAME)).recipes.values())
+        map(_but_for_text_and_steps, expand(study(UNORDERED)).recipes.values())
     )
 
 

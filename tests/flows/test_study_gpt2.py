@@ -22,7 +22,7 @@ from flows.grids import grid_named
 from flows.grids.planned import Grid, Planned, Slot, expand
 from flows.grids.study import BOOKS, OTHER_BOOKS
 from flows.grids.study_gpt2 import GPT2, NAME, PRETRAINING, ROWS, SUITES, TEXTS, second
-from flows.grids.study_grid import TUNED, tuned, untrained
+from flows.grids.study_grid import OURS, TUNED, untrained
 from flows.home import Home
 from flows.ingesting import ingest
 from flows.placements import card_of, placement_for
@@ -50,7 +50,7 @@ def test_every_row_is_the_studys_contender_on_another_model() -> None:
     assert set(rows) == {*untrained(BOOKS), *ROWS}
     assert {entry.suites for entry in rows.values()} == {SUITES}
     for name, seeds in ROWS.items():
-        study = tuned(name, BOOKS).recipe(12_000_000)
+        study = OURS.contender(name, BOOKS).recipe(12_000_000)
         assert dataclasses.replace(rows[name].recipe, model=study.model) == study, "no setting differs"
         assert rows[name].seeds == seeds
         assert TUNED[name] in (study.train.lr.peak,)  # type: ignore[attr-defined]
