@@ -86,10 +86,18 @@ def dossier(connection: sa.Connection, key: str) -> Dossier:
 
 
 def recipes_of(connection: sa.Connection, grid: str) -> dict[str, tuple[str, str]]:
-    """(variant, the fully resolved recipe as JSON) of every recipe that a grid plans, by recipe key."""
+    """(variant, the fully resolved recipe as JSON) of every recipe that a grid plans, by recipe key.
+
+    The variant is the grid's name of the first of its cells.
+    """
     stage, cell, recipe = schema.stage, schema.cell, schema.recipe
-    planned = sa.select(cell.c.recipe_key).join(stage, stage.c.cell_key == cell.c.key).where(stage.c.grid == grid)
-    chosen = sa.select(recipe.c.key, recipe.c.variant, recipe.c.spec).where(recipe.c.key.in_(planned))
+    chosen = (
+        sa.select(recipe.c.key, recipe.c.spec, stage.c.variant)
+        .join(cell, cell.c.recipe_key == recipe.c.key)
+        .join(stage, stage.c.cell_key == cell.c.key)
+        .where(stage.c.grid == grid)
+        .order_by(stage.c.position.desc())
+    )
     return {row.key: (row.variant, row.spec) for row in connection.execute(chosen)}
 
 

@@ -62,11 +62,17 @@ def write_suites(connection: sa.Connection, suites: Sequence[PlannedSuite]) -> N
     upsert(connection, schema.suite, [{"key": s.key, "name": s.name, "spec": s.spec_json} for s in suites])
 
 
-def replace_stages(connection: sa.Connection, grid: str, stages: Mapping[str, Sequence[str]]) -> None:
-    """Make `stages` (stage names by cell key) all that the grid wants done, in this order."""
+def replace_stages(
+    connection: sa.Connection, grid: str, stages: Mapping[str, Sequence[str]], cells: Sequence[PlannedCell]
+) -> None:
+    """Make `stages` (stage names by cell key) all that the grid wants done, in this order, by the names of `cells`."""
     connection.execute(sa.delete(schema.stage).where(schema.stage.c.grid == grid))
+    named = {cell.key: cell.variant for cell in cells}
     work = [(key, name) for key, names in stages.items() for name in names]
-    rows = [{"grid": grid, "cell_key": k, "stage": n, "position": i} for i, (k, n) in enumerate(work)]
+    rows = [
+        {"grid": grid, "cell_key": key, "stage": name, "position": position, "variant": named[key]}
+        for position, (key, name) in enumerate(work)
+    ]
     upsert(connection, schema.stage, rows)
 
 

@@ -93,7 +93,7 @@ class Results:
         """Every measurement of a grid's done stages once."""
         m, a, c, r, planned = schema.measurement, schema.attempt, schema.cell, schema.recipe, schema.stage
         rows = self._rows(
-            sa.select(r.c.method, r.c.variant, r.c.model, r.c.tokens, c.c.seed, m.c.stage, m.c.metric, m.c.value)
+            sa.select(r.c.method, planned.c.variant, r.c.model, r.c.tokens, c.c.seed, m.c.stage, m.c.metric, m.c.value)
             .add_columns(m.c.stderr, m.c.n, m.c.cell_key, a.c.git_sha)
             .join(a, a.c.id == m.c.attempt_id)
             .join(c, c.c.key == m.c.cell_key)

@@ -7,7 +7,7 @@ import datetime
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Schema revisions that this code knows, oldest first; a new file in `migrations/versions` adds one."""
 
 NAMES = {
@@ -86,6 +86,7 @@ stage = sa.Table(
     sa.Column("cell_key", sa.ForeignKey("cell.key"), primary_key=True),
     sa.Column("stage", sa.Text, primary_key=True),
     sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("variant", sa.Text, nullable=False, server_default=""),
 )
 
 suite = sa.Table(

@@ -37,8 +37,8 @@ def cell_states(connection: sa.Connection, cell_key: str) -> list[StageState]:
 def _states(connection: sa.Connection, which: sa.ColumnElement[bool], cells: sa.Select[tuple[str]]) -> list[StageState]:
     stage, cell, recipe = schema.stage, schema.cell, schema.recipe
     planned = connection.execute(
-        sa.select(stage.c.cell_key, stage.c.stage, cell.c.seed, cell.c.pool, cell.c.cost_hours)
-        .add_columns(recipe.c.model, recipe.c.method, recipe.c.variant, recipe.c.tokens)
+        sa.select(stage.c.cell_key, stage.c.stage, stage.c.variant, cell.c.seed, cell.c.pool, cell.c.cost_hours)
+        .add_columns(recipe.c.model, recipe.c.method, recipe.c.tokens)
         .join(cell, cell.c.key == stage.c.cell_key)
         .join(recipe, recipe.c.key == cell.c.recipe_key)
         .where(which)

@@ -80,7 +80,7 @@ class ResultStore:
             planning.write_grid(connection, grid, title, published=bool(published))
             planning.write_cells(connection, cells)
             planning.write_suites(connection, suites)
-            planning.replace_stages(connection, grid, stages)
+            planning.replace_stages(connection, grid, stages, cells)
             planning.replace_slots(connection, grid, slots)
             if published:
                 planning.replace_published(connection, published)

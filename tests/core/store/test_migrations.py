@@ -151,3 +151,18 @@ def test_write_ahead_logging_is_on(sqlite_url: str, tmp_path: Path) -> None:
     with store.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     store.close()
+
+
+def test_a_store_whose_grids_had_no_names_of_their_own_takes_those_of_its_recipes(store_url: str) -> None:
+    store = ResultStore(store_url)
+    plan(store, [planned_cell("wanda"), planned_cell("dense")])
+    store.close()
+    engine = make_engine(store_url)
+    with writing(engine) as connection:
+        command.downgrade(alembic_config(connection), "0002")
+    with engine.connect() as connection:
+        assert "variant" not in {column["name"] for column in sa.inspect(connection).get_columns("stage")}
+    engine.dispose()
+    store = ResultStore(store_url)
+    assert [state.variant for state in store.work("g")] == ["wanda"] * 3 + ["dense"] * 3
+    store.close()

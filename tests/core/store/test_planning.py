@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -121,3 +122,20 @@ def test_ten_thousand_cells_are_planned_and_listed(store: ResultStore) -> None:
     store.claim(cells[0].key, "train", PROVENANCE)
     states = store.work("g")
     assert len(states) == 30_000
+
+
+def test_grids_that_share_cells_each_keep_their_own_names(store_url: str) -> None:
+    """Also of two seeds that one grid calls by different names, and whoever was planned last."""
+    store = ResultStore(store_url)
+    cells = [planned_cell("shared", seed) for seed in (0, 1)]
+    plan(store, cells)
+    plan(store, [replace(cell, variant=f"an idea, seed {cell.seed}") for cell in cells], grid="ideas")
+    for cell in cells:
+        record(store, cell, "train", value("final_loss", 3.0))
+    names = {grid: [state.variant for state in store.work(grid) if state.stage == "train"] for grid in ("g", "ideas")}
+    assert names == {"g": ["shared", "shared"], "ideas": ["an idea, seed 0", "an idea, seed 1"]}
+    store.close()
+    results = Results(store_url)
+    assert {grid: [row.preset for row in results.tidy(grid)] for grid in names} == names
+    assert [results.recipes(grid)[cells[0].recipe_key][0] for grid in names] == ["shared", "an idea, seed 0"]
+    results.close()
