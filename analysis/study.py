@@ -1,6 +1,6 @@
 """The study's report, results/README.md, from the results store alone; rows that are not in yet are said to be absent.
 
-python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--unordered GRID]
+python analysis/study.py [--db URL] [--grid smollm2-study] [--trials smollm2-trials] [--unordered smollm2-unordered]
                          [--books-alone smollm2-books] [--second gpt2-study] [--figure FILE] [--out FILE]
 """
 
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", default="smollm2-trials", metavar="GRID", help="the grid of the trials")
     parser.add_argument(
         "--unordered",
-        default="",
+        default="smollm2-unordered",
         metavar="GRID",
-        help="of a grid with channels in order: that of ours with channels as they stand, smollm2-unordered",
+        help="the grid of ours with channels as they stand; it has a section once ours is another recipe",
     )
     parser.add_argument("--books-alone", default="smollm2-books", metavar="GRID", help="the grid on books alone")
     parser.add_argument("--second", default="gpt2-study", metavar="GRID", help="the grid of the second model")

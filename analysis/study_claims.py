@@ -47,7 +47,7 @@ def claims(study: Study) -> list[Claim]:
         _claim(study, "The side branch lowers perplexity (Table 3 itself: 6.38 against 6.36)", ablation("slorb"), full),
         _claim(study, "Twice the steps help (Table 3: 6.38 against 6.48)", full, ablation("half-steps")),
         _fewer_tokens(study),
-        _claim(study, "Masks that move beat SparseGPT's frozen one, all else as ours", full, ablation("frozen")),
+        _claim(study, "Masks that move beat SparseGPT's frozen one, all else alike", full, ablation("frozen")),
         _claim(study, "Ours as a whole beats a frozen mask, distilled as usual", ours, row("frozen-sparsegpt")),
         _claim(study, "The sparse model reaches the untouched dense one", ours, row(DENSE)),
         _claim(study, "The sparse model reaches a dense one that had the same tokens", ours, row(CONTROL)),

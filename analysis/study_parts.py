@@ -11,7 +11,7 @@ from analysis.frames import ExhibitData, ExhibitRow
 from analysis.make_tables import collect
 from analysis.render import escape_markdown
 from analysis.study_bars import Bar
-from analysis.study_data import DENSE, FULL, Study, millions, number
+from analysis.study_data import DENSE, Study, millions, number
 from analysis.verdicts import Verdict, verdicts
 from sparseforge_core.store.results import Results
 
@@ -154,6 +154,12 @@ def cells_of(row: ExhibitRow) -> list[str]:
     return [cell for _, cell in sorted(found.items())]
 
 
+def recipe_of(row: ExhibitRow) -> str:
+    """The key of the recipe behind a row, whether its results are in or not."""
+    cells = [*cells_of(row), *(cell for cell, *_ in row.missing)]
+    return cells[0].partition("-")[0]
+
+
 COST = ("Row", "Tokens", "tokens/s", "steps, min", "stage, min", "beside", "device")
 
 
@@ -161,12 +167,13 @@ def costs(results: Results, grid: str, study: Study, first: Sequence[Sequence[st
     """What the training stage of each row took, a line each, after the lines `first`."""
     origins = results.origins(grid)
     lines = list(first)
-    seen = set()
+    seen: set[object] = set()
     for row in (*study.table_2.rows, *study.table_3.rows):
-        name = (row.label, row.tokens)
-        if row.row in (DENSE, FULL) or name in seen:
+        # A recipe that both tables show is said once, by its name in the first.
+        recipe, name = recipe_of(row), (row.label, row.tokens)
+        if row.row == DENSE or recipe in seen or name in seen:
             continue
-        seen.add(name)
+        seen |= {recipe, name}
         stages = [origins[place] for cell in cells_of(row) if (place := (cell, "train")) in origins]
         speed, seconds = row.estimate("tokens_per_second"), row.estimate("train_seconds")
         means = [None if found is None else found.mean for found in (speed, seconds)]

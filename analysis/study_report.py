@@ -20,6 +20,7 @@ from analysis.study_parts import (
     divergences,
     glance,
     planned_study,
+    recipe_of,
     significance,
     table,
 )
@@ -65,7 +66,8 @@ of the training text.
 Of one cell: training speed in tokens a second, GPU-minutes of its steps, and of the whole training stage with
 calibration, one-shot solutions (what they took where they were made, if a cell read another's), compilation and writing
 the model. *Beside* says how many other processes worked beside each seed's when it began: they shared the machine and
-its time, of which each counts all; only rows with a 0 compare.
+its time, of which each counts all. Rows of the later sessions count only processes of their own bundle, of which up to
+three shared a GPU: a 0 does not say that a cell was alone. Speeds of two rows therefore compare roughly.
 """,
     "claims": """## The paper's claims, in small
 
@@ -92,19 +94,19 @@ def report(
 
     `store` is how the page names the store's file; `figure` and `ablations` are the pictures' files, relative to the
     page; empty: none.
-    `trials_grid` is the grid of the trials, `unordered_grid` that of ours with channels as they stand, `books_grid`
-    that on books alone, `second_grid` that of the second model; empty: none.
+    `trials_grid` is the grid of the trials, `unordered_grid` that of ours with channels as they stand, which has a
+    section where ours is another recipe by now, `books_grid` that on books alone, `second_grid` that of the second
+    model; empty: none.
     """
     material = collect(results, grid)
     study = Study(material.exhibits)
     caption = study.table_2.caption
     parts = [HEAD.format(state=_state(results, grid), caption=caption, store=store, grid=grid)]
     found, second = bars(study), planned_study(results, second_grid)
-    before = [
-        (name, planned_study(results, name), earlier)
-        for name, earlier in ((unordered_grid, study_earlier.UNORDERED), (books_grid, study_earlier.BOOKS_ALONE))
-        if name
-    ]
+    before = [(books_grid, planned_study(results, books_grid), study_earlier.BOOKS_ALONE)] if books_grid else []
+    unordered = planned_study(results, unordered_grid)
+    if unordered and study.ours and unordered.ours and recipe_of(study.ours) != recipe_of(unordered.ours):
+        before.insert(0, (unordered_grid, unordered, study_earlier.UNORDERED))
     short = study_summary.summary(study, found)
     short += [study_earlier.short(one, earlier) for _, one, earlier in before]
     short += [study_second.short(second)] if second_grid else []

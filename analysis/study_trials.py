@@ -49,7 +49,7 @@ def trials(results: Results, grid: str) -> dict[str, list[Trial]]:
 
 
 def _method(variant: str) -> str:
-    """The method of a cell that is named for it, with its peak rate unless another grid has the same cell."""
+    """The method of a cell that is named for it and its peak rate."""
     name, _, last = variant.rpartition(" ")
     return name if re.fullmatch(r"[0-9.e-]+", last) else variant
 

@@ -227,9 +227,9 @@ class Walk:
             self.work.train(entry.cell, self._companions(cell_key(entry.cell)))
 
     def _companions(self, own: str) -> int:
-        """How many other cells of the bundle somebody works on now."""
-        keys = {cell_key(entry.cell) for entry in self.bundle} - {own}
-        return sum(files.is_held(self.cells.parent / CLAIMS / key) for key in keys)
+        """How many other cells somebody works on now, of this bundle or of another one that has the same home."""
+        claims = self.cells.parent / CLAIMS
+        return sum(files.is_held(claims / name) for name in files.ever_held(claims) if name != own)
 
     def _stage(self, key: str, stage: str, run: Callable[[], object]) -> bool:
         """Run a stage; what ends it is written down. Returns whether it ended well."""

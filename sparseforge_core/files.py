@@ -118,6 +118,11 @@ def held(path: Path, *, seconds: float, pause: float = 0.2) -> Iterator[None]:
         yield
 
 
+def ever_held(folder: Path) -> list[str]:
+    """Names of the files in a folder for which some process has been inside `held`."""
+    return [lock.name.removeprefix(".").removesuffix(".held") for lock in folder.glob(".*.held")]
+
+
 def is_held(path: Path) -> bool:
     """Whether a process is inside `held` for `path` now."""
     lock = path.with_name(f".{path.name}.held")

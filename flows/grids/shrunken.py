@@ -87,6 +87,7 @@ def _recipe(recipe: Recipe, longest: int) -> Recipe:
         corpus=Synthetic(seed=_number(recipe.corpus)),
         objective=objective,
         train=plan,
+        permutation=None if recipe.permutation is None else _calibrated(recipe.permutation),
         slorb=None if recipe.slorb is None else replace(recipe.slorb, k=8),
     )
 
@@ -122,7 +123,7 @@ def _number(spec: Any) -> int:
 
 
 def _calibrated(method: Any) -> Any:
-    """The method, and any that it builds on, with two calibration texts."""
+    """The method, or a search for an order of channels, and any that it builds on, with two calibration texts."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
@@ -130,7 +131,7 @@ def _calibrated(method: Any) -> Any:
             changes[field.name] = 2
         elif field.name == "length" and isinstance(value, int):
             changes[field.name] = LENGTH
-        elif field.name == "prior" and dataclasses.is_dataclass(value):
+        elif field.name in ("prior", "start_from", "compensation") and dataclasses.is_dataclass(value):
             changes[field.name] = _calibrated(value)
     return replace(method, **changes)
 

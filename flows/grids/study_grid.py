@@ -10,7 +10,8 @@ seeds. A bundle may carry any part of it: `sparseforge bundle smollm2-study --se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import (
@@ -97,11 +98,21 @@ class Ours:
     """None: channels as they stand, the recipe that the ablations differ from."""
     seeds: tuple[int, ...]
     """At the main budget."""
+    wide: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the contender that differ where steps are wide, beside their width."""
 
     def contender(self, name: str, corpus: TextFiles = MIXED) -> Contender:
         """A method as these rows have it; only ours differs from what its trials chose."""
         found = tuned(name, corpus)
         return replace(found, permutation=self.permutation) if name == "improved" else found
+
+    def at(self, name: str, millions: int) -> tuple[Contender, int]:
+        """A method at a budget, and the sequences of its steps if it is one of `WIDE`."""
+        contender = self.contender(name)
+        if millions < WIDE_FROM:
+            return contender, SEQUENCES
+        changes = self.wide if name == "improved" else {}
+        return replace(contender, **changes), WIDE_SEQUENCES
 
     def main_seeds(self) -> dict[str, tuple[int, ...]]:
         """Rows of the main budget, and seeds."""
@@ -113,7 +124,7 @@ UNORDERED = Ours(permutation=None, seeds=SEEDS)
 ORDERED = Ours(permutation=PERMUTED, seeds=(*SEEDS, *MORE_SEEDS))
 """Channels in order, as the preset has them (docs/lab-log.md, sections 14 and 15)."""
 OURS = UNORDERED
-"""What the study shows: `ORDERED` once its rows are trained anew, each in its session."""
+"""What the study shows: to be `ORDERED` in the session that trains its rows."""
 
 ON_BOOKS: dict[str, tuple[int, ...]] = {name: (0,) if name in ("maskllm", "paper") else SEEDS for name in TUNED}
 """Rows of the main budget on books alone, and seeds."""
@@ -135,11 +146,10 @@ def at_budget(name: str, millions: int, ours: Ours = OURS) -> tuple[Contender, R
 
     The tokens are whole steps of either width, so that they are equal for all.
     """
-    wide = WIDE_SEQUENCES if millions >= WIDE_FROM else SEQUENCES
-    contender = ours.contender(name)
+    contender, sequences = ours.at(name, millions)
     if name in WIDE:
-        contender = replace(contender, sequences=wide)
-    return contender, contender.recipe(plan(millions * MILLION, Constant(value=0.0), wide).tokens)
+        contender = replace(contender, sequences=sequences)
+    return contender, contender.recipe(plan(millions * MILLION, Constant(value=0.0), sequences).tokens)
 
 
 def untrained(corpus: TextFiles = MIXED) -> dict[str, tuple[Contender, tuple[int, ...]]]:
@@ -157,7 +167,7 @@ def table_2(
 ) -> list[Planned]:
     """These methods with their seeds at the main budget, and what needs no retraining.
 
-    `ablated` says that there is a Table 3, of which two of the rows are rows too.
+    `ablated` says that there is a Table 3, which shows the dense model too, and ours where ablations differ from it.
     """
     suites = (*REPORTED, ZERO_SHOT)
     shown = (*PERPLEXITIES, ZERO_SHOT)
@@ -186,8 +196,8 @@ def in_order() -> list[Planned]:
     """The nearest rivals with their channels in order, at the main budget: rows of Table 2."""
     entries = []
     for name in IN_ORDER:
-        contender = replace(tuned(name), permutation=PERMUTED)
-        contender = replace(contender, label=f"{contender.label}, in order")
+        contender = tuned(name)
+        contender = replace(contender, label=f"{contender.label} (in order)", permutation=PERMUTED)
         slot = Slot(exhibit="table-2", row=f"{name}-in-order", label=contender.label, suites=(*PERPLEXITIES, ZERO_SHOT))
         recipe = contender.recipe(MAIN * MILLION)
         entries.append(_planned(contender, recipe, SEEDS, (*REPORTED, ZERO_SHOT), [slot]))
@@ -364,9 +374,10 @@ CAPTIONS = {
 
 def captions(ours: Ours = OURS) -> dict[str, str]:
     """Of the study's exhibits."""
+    has_order = " SparseForge (improved) has its channels so too." if ours.permutation else ""
     order = (
-        "In order: the channels of the dense model were first put into an order in which groups of four lose least, "
-        "which is no part of that method as published."
+        'Rows that end in "(in order)": the channels of the dense model were first put into an order in which groups '
+        f"of four lose least, which is no part of those methods as published.{has_order}"
     )
     base = (
         " The whole method is the recipe with channels as they stand: with channels in order it is SparseForge "

@@ -44,14 +44,21 @@ class Dossier:
 
 
 def matching(connection: sa.Connection, prefix: str) -> list[tuple[str, str, str, int]]:
-    """(key, model, variant, seed) of every cell whose key begins so, sorted by key."""
-    cell, recipe = schema.cell, schema.recipe
+    """(key, model, variant, seed) of every cell whose key begins so, sorted by key.
+
+    A cell is called what the latest of its grids calls it; one that no grid wants any more, what the last one did.
+    """
+    cell, recipe, stage, grid = schema.cell, schema.recipe, schema.stage, schema.grid
+    variant = sa.func.coalesce(stage.c.variant, recipe.c.variant).label("variant")
     rows = connection.execute(
-        sa.select(cell.c.key, recipe.c.model, recipe.c.variant, cell.c.seed)
+        sa.select(cell.c.key, recipe.c.model, variant, cell.c.seed)
         .join(recipe, recipe.c.key == cell.c.recipe_key)
+        .outerjoin(stage, stage.c.cell_key == cell.c.key)
+        .outerjoin(grid, grid.c.name == stage.c.grid)
         .where(cell.c.key.startswith(prefix, autoescape=True))
+        .order_by(grid.c.planned_at, grid.c.name)
     )
-    return sorted((row.key, row.model, row.variant, row.seed) for row in rows)
+    return sorted({row.key: (row.key, row.model, row.variant, row.seed) for row in rows}.values())
 
 
 def dossier(connection: sa.Connection, key: str) -> Dossier:
@@ -73,7 +80,7 @@ def dossier(connection: sa.Connection, key: str) -> Dossier:
         seed=row.seed,
         pool=row.pool,
         cost_hours=row.cost_hours,
-        about={name: getattr(row, name) for name in ABOUT},
+        about={**{name: getattr(row, name) for name in ABOUT}, "variant": matching(connection, key)[0][2]},
         body=row.body,
         grids=_grids(connection, key),
         shown=_shown(connection, row.recipe_key, row.seed),
@@ -91,14 +98,16 @@ def recipes_of(connection: sa.Connection, grid: str) -> dict[str, tuple[str, str
     The variant is the grid's name of the first of its cells.
     """
     stage, cell, recipe = schema.stage, schema.cell, schema.recipe
-    chosen = (
-        sa.select(recipe.c.key, recipe.c.spec, stage.c.variant)
-        .join(cell, cell.c.recipe_key == recipe.c.key)
+    planned = (
+        sa.select(cell.c.recipe_key, stage.c.variant)
         .join(stage, stage.c.cell_key == cell.c.key)
         .where(stage.c.grid == grid)
         .order_by(stage.c.position.desc())
     )
-    return {row.key: (row.variant, row.spec) for row in connection.execute(chosen)}
+    variants = {row.recipe_key: row.variant for row in connection.execute(planned)}
+    of_grid = sa.select(cell.c.recipe_key).join(stage, stage.c.cell_key == cell.c.key).where(stage.c.grid == grid)
+    chosen = sa.select(recipe.c.key, recipe.c.spec).where(recipe.c.key.in_(of_grid))
+    return {row.key: (variants[row.key], row.spec) for row in connection.execute(chosen)}
 
 
 def _grids(connection: sa.Connection, key: str) -> tuple[str, ...]:

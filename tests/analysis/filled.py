@@ -38,6 +38,8 @@ class Filled:
     """Collects rows; `write` plans them as one grid and records the seeds that are done."""
 
     grid: str = "demo"
+    recipes: str = ""
+    """Begins the names of its recipes: two grids of one store then have none in common."""
     cells: dict[str, PlannedCell] = field(default_factory=dict)
     suites: dict[str, PlannedSuite] = field(default_factory=dict)
     slots: list[PlannedSlot] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Filled:
         `branch` is what a side branch adds: parameters, bytes, operations per token.
         """
         for number, seed in enumerate(seeds):
-            cell = planned_cell(f"{exhibit}:{row}", seed, method=method, tokens=tokens)
+            cell = planned_cell(f"{self.recipes}{exhibit}:{row}", seed, method=method, tokens=tokens)
             self.cells[cell.key] = cell
             self.stages[cell.key] = ["train", *(s.key for s in shown)]
             if done is not None and seed not in done:

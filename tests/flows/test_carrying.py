@@ -379,6 +379,17 @@ def test_memory_that_ran_out_beside_others_is_tried_again_with_fewer_and_fails_a
     assert beside == {first: [1, 0], second: [0]}
 
 
+def test_cells_of_another_bundle_with_the_same_home_are_beside_a_cell_too(tmp_path: Path) -> None:
+    write_bundle(choose(["tiny-smoke"]), tmp_path / "carried")
+    entries, home = bundles.read_bundle(tmp_path / "carried").entries, tmp_path / "carried" / "home"
+    walk = Walk(entries, entries, home / "cells", Work(train=never, measure=never, should_stop=lambda: False))
+    own = cell_key(entries[0].cell)
+    assert walk._companions(own) == 0
+    with files.held(home / CLAIMS / own, seconds=0), files.held(home / CLAIMS / "0123456789ab-s7", seconds=0):
+        assert walk._companions(own) == 1
+    assert walk._companions(own) == 0
+
+
 @pytest.mark.usefixtures("planned")
 def test_what_was_measured_of_another_model_than_the_recorded_one_is_left_out(troubled: Path, tmp_path: Path) -> None:
     shutil.copytree(troubled, tmp_path / "first")

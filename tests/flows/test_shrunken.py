@@ -38,6 +38,15 @@ def test_with_enough_rows_every_method_of_the_paper_is_in_it() -> None:
     assert not any("race" in json.loads(suite.spec_json).get("tasks", ()) for suite in small.suites)
 
 
+def test_whatever_is_calibrated_is_calibrated_by_two_texts() -> None:
+    recipes = list(expand(grid_named("smollm2-study-shrunk-99")).recipes.values())
+    ordered = [recipe.permutation for recipe in recipes if recipe.permutation is not None]
+    begun = [recipe.method.start_from for recipe in recipes if getattr(recipe.method, "start_from", None) is not None]
+    assert ordered
+    assert begun
+    assert {(part.samples, part.length) for part in (*ordered, *begun)} == {(2, LENGTH)}
+
+
 def test_half_the_tokens_stay_fewer_tokens() -> None:
     tokens = {cell.variant: cell.tokens for cell in expand(grid_named("ablations-shrunk-99")).cells}
     assert 0 < tokens["w/ half the steps"] < tokens["SparseForge (full)"]

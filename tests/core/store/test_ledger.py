@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 
 from sparseforge_core.store import schema
+from sparseforge_core.store.engine import make_engine, writing
 from sparseforge_core.store.ledger import FIRST, canonical, link
+from sparseforge_core.store.migrate import alembic_config
 from sparseforge_core.store.results import Results
 from sparseforge_core.store.rows import Curve, Outcomes
 from sparseforge_core.store.store import ResultStore
@@ -119,17 +122,13 @@ def test_writers_at_the_same_moment_make_one_chain(store_url: str) -> None:
 
 
 def test_a_store_from_before_the_log_is_taken_into_it(tmp_path: Path) -> None:
-    import sqlite3
-
     path = tmp_path / "store.db"
     shutil.copy(DEMO, path)
-    with sqlite3.connect(path) as connection:  # as the first schema left it
-        done = connection.execute("SELECT count(*) FROM attempt WHERE status = 'done'").fetchone()[0]
-        for name in ("ledger", "curve", "outcome"):
-            connection.execute(f"DROP TABLE IF EXISTS {name}")
-        if "diff_sha" in {row[1] for row in connection.execute("PRAGMA table_info(attempt)")}:
-            connection.execute("ALTER TABLE attempt DROP COLUMN diff_sha")
-        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    engine = make_engine(f"sqlite:///{path}")
+    with writing(engine) as connection:
+        done = connection.scalar(sa.select(sa.func.count()).where(schema.attempt.c.status == "done"))
+        command.downgrade(alembic_config(connection), "0001")
+    engine.dispose()
     store = ResultStore(f"sqlite:///{path}")
     assert store.fsck() == []
     results = Results(f"sqlite:///{path}")

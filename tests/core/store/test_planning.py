@@ -138,4 +138,6 @@ def test_grids_that_share_cells_each_keep_their_own_names(store_url: str) -> Non
     results = Results(store_url)
     assert {grid: [row.preset for row in results.tidy(grid)] for grid in names} == names
     assert [results.recipes(grid)[cells[0].recipe_key][0] for grid in names] == ["shared", "an idea, seed 0"]
+    assert [row[2] for row in results.cells_like("")] == ["an idea, seed 0", "an idea, seed 1"], "the latest grid's"
+    assert results.dossier(cells[1].key).about["variant"] == "an idea, seed 1"
     results.close()
