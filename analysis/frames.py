@@ -39,6 +39,8 @@ class ExhibitRow:
     method: str
     plans: frozenset[str]
     """Metrics that the row's suites define."""
+    recipe: str
+    """The key of its recipe."""
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """By metric and seed."""
     errors: dict[str, dict[int, tuple[float, int]]] = field(default_factory=dict)
@@ -201,7 +203,7 @@ def _row(slot: ShownSlot, suite_specs: Mapping[str, dict[str, Any]], bank: Bank)
     harness = [suite_specs[key] for key in slot.suite_keys if suite_specs[key]["kind"] == "zero-shot"]
     parts = {"mean/acc": [f"{task}/acc" for suite in harness for task in suite["tasks"]]}
     about = slot.tokens or 0, tuple(slot.seeds), str(slot.method)
-    return ExhibitRow(slot.row, slot.label, *about, plans, parts=parts, bank=bank)
+    return ExhibitRow(slot.row, slot.label, *about, plans, str(slot.recipe_key), parts=parts, bank=bank)
 
 
 def planned_metrics(suite: Mapping[str, Any]) -> list[str]:

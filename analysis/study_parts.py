@@ -154,12 +154,6 @@ def cells_of(row: ExhibitRow) -> list[str]:
     return [cell for _, cell in sorted(found.items())]
 
 
-def recipe_of(row: ExhibitRow) -> str:
-    """The key of the recipe behind a row, whether its results are in or not."""
-    cells = [*cells_of(row), *(cell for cell, *_ in row.missing)]
-    return cells[0].partition("-")[0]
-
-
 COST = ("Row", "Tokens", "tokens/s", "steps, min", "stage, min", "beside", "device")
 
 
@@ -170,10 +164,10 @@ def costs(results: Results, grid: str, study: Study, first: Sequence[Sequence[st
     seen: set[object] = set()
     for row in (*study.table_2.rows, *study.table_3.rows):
         # A recipe that both tables show is said once, by its name in the first.
-        recipe, name = recipe_of(row), (row.label, row.tokens)
-        if row.row == DENSE or recipe in seen or name in seen:
+        name = row.label, row.tokens
+        if row.row == DENSE or row.recipe in seen or name in seen:
             continue
-        seen |= {recipe, name}
+        seen |= {row.recipe, name}
         stages = [origins[place] for cell in cells_of(row) if (place := (cell, "train")) in origins]
         speed, seconds = row.estimate("tokens_per_second"), row.estimate("train_seconds")
         means = [None if found is None else found.mean for found in (speed, seconds)]

@@ -20,7 +20,6 @@ from analysis.study_parts import (
     divergences,
     glance,
     planned_study,
-    recipe_of,
     significance,
     table,
 )
@@ -66,8 +65,8 @@ of the training text.
 Of one cell: training speed in tokens a second, GPU-minutes of its steps, and of the whole training stage with
 calibration, one-shot solutions (what they took where they were made, if a cell read another's), compilation and writing
 the model. *Beside* says how many other processes worked beside each seed's when it began: they shared the machine and
-its time, of which each counts all. Rows of the later sessions count only processes of their own bundle, of which up to
-three shared a GPU: a 0 does not say that a cell was alone. Speeds of two rows therefore compare roughly.
+its time, of which each counts all. Until 1 December 2026 these were processes of the cell's own bundle, and up to three
+bundles shared a GPU: a 0 does not say that a cell was alone. Speeds of two rows therefore compare only roughly.
 """,
     "claims": """## The paper's claims, in small
 
@@ -105,7 +104,7 @@ def report(
     found, second = bars(study), planned_study(results, second_grid)
     before = [(books_grid, planned_study(results, books_grid), study_earlier.BOOKS_ALONE)] if books_grid else []
     unordered = planned_study(results, unordered_grid)
-    if unordered and study.ours and unordered.ours and recipe_of(study.ours) != recipe_of(unordered.ours):
+    if unordered and study.ours and unordered.ours and study.ours.recipe != unordered.ours.recipe:
         before.insert(0, (unordered_grid, unordered, study_earlier.UNORDERED))
     short = study_summary.summary(study, found)
     short += [study_earlier.short(one, earlier) for _, one, earlier in before]

@@ -99,7 +99,7 @@ class Ours:
     seeds: tuple[int, ...]
     """At the main budget."""
     wide: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the contender that differ where steps are wide, beside their width."""
+    """Fields of the contender that differ where steps are wide, beside their width; the caption has to name them."""
 
     def contender(self, name: str, corpus: TextFiles = MIXED) -> Contender:
         """A method as these rows have it; only ours differs from what its trials chose."""

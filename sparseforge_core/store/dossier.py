@@ -46,7 +46,8 @@ class Dossier:
 def matching(connection: sa.Connection, prefix: str) -> list[tuple[str, str, str, int]]:
     """(key, model, variant, seed) of every cell whose key begins so, sorted by key.
 
-    A cell is called what the latest of its grids calls it; one that no grid wants any more, what the last one did.
+    A cell is called what the latest of its grids calls it; one that no grid wants any more by the
+    last name of its recipe.
     """
     cell, recipe, stage, grid = schema.cell, schema.recipe, schema.stage, schema.grid
     variant = sa.func.coalesce(stage.c.variant, recipe.c.variant).label("variant")
