@@ -71,7 +71,7 @@ MORE_SEEDS = (5, 6, 7, 8)
 on WikiText-2, after the three were seen and before any of the four was run (docs/lab-log.md, section 14)."""
 MORE_SEEDS_OF = ("ast-slorb",)
 """Who has them beside ours, which gets them when its recipe is trained anew (`Ours`)."""
-IN_ORDER = ("frozen-sparsegpt", "ast-slorb")
+RIVALS_IN_ORDER = ("frozen-sparsegpt", "ast-slorb")
 """The nearest rival on each text, which Table 2 shows with its channels in order too, as ours has them: so that nobody
 has to ask whether the order alone wins. They count as rivals."""
 FIGURE_SEEDS = (1,)
@@ -195,7 +195,7 @@ def table_2(
 def in_order() -> list[Planned]:
     """The nearest rivals with their channels in order, at the main budget: rows of Table 2."""
     entries = []
-    for name in IN_ORDER:
+    for name in RIVALS_IN_ORDER:
         contender = tuned(name)
         contender = replace(contender, label=f"{contender.label} (in order)", permutation=PERMUTED)
         slot = Slot(exhibit="table-2", row=f"{name}-in-order", label=contender.label, suites=(*PERPLEXITIES, ZERO_SHOT))

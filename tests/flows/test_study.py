@@ -17,12 +17,12 @@ from flows.grids.study_grid import (
     BOOKS_ALONE,
     FIGURE_SEEDS,
     FIVE,
-    IN_ORDER,
     MORE_SEEDS,
     MORE_SEEDS_OF,
     NAME,
     ORDERED,
     OURS,
+    RIVALS_IN_ORDER,
     SEEDS,
     TUNED,
     UNORDERED,
@@ -115,7 +115,7 @@ def test_the_text_of_a_suite_travels_with_a_bundle() -> None:
 
 def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds_and_four_more_of_the_nearest_rival() -> None:
     rows = {slot.row: entry for entry in grid_named(NAME).entries for slot in entry.slots if slot.exhibit == "table-2"}
-    ordered = {f"{name}-in-order": name for name in IN_ORDER}
+    ordered = {f"{name}-in-order": name for name in RIVALS_IN_ORDER}
     assert set(rows) == {"dense", "magnitude", "wanda", "sparsegpt", *contenders(PEAKS[0]), *ordered}
     for row, name in ordered.items():
         assert rows[row].seeds == SEEDS
