@@ -10,8 +10,7 @@ seeds. A bundle may carry any part of it: `sparseforge bundle smollm2-study --se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import (
@@ -98,21 +97,11 @@ class Ours:
     """None: channels as they stand, the recipe that the ablations differ from."""
     seeds: tuple[int, ...]
     """At the main budget."""
-    wide: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the contender that differ where steps are wide, beside their width; the caption has to name them."""
 
     def contender(self, name: str, corpus: TextFiles = MIXED) -> Contender:
         """A method as these rows have it; only ours differs from what its trials chose."""
         found = tuned(name, corpus)
         return replace(found, permutation=self.permutation) if name == "improved" else found
-
-    def at(self, name: str, millions: int) -> tuple[Contender, int]:
-        """A method at a budget, and the sequences of its steps if it is one of `WIDE`."""
-        contender = self.contender(name)
-        if millions < WIDE_FROM:
-            return contender, SEQUENCES
-        changes = self.wide if name == "improved" else {}
-        return replace(contender, **changes), WIDE_SEQUENCES
 
     def main_seeds(self) -> dict[str, tuple[int, ...]]:
         """Rows of the main budget, and seeds."""
@@ -146,10 +135,11 @@ def at_budget(name: str, millions: int, ours: Ours = OURS) -> tuple[Contender, R
 
     The tokens are whole steps of either width, so that they are equal for all.
     """
-    contender, sequences = ours.at(name, millions)
+    wide = WIDE_SEQUENCES if millions >= WIDE_FROM else SEQUENCES
+    contender = ours.contender(name)
     if name in WIDE:
-        contender = replace(contender, sequences=sequences)
-    return contender, contender.recipe(plan(millions * MILLION, Constant(value=0.0), sequences).tokens)
+        contender = replace(contender, sequences=wide)
+    return contender, contender.recipe(plan(millions * MILLION, Constant(value=0.0), wide).tokens)
 
 
 def untrained(corpus: TextFiles = MIXED) -> dict[str, tuple[Contender, tuple[int, ...]]]:
