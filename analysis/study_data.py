@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -111,10 +112,14 @@ class Study:
         return ours, [row for row in rows if row is not ours]
 
     def lacking(self, tokens: int) -> list[str]:
-        """Labels of the figure that have no row at a budget: they were not planned there."""
+        """Labels of the figure that have no row at a budget: they were not planned there.
+
+        One that has a single budget is beside the others there, and lacks nowhere.
+        """
         ours, rivals = self.at(tokens)
         there = {row.label for row in (ours, *rivals) if row is not None}
-        return [label for label in dict.fromkeys(r.label for r in self.figure.rows if r.tokens) if label not in there]
+        labels = Counter(row.label for row in self.figure.rows if row.tokens)
+        return [label for label, budgets in labels.items() if budgets > 1 and label not in there]
 
     def near(self, tokens: float) -> int | None:
         """The budget nearest to some tokens, if it is within a twentieth."""

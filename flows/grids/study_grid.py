@@ -28,6 +28,7 @@ from flows.grids.study import (
     Contender,
     contenders,
     plan,
+    rate,
 )
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.errors import RecipeError
@@ -87,6 +88,9 @@ WIDE_FROM = 24
 WIDE = ("improved", "frozen-sparsegpt", "frozen-wanda", "sr-ste")
 """Whose WikiText-2 gains by that (docs/lab-log.md, section 12): tried were ours, which loses less of what it knew, the
 frozen SparseGPT mask, with which the other two go, and AST with its branch, which gains nothing and stays as it is."""
+ALSO_FASTER = ("frozen-sparsegpt", 48, 3.4e-3)
+"""Who is also trained at a higher peak at one budget: books gain more than half a percent by it and WikiText-2 loses,
+so that bars are judged by the better on each text (docs/lab-log.md, section 16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,16 @@ def figure(ours: Ours = OURS, *, ablated: bool = True) -> list[Planned]:
     return entries
 
 
+def faster() -> list[Planned]:
+    """The rival that takes a higher peak too, a point of the figure by itself."""
+    name, budget, peak = ALSO_FASTER
+    contender, recipe = at_budget(name, budget)
+    lr = rate(peak)
+    contender = replace(contender, label=f"{contender.label} ({peak:g})", lr=lr)
+    recipe = replace(recipe, train=replace(recipe.train, lr=lr))
+    return [_planned(contender, recipe, FIGURE_SEEDS, REPORTED, [_point(contender, recipe, PERPLEXITIES)])]
+
+
 def figure_on_books() -> list[Planned]:
     """What of the figure was measured on books alone."""
     return [
@@ -292,7 +306,7 @@ def study(ours: Ours = OURS) -> Grid:
     return Grid(
         name=NAME,
         title="The study: SmolLM2-135M, all block linears 2:4",
-        entries=(*rows, *in_order(), *figure(ours), *whole(ours), *table_3()),
+        entries=(*rows, *in_order(), *figure(ours), *faster(), *whole(ours), *table_3()),
         captions=captions(ours),
     )
 

@@ -177,6 +177,19 @@ def test_no_bar_is_met_for_good_at_a_budget_that_rows_of_other_budgets_lack(tmp_
     assert {bar.verdict for bar in found} == {"met", "met so far"}
 
 
+def test_a_rival_of_a_single_budget_is_judged_there_on_the_text_where_it_is_better_and_lacks_nowhere(
+    tmp_path: Path,
+) -> None:
+    made = Made(ours=19.0)  # at half the tokens 17.1 and 18.81
+    values = measured([17.0], [21.0 * 1.1], [0.5])
+    row = "Faster/48005120"
+    made.row("accuracy-vs-tokens", row, "Faster", values, method="frozen", tokens=48_005_120, seeds=(0,))
+    found = bars(study_of(made.write(tmp_path)))
+    assert [bar.verdict for bar in found] == [*["met"] * 7, "not met", "met", "met"]
+    judged = re.findall(r"(\S+): (\S+) % \[[^]]*] against (\w+)", found[7].found)
+    assert judged == [("books-2048", "+0.59", "Faster"), ("wikitext2-2048", "-4.20", "Frozen")]
+
+
 def test_one_seed_of_one_table_is_a_page_that_decides_nothing(tmp_path: Path) -> None:
     results = Made(ours=19.0, first=True).write(tmp_path)
     study = study_of(results)

@@ -12,8 +12,9 @@ import pytest
 from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
-from flows.grids.study import BOOKS, MIXED, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders
+from flows.grids.study import BOOKS, MIXED, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders, rate
 from flows.grids.study_grid import (
+    ALSO_FASTER,
     BOOKS_ALONE,
     FIGURE_SEEDS,
     FIVE,
@@ -32,6 +33,7 @@ from flows.grids.study_grid import (
     ZERO_SHOT,
     ablations,
     at_budget,
+    faster,
     study,
     tuned,
     unordered,
@@ -154,7 +156,18 @@ def test_the_figure_has_five_methods_at_five_budgets() -> None:
         for slot in entry.slots:
             if slot.exhibit == "accuracy-vs-tokens" and not slot.row.endswith("/0"):
                 points[slot.label].add(entry.recipe.train.tokens // 1_000_000)
+    name, budget, peak = ALSO_FASTER
+    assert points.pop(f"{tuned(name).label} ({peak:g})") == {budget}
     assert {tuned(name).label: {3, 6, 12, 24, 48} for name in FIVE} == points
+
+
+def test_the_rival_that_is_faster_too_differs_in_its_peak_alone() -> None:
+    name, budget, peak = ALSO_FASTER
+    recipes = [entry.recipe for entry in faster()]
+    expected = at_budget(name, budget)[1]
+    assert [replace(one, train=replace(one.train, lr=expected.train.lr)) for one in recipes] == [expected]
+    assert [one.train.lr for one in recipes] == [rate(peak)]
+    assert recipes[0].train.lr != expected.train.lr
 
 
 def test_at_a_budget_all_of_the_figure_see_as_many_tokens_and_wide_steps_change_nothing_else() -> None:
