@@ -17,6 +17,9 @@ AT_ONCE = 2**26
 """Numbers that are compared at once."""
 LEAST = 1e-6
 """Share of what is kept that an exchange must gain: below lies rounding."""
+UNSEEN = 4
+"""Rounds of agreement before one asks whether there was any: an answer has to wait for the device, which others may
+share, and a round too many changes nothing."""
 
 
 @spec("channel-permutation")
@@ -83,18 +86,26 @@ def _exchanged(scores: Tensor, order: Tensor, place: int, *, keep: int, size: in
     worth = _largest(scores[:, mine], last)  # [input, group]
     own = worth.diagonal()
     gain = worth + worth.T - own[:, None] - own[None]
-    least = LEAST * float(own.mean().abs())
-    number = torch.arange(len(mine), device=order.device)
-    while True:
-        value, partner = gain.max(dim=1)
-        agreed = (partner[partner] == number) & (value > least) & (number < partner)
-        if not bool(agreed.any()):
-            break
-        a, b = number[agreed], partner[agreed]
-        groups[a, place], groups[b, place] = mine[b], mine[a]
-        taken = torch.cat([a, b])
-        gain[taken], gain[:, taken] = -torch.inf, -torch.inf
+    groups[:, place] = mine[_matched(gain, LEAST * own.mean().abs())]
     return groups.reshape(-1)
+
+
+def _matched(gain: Tensor, least: Tensor) -> Tensor:
+    """Whom each exchanges with, `[n]`, itself if with nobody: again and again those that are each other's best of
+    `gain` `[n, n]`, which is overwritten, and gain more than `least`."""
+    number = torch.arange(len(gain), device=gain.device)
+    found = number.clone()
+    while True:
+        agreed = number < 0
+        for _ in range(UNSEEN):
+            value, partner = gain.max(dim=1)
+            lower = (partner[partner] == number) & (value > least) & (number < partner)
+            now = lower | lower[partner] & (partner[partner] == number)
+            found = torch.where(now, partner, found)
+            gain.masked_fill_(now[:, None] | now[None], -torch.inf)
+            agreed |= now
+        if not bool(agreed.any()):
+            return found
 
 
 def _largest(mine: Tensor, last: Tensor) -> Tensor:

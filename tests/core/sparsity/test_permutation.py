@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseforge_core.errors import PatternViolation, RecipeError
-from sparseforge_core.sparsity.permutation import ChannelPermutation, best_order, kept
+from sparseforge_core.sparsity.permutation import ChannelPermutation, _matched, best_order, kept
 
 
 def scores_of(rows: int, count: int, seed: int) -> torch.Tensor:
@@ -66,6 +66,25 @@ def test_pieces_of_a_comparison_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = best_order(scores, keep=2, size=4, rounds=3)
     monkeypatch.setattr("sparseforge_core.sparsity.permutation.AT_ONCE", 100)
     assert torch.equal(best_order(scores, keep=2, size=4, rounds=3), whole)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.sampled_from([1, 4, 1000]), st.integers(0, 99))
+def test_those_exchange_who_are_each_others_best_of_who_is_left(count: int, levels: int, seed: int) -> None:
+    """`levels`: few of them, and gains tie."""
+    gain = (scores_of(count, count, seed) * levels).ceil() - levels / 4
+    gain = gain + gain.T
+    gain.fill_diagonal_(0.0)
+    left, expected = set(range(count)), list(range(count))
+    while left:
+        best = {one: max(sorted(left), key=lambda other, one=one: float(gain[one, other])) for one in left}
+        pairs = {(a, b) for a, b in best.items() if a < b and best[b] == a and gain[a, b] > 0.5}
+        if not pairs:
+            break
+        for a, b in pairs:
+            expected[a], expected[b] = b, a
+            left -= {a, b}
+    assert _matched(gain.clone(), torch.tensor(0.5)).tolist() == expected
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
