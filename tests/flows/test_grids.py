@@ -21,6 +21,7 @@ from sparseforge_core.models.sources import Hub, Tiny, TrainedBPE
 from sparseforge_core.objective import Distill
 from sparseforge_core.recipe import Recipe, Trained, TrainPlan
 from sparseforge_core.sparsity.patterns import BLOCK_16, nm
+from tests.calls import calls
 
 TABLES = {f"table-{n}" for n in range(1, 8)}
 EVERYTHING = TABLES | {"accuracy-vs-tokens"}
@@ -305,27 +306,29 @@ def test_a_hub_model_without_a_card_says_where_to_add_it() -> None:
 # ------------------------------------------------------------------------------------------- size
 
 
-@pytest.mark.slow
-def test_ten_thousand_cells_expand_in_seconds() -> None:
-    import time
-
+def _sized(recipes: int, first: int) -> Grid:
     full = paper.FULL
-    entries = tuple(
-        Planned(
-            recipe=dataclasses.replace(full, train=dataclasses.replace(full.train, steps=1_000 + i)),
-            variant="SparseForge",
-            seeds=(0, 1, 2),
-            suites=(ZERO_SHOT_7,),
-            slots=(Slot(exhibit="table-2", row=str(i), label=str(i)),),
+    return _grid(
+        *(
+            Planned(
+                recipe=dataclasses.replace(full, train=dataclasses.replace(full.train, steps=first + i)),
+                variant="SparseForge",
+                seeds=(0, 1, 2),
+                suites=(ZERO_SHOT_7,),
+                slots=(Slot(exhibit="table-2", row=str(i), label=str(i)),),
+            )
+            for i in range(recipes)
         )
-        for i in range(3_334)
     )
-    began = time.process_time()
-    plan = expand(_grid(*entries))
-    seconds = time.process_time() - began
-    assert len(plan.cells) == 10_002
-    assert len({cell.key for cell in plan.cells}) == 10_002
-    assert seconds < 20.0, f"{seconds:.1f} s of processor time; it took 4 s when this was written"
+
+
+def test_ten_times_as_many_cells_are_ten_times_the_work() -> None:
+    expand(_sized(1, 100))
+    few, many = _sized(50, 1_000), _sized(500, 2_000)
+    found: list[Plan] = []
+    once = calls(lambda: found.append(expand(few)))
+    assert calls(lambda: found.append(expand(many))) <= 10 * once
+    assert [len({cell.key for cell in plan.cells}) for plan in found] == [150, 1_500]
 
 
 # ------------------------------------------------------------------------------------------- reproductions
