@@ -202,7 +202,7 @@ def contenders(peak: float) -> dict[str, Contender]:
         "cast": Contender(label="CAST", method=CAST(pressure=PRESSURE), lr=lr, objective=Distill(kl_weight=1 / 3)),
         "maskllm": Contender(label="MaskLLM", method=MaskLLM(prior=SPARSEGPT), lr=lr, objective=TaskOnly()),
         "paper": _paper(peak),
-        # As it was before channels were put in order (docs/lab-log.md, section 14): what is on record of it.
+        # As it was before channels were put in order (docs/lab-log.md, section 14): what trials and ablations are of.
         "improved": Contender(
             label="SparseForge (improved)", method=FORGE, lr=lr, objective=FOLLOWING, unmasked_rate=UNMASKED_RATE
         ),

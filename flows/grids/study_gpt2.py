@@ -1,15 +1,16 @@
 """The study's second model: GPT-2's shape, pretrained here on the books, then made sparse with untouched settings.
 
 No peak, schedule or weight of an objective is chosen anew: every row is a contender of the study with what its trials
-on SmolLM2-135M chose (`TUNED`), on another architecture (fused attention projection, learned positions, LayerNorm,
-GELU). What it shows is whether the winner was tuned to one model.
+on SmolLM2-135M chose (`TUNED`), ours and one rival with their channels in order as there, on another architecture
+(fused attention projection, learned positions, LayerNorm, GELU). What it shows is whether the winner was tuned to one
+model.
 """
 
 from __future__ import annotations
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import BOOKS, KL, MILLION, OTHER_BOOKS, Contender, plan
-from flows.grids.study_grid import MAIN, OURS, SEEDS, untrained
+from flows.grids.study_grid import MAIN, OURS, SEEDS, put_in_order, untrained
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import WIKITEXT2_1024, PerplexitySuite, Suite
 from sparseforge_core.methods import DenseControl
@@ -76,6 +77,8 @@ ROWS: dict[str, tuple[int, ...]] = {
 }
 """Who runs, with which seeds: three for ours and for its strongest rival. What takes longest comes first, so that it
 is not waited for at the end of a session."""
+IN_ORDER = "frozen-sparsegpt"
+"""The rival that is also shown with its channels in order, as ours has them, and as many seeds."""
 
 
 def second(model: Trained = MODEL) -> Grid:
@@ -86,6 +89,8 @@ def second(model: Trained = MODEL) -> Grid:
     for row, seeds in ROWS.items():
         contender = OURS.contender(row, BOOKS)
         entries.append(_planned(row, contender, contender.recipe(MAIN * MILLION, model), seeds))
+    rival = put_in_order(IN_ORDER, BOOKS)
+    entries.append(_planned(f"{IN_ORDER}-in-order", rival, rival.recipe(MAIN * MILLION, model), ROWS[IN_ORDER]))
     title = "The study's second model: GPT-2's shape, pretrained here, all block linears 2:4"
     return Grid(name=NAME, title=title, entries=tuple(entries), captions={"table-2": CAPTION})
 
@@ -99,7 +104,8 @@ CAPTION = (
     "GPT-2's shape (12 blocks of width 768, 124 million parameters, its tokenizer), pretrained here from random "
     f"weights on {PRETRAINING.train.tokens:,} tokens of eight shards of public-domain books, each about twice. All "
     f"block linears 2:4, {plan(MAIN * MILLION, Constant(value=0.0)).tokens:,} retraining tokens of five of the shards "
-    "for the retrained rows, every setting as the trials on SmolLM2-135M chose it. Perplexity at window 1024, on nine "
+    "for the retrained rows, every setting as the trials on SmolLM2-135M chose it; SparseForge (improved) and the row "
+    'that ends in "(in order)" have their channels in order, as there. Perplexity at window 1024, on nine '
     "books that no cell trains on (books-1024) and on the raw WikiText-2 test set; the tokenizer is another one than "
     "SmolLM2's, so numbers of the two models do not compare. A model of so little text answers questions by chance: no "
     "accuracy is measured."

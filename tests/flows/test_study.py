@@ -163,6 +163,7 @@ def test_the_figure_has_five_methods_at_five_budgets() -> None:
 
 def test_the_rival_that_is_faster_too_differs_in_its_peak_alone() -> None:
     name, budget, peak = ALSO_FASTER
+    assert [(entry.seeds, entry.suites) for entry in faster()] == [(FIGURE_SEEDS, REPORTED)]
     recipes = [entry.recipe for entry in faster()]
     expected = at_budget(name, budget)[1]
     assert [replace(one, train=replace(one.train, lr=expected.train.lr)) for one in recipes] == [expected]

@@ -21,7 +21,7 @@ from flows.bundle import Only, _not_carried, choose, write_bundle
 from flows.grids import grid_named
 from flows.grids.planned import Grid, Planned, Slot, expand
 from flows.grids.study import BOOKS, OTHER_BOOKS
-from flows.grids.study_gpt2 import GPT2, NAME, PRETRAINING, ROWS, SUITES, TEXTS, second
+from flows.grids.study_gpt2 import GPT2, IN_ORDER, NAME, PRETRAINING, ROWS, SUITES, TEXTS, second
 from flows.grids.study_grid import OURS, TUNED, untrained
 from flows.home import Home
 from flows.ingesting import ingest
@@ -47,7 +47,13 @@ SHARED = ROOT.parent / "shared" / "data"
 def test_every_row_is_the_studys_contender_on_another_model() -> None:
     grid = grid_named(NAME)
     rows = {slot.row: entry for entry in grid.entries for slot in entry.slots}
-    assert set(rows) == {*untrained(BOOKS), *ROWS}
+    ordered = f"{IN_ORDER}-in-order"
+    assert set(rows) == {*untrained(BOOKS), *ROWS, ordered}
+    assert dataclasses.replace(rows[ordered].recipe, permutation=None) == rows[IN_ORDER].recipe
+    assert (rows[ordered].seeds, rows[ordered].recipe.permutation) == (
+        rows[IN_ORDER].seeds,
+        rows["improved"].recipe.permutation,
+    )
     assert {entry.suites for entry in rows.values()} == {SUITES}
     for name, seeds in ROWS.items():
         study = OURS.contender(name, BOOKS).recipe(12_000_000)
@@ -162,7 +168,9 @@ def test_the_grid_comes_home_from_two_processes_that_share_one_pretraining(
     (data / "wiki.test.raw").write_text("".join(f" {p}\n" for p in (data / "prose.txt").read_text().split("\n")))
     monkeypatch.setitem(grids.GRIDS, NAME, lambda: grid)
     folder = tmp_path / "carried"
-    assert write_bundle(choose([NAME]), folder) == 15
+    count = write_bundle(choose([NAME]), folder)
+    stages = count + (count - 1) * len(SUITES)
+    assert count == 18
     command = [sys.executable, "-m", "sparseforge_core.run", "bundle", str(folder), "--drop-models"]
     environment = {**os.environ, "PYTHONPATH": str(folder / bundles.CODE), "OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if name not in (DATA_ENV, WIKITEXT_ENV)}
@@ -173,18 +181,18 @@ def test_the_grid_comes_home_from_two_processes_that_share_one_pretraining(
     said = [process.communicate(timeout=500)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     done = [key for text in said for key in re.findall(r"cell (\S+) done", text)]
-    assert len(done) == len(set(done)) == 15, "each cell was run by one process"
+    assert len(done) == len(set(done)) == count, "each cell was run by one process"
     assert not list(folder.glob("home/cells/*/train/final/*.safetensors")), "nobody needs a model any more"
 
     (archive,) = pack(folder, tmp_path / "back.tar.xz")
     with tarfile.open(archive) as opened:
         cells = {name.split("/")[2] for name in opened.getnames() if name.startswith("home/cells/")}
-    assert len(cells) == 15
+    assert len(cells) == count
     home = Home(tmp_path / "home", f"sqlite:///{tmp_path / 'store.db'}", "sqlite://")
     store = ResultStore(home.store_url)
     with unpacked(archive) as back:
         found = ingest(store, home, back)
-    assert (found.recorded, found.unfinished, list(found.failed)) == (15 + 14 * len(SUITES), 0, [])
+    assert (found.recorded, found.unfinished, list(found.failed)) == (stages, 0, [])
     assert store.fsck() == []
     keys = {state.variant: state.cell_key for state in store.work(NAME)}
     forge = loads(store.cell_body(keys["SparseForge (improved)"]))
@@ -194,7 +202,7 @@ def test_the_grid_comes_home_from_two_processes_that_share_one_pretraining(
     assert not made.missing.get("table-2"), "nothing is absent"
     assert "SparseForge (improved)" in (tmp_path / "out" / "tables" / "table-2.md").read_text()
     page = "\n".join(section(results, NAME, planned_study(results, NAME)))
-    assert f"{15 + 14 * len(SUITES)} of {15 + 14 * len(SUITES)} stages of grid `{NAME}` are done" in page
+    assert f"{stages} of {stages} stages of grid `{NAME}` are done" in page
     assert re.search(r"Its pretraining on 0 M tokens took 0\.\d minutes at [\d,]+ tokens a second \(cpu\)", page)
     assert re.search(r"\| Pretraining of the model \| 0 M \| [\d,]+ \| \d\.\d\d \| \d\.\d\d \| \d \| cpu \|", page)
     assert "absent" not in page.partition("Its pretraining")[2], "every row is in"
