@@ -222,9 +222,8 @@ def faster() -> list[Planned]:
     """The rival that takes a higher peak too, a point of the figure by itself."""
     name, budget, peak = ALSO_FASTER
     contender, recipe = at_budget(name, budget)
-    lr = rate(peak)
-    contender = replace(contender, label=f"{contender.label} ({peak:g})", lr=lr)
-    recipe = replace(recipe, train=replace(recipe.train, lr=lr))
+    contender = replace(contender, label=f"{contender.label} ({peak:g})", lr=rate(peak))
+    recipe = contender.recipe(recipe.train.tokens)
     return [_planned(contender, recipe, FIGURE_SEEDS, REPORTED, [_point(contender, recipe, PERPLEXITIES)])]
 
 

@@ -99,8 +99,9 @@ def _matched(gain: Tensor, least: Tensor) -> Tensor:
         agreed = number < 0
         for _ in range(UNSEEN):
             value, partner = gain.max(dim=1)
-            lower = (partner[partner] == number) & (value > least) & (number < partner)
-            now = lower | lower[partner] & (partner[partner] == number)
+            mutual = partner[partner] == number
+            lower = mutual & (value > least) & (number < partner)
+            now = mutual & (lower | lower[partner])
             found = torch.where(now, partner, found)
             gain.masked_fill_(now[:, None] | now[None], -torch.inf)
             agreed |= now
