@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from flows.grids.planned import Grid, Planned, Slot
 from flows.grids.study import BOOKS, KL, MILLION, OTHER_BOOKS, Contender, plan
-from flows.grids.study_grid import MAIN, OURS, SEEDS, put_in_order, untrained
+from flows.grids.study_grid import MAIN, OURS, SEEDS, put_in_order, tuned, untrained
 from sparseforge_core.data.corpora import TextFiles
 from sparseforge_core.evaluate.suites import WIKITEXT2_1024, PerplexitySuite, Suite
 from sparseforge_core.methods import DenseControl
@@ -89,7 +89,7 @@ def second(model: Trained = MODEL) -> Grid:
     for row, seeds in ROWS.items():
         contender = OURS.contender(row, BOOKS)
         entries.append(_planned(row, contender, contender.recipe(MAIN * MILLION, model), seeds))
-    rival = put_in_order(IN_ORDER, BOOKS)
+    rival = put_in_order(tuned(IN_ORDER, BOOKS))
     entries.append(_planned(f"{IN_ORDER}-in-order", rival, rival.recipe(MAIN * MILLION, model), ROWS[IN_ORDER]))
     title = "The study's second model: GPT-2's shape, pretrained here, all block linears 2:4"
     return Grid(name=NAME, title=title, entries=tuple(entries), captions={"table-2": CAPTION})

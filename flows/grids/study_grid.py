@@ -70,10 +70,10 @@ MORE_SEEDS = (5, 6, 7, 8)
 """Beside these at the main budget, since three leave intervals that touch. Planned for ours and for its nearest rival
 on WikiText-2, after the three were seen and before any of the four was run (docs/lab-log.md, section 14)."""
 MORE_SEEDS_OF = ("ast-slorb",)
-"""Who has them beside ours (`Ours`)."""
+"""Who has them beside ours (`Ours`), with its channels in order too (section 17)."""
 RIVALS_IN_ORDER = ("frozen-sparsegpt", "ast-slorb")
-"""The nearest rival on each text, which Table 2 shows with its channels in order too, as ours has them: so that nobody
-has to ask whether the order alone wins. They count as rivals."""
+"""The nearest rival on each text, shown at every budget with its channels in order too, as ours has them: so that
+nobody has to ask whether the order alone wins. They count as rivals."""
 FIGURE_SEEDS = (1,)
 """At the figure's other budgets: not the trials' seed, so that no cell that chose anything is shown."""
 FIVE = ("improved", "frozen-sparsegpt", "frozen-wanda", "sr-ste", "ast-slorb")
@@ -93,6 +93,11 @@ ALSO_FASTER = ("frozen-sparsegpt", 48, 3.4e-3)
 so that bars are judged by the better on each text (docs/lab-log.md, section 16)."""
 
 
+def rival_seeds(name: str) -> tuple[int, ...]:
+    """Of a rival at the main budget, with its channels in order too."""
+    return (*SEEDS, *MORE_SEEDS) if name in MORE_SEEDS_OF else SEEDS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ours:
     """Which recipe fills our rows of Table 2 and of the figure."""
@@ -109,8 +114,7 @@ class Ours:
 
     def main_seeds(self) -> dict[str, tuple[int, ...]]:
         """Rows of the main budget, and seeds."""
-        more = dict.fromkeys(MORE_SEEDS_OF, (*SEEDS, *MORE_SEEDS))
-        return {name: self.seeds if name == "improved" else more.get(name, SEEDS) for name in TUNED}
+        return {name: self.seeds if name == "improved" else rival_seeds(name) for name in TUNED}
 
 
 UNORDERED = Ours(permutation=None, seeds=SEEDS)
@@ -146,9 +150,8 @@ def at_budget(name: str, millions: int, ours: Ours = OURS) -> tuple[Contender, R
     return contender, contender.recipe(plan(millions * MILLION, Constant(value=0.0), wide).tokens)
 
 
-def put_in_order(name: str, corpus: TextFiles = MIXED) -> Contender:
+def put_in_order(contender: Contender) -> Contender:
     """The same with its channels put in order as ours are."""
-    contender = tuned(name, corpus)
     return replace(contender, label=f"{contender.label} (in order)", permutation=PERMUTED)
 
 
@@ -193,13 +196,21 @@ def table_2(
 
 
 def in_order() -> list[Planned]:
-    """The nearest rivals with their channels in order, at the main budget: rows of Table 2."""
+    """The nearest rivals with their channels in order, at every budget: points of the figure, one a row of Table 2."""
     entries = []
     for name in RIVALS_IN_ORDER:
-        contender = put_in_order(name)
-        slot = Slot(exhibit="table-2", row=f"{name}-in-order", label=contender.label, suites=(*PERPLEXITIES, ZERO_SHOT))
-        recipe = contender.recipe(MAIN * MILLION)
-        entries.append(_planned(contender, recipe, SEEDS, (*REPORTED, ZERO_SHOT), [slot]))
+        for budget in BUDGETS:
+            contender, recipe = at_budget(name, budget)
+            contender = put_in_order(contender)
+            recipe = contender.recipe(recipe.train.tokens)
+            if budget != MAIN:
+                slots = [_point(contender, recipe, PERPLEXITIES)]
+                entries.append(_planned(contender, recipe, FIGURE_SEEDS, REPORTED, slots))
+                continue
+            shown = (*PERPLEXITIES, ZERO_SHOT)
+            row = Slot(exhibit="table-2", row=f"{name}-in-order", label=contender.label, suites=shown)
+            slots = [row, _point(contender, recipe, shown)]
+            entries.append(_planned(contender, recipe, rival_seeds(name), (*REPORTED, ZERO_SHOT), slots))
     return entries
 
 
@@ -348,15 +359,16 @@ _TEXT = (
 )
 
 
-def _steps(ours: Ours) -> str:
-    """Who has how many seeds, and the width of steps."""
+def _steps(ours: Ours, in_order_too: tuple[str, ...] = ()) -> str:
+    """Who has how many seeds, and the width of steps; `in_order_too` are rivals with their channels in order."""
     seeds = ours.main_seeds()
     more = [tuned(name).label for name in TUNED if len(seeds[name]) > len(SEEDS)]
+    more += [put_in_order(tuned(name)).label for name in in_order_too if len(rival_seeds(name)) > len(SEEDS)]
     return (
-        f"Of {' and '.join(more)} there are {len(SEEDS) + len(MORE_SEEDS)} at the main budget, of ours {len(SEEDS)} at "
-        f"{HALF} M tokens. Steps are of {SEQUENCES} sequences of 1,024 tokens; from {WIDE_FROM} M tokens on of "
-        f"{WIDE_SEQUENCES} for all but AST with its branch, which gained nothing by that where it was tried "
-        "(docs/lab-log.md, section 12)."
+        f"Of {', '.join(more[:-1])} and {more[-1]} there are {len(SEEDS) + len(MORE_SEEDS)} at the main budget, "
+        f"of ours {len(SEEDS)} at {HALF} M tokens. Steps are of {SEQUENCES} sequences of 1,024 tokens; from "
+        f"{WIDE_FROM} M tokens on of {WIDE_SEQUENCES} for all but AST with its branch, which gained nothing by that "
+        "where it was tried (docs/lab-log.md, section 12)."
     )
 
 
@@ -403,5 +415,5 @@ def captions(ours: Ours = OURS) -> dict[str, str]:
     return {
         "table-2": f"{CAPTIONS['table-2']} {order}",
         "table-3": CAPTIONS["table-3"] + (base if ours.permutation else ""),
-        "accuracy-vs-tokens": f"{CAPTIONS['accuracy-vs-tokens']} {_steps(ours)} {_faster()}",
+        "accuracy-vs-tokens": f"{CAPTIONS['accuracy-vs-tokens']} {_steps(ours, RIVALS_IN_ORDER)} {_faster()}",
     }

@@ -120,7 +120,7 @@ def test_the_grid_has_every_method_at_the_main_budget_with_three_seeds_and_four_
     ordered = {f"{name}-in-order": name for name in RIVALS_IN_ORDER}
     assert set(rows) == {"dense", "magnitude", "wanda", "sparsegpt", *contenders(PEAKS[0]), *ordered}
     for row, name in ordered.items():
-        assert rows[row].seeds == SEEDS
+        assert rows[row].seeds == rows[name].seeds
         assert replace(rows[row].recipe, permutation=None) == rows[name].recipe
     for name in contenders(PEAKS[0]):
         more = name in MORE_SEEDS_OF or (name == "improved" and OURS == ORDERED)
@@ -150,7 +150,7 @@ def test_what_is_tuned_is_what_the_committed_trials_chose() -> None:
     assert set(FIVE) == set(sparse[:5])
 
 
-def test_the_figure_has_five_methods_at_five_budgets() -> None:
+def test_the_figure_has_five_methods_and_the_nearest_rivals_in_order_at_five_budgets() -> None:
     points = collections.defaultdict(set)
     for entry in grid_named(NAME).entries:
         for slot in entry.slots:
@@ -158,7 +158,20 @@ def test_the_figure_has_five_methods_at_five_budgets() -> None:
                 points[slot.label].add(entry.recipe.train.tokens // 1_000_000)
     name, budget, peak = ALSO_FASTER
     assert points.pop(f"{tuned(name).label} ({peak:g})") == {budget}
-    assert {tuned(name).label: {3, 6, 12, 24, 48} for name in FIVE} == points
+    labels = [tuned(name).label for name in FIVE]
+    labels += [f"{tuned(name).label} (in order)" for name in RIVALS_IN_ORDER]
+    assert {label: {3, 6, 12, 24, 48} for label in labels} == points
+
+
+def test_a_rival_in_order_differs_by_its_order_alone_at_every_budget() -> None:
+    entries = {(entry.variant, entry.recipe.train.tokens): entry for entry in grid_named(NAME).entries}
+    for name in RIVALS_IN_ORDER:
+        for budget in (3, 6, 12, 24, 48):
+            contender, recipe = at_budget(name, budget)
+            ordered = entries[f"{contender.label} (in order)", recipe.train.tokens]
+            assert ordered.recipe.permutation is not None
+            assert replace(ordered.recipe, permutation=None) == recipe
+            assert ordered.seeds == entries[contender.label, recipe.train.tokens].seeds
 
 
 def test_the_rival_that_is_faster_too_differs_in_its_peak_alone() -> None:
