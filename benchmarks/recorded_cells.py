@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Cell:
     """Over the steps after the first third, in which compiling and recording lie; those of freezing are in it."""
     seconds: float
     """Of all steps."""
+    ended: float
+    """When the last step was done, `time.time()`."""
     peak_bytes: int
     reserved_bytes: int
     kept: list[Tensor]
@@ -63,9 +65,16 @@ class Cell:
 
 
 def run_cell(
-    shape: Shape, method: Method, objective: Objective, device: torch.device, steps: int, *, recorded: bool
+    shape: Shape,
+    method: Method,
+    objective: Objective,
+    device: torch.device,
+    steps: int,
+    *,
+    recorded: bool,
+    on_third: Callable[[], None] | None = None,
 ) -> Cell:
-    """Train from the first step to the last."""
+    """Train from the first step to the last; `on_third` is called after a third of them."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -74,7 +83,9 @@ def run_cell(
     def on_step(progress: Progress) -> None:
         if progress.step in (steps // 3, steps):
             synchronize(device)
-            marks[progress.step] = time.perf_counter()
+            if progress.step == steps // 3 and on_third is not None:
+                on_third()
+            marks[progress.step] = time.time()
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,12 +94,13 @@ def run_cell(
         if recorded:
             run = dataclasses.replace(run, recording=Recording(made.run.model, made.teacher, required=False))
         train(run, on_step=on_step)
-    ended = time.perf_counter()
+    whole = time.perf_counter() - began
     taken = marks[steps] - marks[steps // 3]
     cell = Cell(
         losses=losses.seen,
         tokens_per_second=(steps - steps // 3) * shape.tokens / taken,
-        seconds=ended - began,
+        seconds=whole,
+        ended=marks[steps],
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else 0,
         kept=[site.mask.hard.cpu().clone() for site in made.sites],

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curvature, grid, packed, published_step, ranks, recorded_cells, several_gpus, steps, train
+from benchmarks import (
+    curvature,
+    grid,
+    packed,
+    published_step,
+    ranks,
+    recorded_cells,
+    several_gpus,
+    shared_gpu,
+    steps,
+    train,
+)
 from flows import cli
 from flows.memory import ASSUMED, rates
 from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
@@ -83,6 +94,20 @@ def test_recorded_cells_train_to_the_end_and_compare(tmp_path: Path) -> None:
     assert plain["finite"]
     assert between["losses_apart"] == 0.0, "a CPU adds in one order"
     assert between["masks_alike"] == 1.0
+
+
+def test_processes_that_share_a_device_train_together_and_one_that_fails_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--tiny", "--device", "cpu", "--steps", "12", "--cases", "frozen", "--processes", "1", "2"]
+    assert shared_gpu.main([*given, "--out", str(tmp_path)]) == 0
+    alone, both = json.loads((tmp_path / "shared_gpu.json").read_text())["rows"]
+    assert (alone["processes"], both["processes"]) == (1, 2)
+    assert both["over_one"] == pytest.approx(both["tokens_per_second"] / alone["tokens_per_second"], rel=1e-4)
+    assert "2 processes, service: not measured: the multi-process service is CUDA's" in capsys.readouterr().err
+    monkeypatch.setenv("PYTHONHASHSEED", "no number")
+    assert shared_gpu.main(given) == 1
+    assert "frozen, 1 processes, turns: not measured: process 0 ended with 1: " in capsys.readouterr().err
 
 
 def test_grid_plans_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
