@@ -54,9 +54,9 @@ class Cell:
     tokens_per_second: float
     """Over the steps after the first third, in which compiling and recording lie; those of freezing are in it."""
     seconds: float
-    """Of all steps."""
+    """Of making the model and of all steps, `on_third` included."""
     ended: float
-    """When the last step was done, `time.time()`."""
+    """When the last step was done, by the machine's monotonic clock."""
     peak_bytes: int
     reserved_bytes: int
     kept: list[Tensor]
@@ -85,7 +85,7 @@ def run_cell(
             synchronize(device)
             if progress.step == steps // 3 and on_third is not None:
                 on_third()
-            marks[progress.step] = time.time()
+            marks[progress.step] = time.monotonic()
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

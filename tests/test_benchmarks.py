@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,18 +98,53 @@ def test_recorded_cells_train_to_the_end_and_compare(tmp_path: Path) -> None:
     assert between["masks_alike"] == 1.0
 
 
-def test_processes_that_share_a_device_train_together_and_one_that_fails_is_said(
+@pytest.mark.slow
+def test_processes_that_share_a_device_train_together_and_one_that_fails_ends_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ["--tiny", "--device", "cpu", "--steps", "12", "--cases", "frozen", "--processes", "1", "2"]
+    given = ["--tiny", "--device", "cpu", "--steps", "12", "--cases", "frozen", "--processes", "2", "1"]
     assert shared_gpu.main([*given, "--out", str(tmp_path)]) == 0
     alone, both = json.loads((tmp_path / "shared_gpu.json").read_text())["rows"]
     assert (alone["processes"], both["processes"]) == (1, 2)
     assert both["over_one"] == pytest.approx(both["tokens_per_second"] / alone["tokens_per_second"], rel=1e-4)
-    assert "2 processes, service: not measured: the multi-process service is CUDA's" in capsys.readouterr().err
-    monkeypatch.setenv("PYTHONHASHSEED", "no number")
-    assert shared_gpu.main(given) == 1
-    assert "frozen, 1 processes, turns: not measured: process 0 ended with 1: " in capsys.readouterr().err
+    assert "processes: 2, service: not measured: it is CUDA's" in capsys.readouterr().err
+    failing = "import os, sys\nif sys.orig_argv[-2:] == ['--number', '1']:\n    os.write(2, b'no')\n    os._exit(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(failing)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert shared_gpu.main([*given, "--out", str(tmp_path)]) == 1
+    assert "frozen, processes: 2, turns: not measured: process 1 ended with 3: no\n" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "shared_gpu.json").read_text())["rows"]
+    assert row["processes"] == 1, "what was measured before is kept"
+
+
+def test_a_shared_gpu_trains_as_wide_steps_as_the_study() -> None:
+    options = argparse.Namespace(tiny=False, sequences=16)
+    assert shared_gpu.shape_of(options).tokens == 16 * 1024
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('[ "$1" = -d ] && exit 0; read what; echo "$what" >> "$CUDA_MPS_LOG_DIRECTORY/asked"', None),
+        ("exit 5", "does not start"),
+        ('[ "$1" = -d ]', "does not answer 'quit', end it by hand"),
+    ],
+)
+def test_the_multi_process_service_is_started_and_ended(
+    script: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program of its name that notes what it is asked: there is no GPU here."""
+    control = tmp_path / shared_gpu.CONTROL
+    control.write_text(f"#!/bin/sh\n{script}\n")
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with contextlib.ExitStack() as expected:
+        if said:
+            expected.enter_context(pytest.raises((shared_gpu.NoService, RuntimeError), match=said))
+        with shared_gpu.multi_process_service(tmp_path, "cuda:1") as given:
+            assert Path(given["CUDA_MPS_PIPE_DIRECTORY"]).is_dir()
+    if not said:
+        assert (tmp_path / "log" / "asked").read_text() == "quit\n"
 
 
 def test_grid_plans_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

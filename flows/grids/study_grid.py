@@ -94,7 +94,7 @@ so that bars are judged by the better on each text (docs/lab-log.md, section 16)
 
 
 def rival_seeds(name: str) -> tuple[int, ...]:
-    """Of a rival at the main budget, with its channels in order too."""
+    """The seeds of a row beside ours at the main budget, the same with its channels in order."""
     return (*SEEDS, *MORE_SEEDS) if name in MORE_SEEDS_OF else SEEDS
 
 
@@ -200,9 +200,9 @@ def in_order() -> list[Planned]:
     entries = []
     for name in RIVALS_IN_ORDER:
         for budget in BUDGETS:
-            contender, recipe = at_budget(name, budget)
-            contender = put_in_order(contender)
-            recipe = contender.recipe(recipe.train.tokens)
+            plain, steps = at_budget(name, budget)
+            contender = put_in_order(plain)
+            recipe = contender.recipe(steps.train.tokens)
             if budget != MAIN:
                 slots = [_point(contender, recipe, PERPLEXITIES)]
                 entries.append(_planned(contender, recipe, FIGURE_SEEDS, REPORTED, slots))
@@ -364,8 +364,9 @@ def _steps(ours: Ours, in_order_too: tuple[str, ...] = ()) -> str:
     seeds = ours.main_seeds()
     more = [tuned(name).label for name in TUNED if len(seeds[name]) > len(SEEDS)]
     more += [put_in_order(tuned(name)).label for name in in_order_too if len(rival_seeds(name)) > len(SEEDS)]
+    named = " and ".join([", ".join(more[:-1]), more[-1]] if len(more) > 1 else more)
     return (
-        f"Of {', '.join(more[:-1])} and {more[-1]} there are {len(SEEDS) + len(MORE_SEEDS)} at the main budget, "
+        f"Of {named} there are {len(SEEDS) + len(MORE_SEEDS)} at the main budget, "
         f"of ours {len(SEEDS)} at {HALF} M tokens. Steps are of {SEQUENCES} sequences of 1,024 tokens; from "
         f"{WIDE_FROM} M tokens on of {WIDE_SEQUENCES} for all but AST with its branch, which gained nothing by that "
         "where it was tried (docs/lab-log.md, section 12)."

@@ -12,7 +12,18 @@ import pytest
 from flows.bundle import Only, _corpora, _not_carried, choose
 from flows.grids import grid_named
 from flows.grids.planned import expand
-from flows.grids.study import BOOKS, MIXED, OTHER_BOOKS, PEAKS, REPORTED, TRIED_ON, contenders, rate
+from flows.grids.study import (
+    BOOKS,
+    MIXED,
+    OTHER_BOOKS,
+    PEAKS,
+    PERMUTED,
+    PERPLEXITIES,
+    REPORTED,
+    TRIED_ON,
+    contenders,
+    rate,
+)
 from flows.grids.study_grid import (
     ALSO_FASTER,
     BOOKS_ALONE,
@@ -169,9 +180,19 @@ def test_a_rival_in_order_differs_by_its_order_alone_at_every_budget() -> None:
         for budget in (3, 6, 12, 24, 48):
             contender, recipe = at_budget(name, budget)
             ordered = entries[f"{contender.label} (in order)", recipe.train.tokens]
-            assert ordered.recipe.permutation is not None
-            assert replace(ordered.recipe, permutation=None) == recipe
-            assert ordered.seeds == entries[contender.label, recipe.train.tokens].seeds
+            assert ordered.recipe == replace(recipe, permutation=PERMUTED)
+            plain = entries[contender.label, recipe.train.tokens]
+            assert (ordered.seeds, ordered.suites) == (plain.seeds, plain.suites)
+            for one in (ordered, plain):
+                points = [slot.suites for slot in one.slots if slot.exhibit == "accuracy-vs-tokens"]
+                assert points == [(*PERPLEXITIES, ZERO_SHOT) if budget == 12 else PERPLEXITIES]
+
+
+def test_captions_name_who_has_more_seeds() -> None:
+    said = {name: grid_named(name).captions["accuracy-vs-tokens"] for name in (NAME, UNORDERED_CHANNELS)}
+    assert " Of AST + SLoRB there are 7 at the main budget" in said[UNORDERED_CHANNELS]
+    wanted = " Of AST + SLoRB, SparseForge (improved) and AST + SLoRB (in order) there are 7 at the main budget"
+    assert wanted in said[NAME]
 
 
 def test_the_rival_that_is_faster_too_differs_in_its_peak_alone() -> None:
