@@ -190,11 +190,12 @@ def origin_text(place: Place, origins: Mapping[Place, Mapping[str, Any]], run: s
     context = origin["context"]
     dirty = f", with changes {origin['diff_sha'][:12] or '(not hashed)'}" if origin["dirty"] else ""
     versions = [f"{name} {context[key]}" for name, key in VERSIONS if context.get(key)]
+    lock = f"; lock {origin['lock_sha'][:12]}" if origin["lock_sha"] else ""
     flow = f", Prefect flow run {origin['flow_run_id']}" if origin["flow_run_id"] else ""
     parts = [
         head,
         f"attempt {origin['attempt']} ({origin['attempts']} tried), finished {origin['finished']}",
-        f"commit {origin['git_sha'] or 'unknown'}{dirty}; lock {origin['lock_sha'][:12]}",
+        f"commit {origin['git_sha'] or 'unknown'}{dirty}{lock}",
         f"{context.get('device') or origin['device']}, {', '.join(versions) or 'no versions recorded'}",
         *_model_lines(place, origin, origins.get((place[0], TRAIN))),
         f"command {origin['command']} on {origin['host']}{flow}",

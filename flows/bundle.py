@@ -204,7 +204,8 @@ def write_bundle(chosen: Chosen, folder: Path, *, there: bool = False, slurm: bo
         for key in ordered
     ]
     texts = [{"corpus": specs.encode(corpus), "identity": corpus.identity()} for corpus in corpora]
-    about = {"code": provenance().git_sha, "grids": list(chosen.grids), "there": absent}
+    origin = provenance()
+    about = {"code": origin.git_sha, "changes": origin.diff_sha, "grids": list(chosen.grids), "there": absent}
     bundles.write_description(folder, entries, texts, about)
     if slurm:
         _write_slurm(folder, [levels[key] for key in ordered])

@@ -50,6 +50,8 @@ class Carried:
     """The files that belong to it, relative to the folder."""
     device: str
     torch: str
+    python: str
+    """Empty of results that do not say it."""
     model: str | None
     """Hash of the manifest of the model that a train stage made; None of other stages, and where it diverged."""
     measured: str
@@ -116,7 +118,7 @@ def bring(store: ResultStore, home: Home, found: Checked) -> Ingested:
     done = {place for place, state in states.items() if state.status == "done"}
     fresh = [stage for stage in carried if (stage.cell, stage.stage) not in done]
     foreign = _of_other_models(store, bundle, carried, done)
-    count = sum(_bring(store, home, stage) for stage in fresh if stage.cell not in foreign)
+    count = sum(_bring(store, home, bundle, stage) for stage in fresh if stage.cell not in foreign)
     failed = tuple(why for entry in bundle.entries for why in _failures(cells / cell_key(entry.cell)))
     return Ingested(
         recorded=count,
@@ -218,7 +220,17 @@ def _stages(entry: bundles.Entry, folder: Path) -> Iterator[Carried]:
             raise BundleError(f"{place / measured.FILE} is of cell {found[0]}, stage {found[1]}; wanted {key}, {stage}")
         about = body["context"]
         digest = files.sha256(place / measured.FILE)
-        yield Carried(key, stage, place, tuple(names), str(about["device"]), str(about["torch"]), model, digest)
+        yield Carried(
+            key,
+            stage,
+            place,
+            tuple(names),
+            str(about["device"]),
+            str(about["torch"]),
+            str(about.get("python", "")),
+            model,
+            digest,
+        )
 
 
 def _model_names(place: Path, key: str, digest: str | None) -> list[str]:
@@ -245,9 +257,14 @@ def _model_names(place: Path, key: str, digest: str | None) -> list[str]:
     return [f"{FINAL}/{name}" for name in (MANIFEST, *names)]
 
 
-def _bring(store: ResultStore, home: Home, stage: Carried) -> int:
-    """Claim, copy and record one stage; how many were recorded: 1, or 0 if somebody was faster."""
-    origin = replace(provenance(), host=ELSEWHERE, device=stage.device, torch=stage.torch)
+def _bring(store: ResultStore, home: Home, bundle: bundles.Bundle, stage: Carried) -> int:
+    """Claim, copy and record one stage; how many were recorded: 1, or 0 if somebody was faster.
+
+    What made it is the bundle's code on the other machine, where nobody knows of our lock; the command is this one.
+    """
+    made = {"git_sha": bundle.code, "dirty": bool(bundle.changes), "diff_sha": bundle.changes, "lock_sha": ""}
+    there = {"host": ELSEWHERE, "device": stage.device, "torch": stage.torch, "python": stage.python}
+    origin = replace(provenance(), **made, **there)  # type: ignore[arg-type]
     try:
         attempt = store.claim(stage.cell, stage.stage, origin)
     except CellTaken as error:

@@ -16,6 +16,8 @@ from sparseforge_core.store.rows import Provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+RESULTS = "results"
+"""The folder of the checkout with what its code has measured."""
 
 
 @functools.cache
@@ -68,14 +70,17 @@ def process_alive(pid: int) -> bool:
 
 
 def _git() -> tuple[str, str]:
-    """(commit, hash of how tracked files differ from it, empty if they do not); both empty outside a checkout."""
+    """(commit, hash of how tracked files differ from it, empty if they do not); both empty outside a checkout.
+
+    Results are not looked at: a store that is kept in the checkout differs as soon as something is recorded in it.
+    """
 
     def git(*arguments: str) -> bytes:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
         return done.stdout if done.returncode == 0 else b""
 
     try:
-        diff = git("diff", "HEAD", "--no-ext-diff", "--binary")
+        diff = git("diff", "HEAD", "--no-ext-diff", "--binary", "--", ".", f":(exclude){RESULTS}")
         return git("rev-parse", "HEAD").decode().strip(), hashlib.sha256(diff).hexdigest() if diff else ""
     except FileNotFoundError:  # no git on this machine
         return "", ""

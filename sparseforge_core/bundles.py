@@ -22,15 +22,16 @@ from sparseforge_core.evaluate.suites import WIKITEXT_ENV, Suite
 from sparseforge_core.identity import loads
 from sparseforge_core.recipe import Cell
 
-KIND, FORMAT = "sparseforge-bundle", 2
-"""Of the description; format 1 was not sealed."""
+KIND, FORMAT = "sparseforge-bundle", 3
+"""Of the description; format 1 was not sealed, format 2 did not say whether its code had changes."""
+READ = (2, FORMAT)
 
 FILE, CODE, DATA, HOME = "bundle.json", "code", "data", "home"
 """What lies in the folder of a bundle."""
 TASKS, WIKITEXT, WIKITEXT_FILE = f"{DATA}/tasks", f"{DATA}/wikitext2", "wiki.test.raw"
 """Folders of benchmark items and of the WikiText-2 test set, and the file in the latter."""
 
-FIELDS = {"kind", "format", "code", "grids", "there", "cells", "corpora", files.SEAL}
+FIELDS = {"kind", "format", "code", "changes", "grids", "there", "cells", "corpora", files.SEAL}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Bundle:
     """A bundle that was read and believed."""
 
     folder: Path
+    code: str
+    """The commit of the code that it carries; empty where it was written outside a checkout."""
+    changes: str
+    """Hash of how that code differed from the commit; empty if it did not, or of format 2."""
     grids: tuple[str, ...]
     """The grids that its cells are planned in."""
     entries: tuple[Entry, ...]
@@ -75,9 +80,10 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{path} cannot be read as a bundle ({error}); {again}, or copy it again") from error
     if not isinstance(body, dict) or body.get("kind") != KIND:
         raise BundleError(f"{path} is no bundle of SparseForge; {again}")
-    if body.get("format") != FORMAT:
-        raise BundleError(f"{path} has bundle format {body.get('format')!r}, this version reads {FORMAT}; {again}")
-    if set(body) != FIELDS or not files.seal_fits(body):
+    if body.get("format") not in READ:
+        reads = " and ".join(map(str, READ))
+        raise BundleError(f"{path} has bundle format {body.get('format')!r}, this version reads {reads}; {again}")
+    if set(body) != (FIELDS if body["format"] == FORMAT else FIELDS - {"changes"}) or not files.seal_fits(body):
         raise BundleError(f"{path} was altered: its content does not give its hash; {again}, or copy it again")
     try:
         entries = tuple(_entry(entry) for entry in body["cells"])
@@ -85,7 +91,14 @@ def read_bundle(folder: Path) -> Bundle:
         corpora = tuple(read)
     except SparseForgeError as error:
         raise BundleError(f"{path} was written by other code, which this version cannot read: {error}") from error
-    return Bundle(folder, tuple(body["grids"]), entries, corpora)
+    return Bundle(
+        folder=folder,
+        code=str(body["code"]),
+        changes=str(body.get("changes", "")),
+        grids=tuple(body["grids"]),
+        entries=entries,
+        corpora=corpora,
+    )
 
 
 def _entry(body: dict[str, Any]) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import resource
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def context_of(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "python": platform.python_version(),
         "device": name,
         "dtype": "float32",
         "threads": torch.get_num_threads(),

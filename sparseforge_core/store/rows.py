@@ -113,8 +113,10 @@ class Provenance:
     """Who ran an attempt, with what."""
 
     git_sha: str = ""
+    """Of the code that made it: of a bundle, the code that it carried."""
     dirty: bool = False
     lock_sha: str = ""
+    """Of the lock beside the code; empty where another machine's packages are not known to be those."""
     host: str = ""
     """The machine, and where it says so, which boot of it and which namespace of process numbers `pid` is of."""
     device: str = ""
@@ -124,7 +126,7 @@ class Provenance:
     pid: int = 0
     flow_run_id: str = ""
     diff_sha: str = ""
-    """Hash of what `git diff HEAD` showed, where tracked files differed from the commit."""
+    """Hash of what `git diff HEAD` showed, where tracked files other than results differed from the commit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -28,6 +29,7 @@ from flows.grids.planned import Grid, expand
 from flows.grids.smoke import tiny_smoke
 from flows.home import Home
 from flows.ingesting import Ingested, ingest
+from flows.provenance import provenance
 from sparseforge_core import bundles, files, measured
 from sparseforge_core.bundle_status import status
 from sparseforge_core.checkpoint import verify
@@ -89,6 +91,25 @@ def test_what_was_made_elsewhere_is_recorded_once_and_its_models_stay(here: Here
     assert ready(states) == []
     key = next(s.cell_key for s in states if s.method == "sparseforge")
     verify(here.home.cell(key) / "train" / "final", key)
+
+
+@pytest.mark.parametrize(("form", "changes"), [(3, "f" * 64), (3, ""), (2, "")])
+def test_an_attempt_elsewhere_is_of_the_code_that_the_bundle_carried(here: Here, form: int, changes: str) -> None:
+    """Whatever the checkout that records it is by then; a bundle of the format before is read too."""
+    path = here.folder / "bundle.json"
+    body = json.loads(path.read_text())
+    assert body["format"] == bundles.FORMAT
+    assert body["code"] == provenance().git_sha
+    body |= {"format": form, "code": "0123abc", "changes": changes}
+    if form == 2:
+        del body["changes"]
+    files.write_json(path, files.seal({name: value for name, value in body.items() if name != files.SEAL}))
+    here.ingest()
+    attempts = [a for s in here.store.work("tiny-smoke") for a in here.store.attempts(s.cell_key)]
+    assert {
+        (a.provenance.git_sha, a.provenance.dirty, a.provenance.diff_sha, a.provenance.lock_sha) for a in attempts
+    } == {("0123abc", bool(changes), changes, "")}
+    assert {a.provenance.python for a in attempts} == {platform.python_version()}
 
 
 def test_an_ingest_does_not_write_beside_a_process_that_still_writes(
@@ -533,7 +554,7 @@ def test_items_of_tasks_and_wikitext_travel_and_are_read_there_as_here(
     for path in (tmp_path / "carried" / "data" / "tasks").rglob("*.jsonl"):
         assert len(path.read_text().splitlines()) == limit
     monkeypatch.delenv("SPARSEFORGE_WIKITEXT2")
-    bundles.prepare(bundles.Bundle(tmp_path / "carried", (), (), ()))
+    bundles.prepare(bundles.Bundle(folder=tmp_path / "carried", code="", changes="", grids=(), entries=(), corpora=()))
     for name in ("SPARSEFORGE_TASKS", "SPARSEFORGE_DATA", "SPARSEFORGE_WIKITEXT2"):
         monkeypatch.setenv(name, os.environ[name])  # gone after the test
     assert wikitext2_test() == text

@@ -233,6 +233,32 @@ def test_provenance_says_what_made_an_attempt() -> None:
     assert not process_alive(2**22 + 1)
 
 
+def test_results_kept_beside_the_code_are_no_change_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "results").mkdir()
+    store, code = tmp_path / "results" / "store.db", tmp_path / "code.py"
+    for path in (store, code):
+        path.write_text("before\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr("flows.provenance.ROOT", tmp_path)
+    provenance.cache_clear()
+    try:
+        store.write_text("after\n")
+        assert (provenance().git_sha, provenance().dirty) == (git("rev-parse", "HEAD"), False)
+        provenance.cache_clear()
+        code.write_text("after\n")
+        assert provenance().dirty
+        assert len(provenance().diff_sha) == 64
+    finally:
+        provenance.cache_clear()
+
+
 def said_here(*before: str) -> str:
     """What a new process says of where it is."""
     command = [*before, sys.executable, "-c", "from flows.provenance import here; print(here())"]
