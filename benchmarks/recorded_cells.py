@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
 import tempfile
 import time
@@ -27,15 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.step_profile import CASES, FOLLOWING, LoggedLosses, rounded
-from benchmarks.steps import SHAPES, Shape, bench, release, synchronize
-from benchmarks.train import commit, hardware, small_shapes
+from benchmarks.one_shape import add_options, device_of, say, shape_of
+from benchmarks.step_profile import CASES, FOLLOWING, LoggedLosses
+from benchmarks.steps import Shape, bench, release, synchronize
 from sparseforge_core.methods import AST, FrozenMask, MagnitudePruning, Method
 from sparseforge_core.objective import Distill, Objective
 from sparseforge_core.presets import preset_named
 from sparseforge_core.train.loop import Progress, train
 from sparseforge_core.train.recording import Recording
 
+FILE = "recorded_cells.json"
 CELLS: dict[str, tuple[Method, Objective]] = {
     **CASES,
     "frozen": (FrozenMask(prior=MagnitudePruning()), Distill()),
@@ -149,16 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CELLS), default=["frozen", "following", "annealing", "ast"])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--sequences", type=int, default=16, help="of 1024 tokens, in a step")
     parser.add_argument("--seconds", type=float, default=3600, help="no case begins after these")
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape: whether it runs, not how fast")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for recorded_cells.json")
+    add_options(parser, FILE)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = dataclasses.replace(SHAPES["135m"], sequences=options.sequences)
-    if options.tiny:
-        shape = small_shapes()["135m"]
+    device, shape = device_of(options), shape_of(options)
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for place, name in enumerate(options.cases):
@@ -166,12 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: no time left", flush=True)
             continue
         for row in rows_of(name, shape, device, options.steps, twice=place == 0):
-            rows.append({**row, "at_s": round(time.perf_counter() - began, 1)})
-            print(json.dumps(rounded(rows[-1])), flush=True)
-            if options.out:
-                made = {"hardware": hardware(device), "commit": commit(), "rows": rows}
-                Path(options.out).mkdir(parents=True, exist_ok=True)
-                (Path(options.out) / "recorded_cells.json").write_text(json.dumps(rounded(made), indent=1) + "\n")
+            say(rows, {**row, "at_s": round(time.perf_counter() - began, 1)}, options, FILE)
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -28,13 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
+from benchmarks.one_shape import add_options, device_of, say, shape_of
 from benchmarks.recorded_cells import CELLS, run_cell
-from benchmarks.step_profile import rounded
-from benchmarks.steps import SHAPES, Shape
-from benchmarks.train import commit, hardware, small_shapes
 
+FILE = "shared_gpu.json"
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 TURNS, SERVICE = "turns", "service"
@@ -54,17 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CELLS), default=["frozen", "following"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 3], metavar="N")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--sequences", type=int, default=16, help="of 1024 tokens, in a step")
     parser.add_argument("--seconds", type=float, default=3600, help="no measurement begins after these")
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape: whether it runs, not how fast")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for shared_gpu.json")
+    add_options(parser, FILE)
     parser.add_argument("--meet", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 6:
         parser.error(f"--steps {options.steps}: at least 6, of which a third come before the figure")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = str(device_of(options))
     if options.meet:
         return _one(options)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
@@ -89,15 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
                 row |= {"sequences": shape_of(options).sequences, "tokens_per_second": rate}
                 if (how, count) == (TURNS, 1):
                     alone = rate
-                rows.append(rounded(row | ({} if alone is None else {"over_one": rate / alone})))
-                print(json.dumps(rows[-1]), flush=True)
-                _write(rows, options)
+                say(rows, row | ({} if alone is None else {"over_one": rate / alone}), options, FILE)
     return int(failed)
-
-
-def shape_of(options: argparse.Namespace) -> Shape:
-    """What is trained."""
-    return small_shapes()["135m"] if options.tiny else dataclasses.replace(SHAPES["135m"], sequences=options.sequences)
 
 
 def together(case: str, count: int, how: str, options: argparse.Namespace) -> float:
@@ -189,7 +175,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _one(options: argparse.Namespace) -> int:
     """One of the processes: train, and wait for the others after a third of the steps."""
     (case,), (count,) = options.cases, options.processes
-    meet, shape, device = options.meet, shape_of(options), torch.device(options.device)
+    meet, shape, device = options.meet, shape_of(options), device_of(options)
     met = 0.0
 
     def wait() -> None:
@@ -206,13 +192,6 @@ def _one(options: argparse.Namespace) -> int:
     tokens = (options.steps - options.steps // 3) * shape.tokens
     (meet / f"{options.number}.json").write_text(json.dumps({"began": met, "ended": cell.ended, "tokens": tokens}))
     return 0
-
-
-def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        made = {"hardware": hardware(torch.device(options.device)), "commit": commit(), "rows": rows}
-        (Path(options.out) / "shared_gpu.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

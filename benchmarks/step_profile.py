@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
-import os
 import re
 import statistics
 import sys
@@ -34,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.steps import SHAPES, Shape, bench, release, synchronize
-from benchmarks.train import commit, hardware, small_shapes
+from benchmarks.one_shape import add_options, device_of, say, shape_of
+from benchmarks.steps import Shape, bench, release, synchronize
 from sparseforge_core.methods import AST, CAST, SRSTE, FrozenMask, MagnitudePruning, MaskLLM, Method, SparseForge
 from sparseforge_core.objective import Distill, Objective, TaskOnly
 from sparseforge_core.objective.correction import TeacherCorrection
@@ -43,6 +41,7 @@ from sparseforge_core.tracking.tracker import NullTracker
 from sparseforge_core.train.loop import Progress, train
 from sparseforge_core.train.recording import Recording
 
+FILE = "step_profile.json"
 FOLLOWING = Distill(kl_weight=0.75, correction=TeacherCorrection())
 CASES: dict[str, tuple[Method, Objective]] = {
     "frozen": (FrozenMask(prior=MagnitudePruning()), Distill()),
@@ -319,15 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["frozen", "following"])
     parser.add_argument("--hows", nargs="+", choices=HOWS, default=list(HOWS))
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--sequences", type=int, default=16, help="of 1024 tokens, in a step")
-    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape: whether it runs, not how fast")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for step_profile.json")
+    add_options(parser, FILE)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = dataclasses.replace(SHAPES["135m"], sequences=options.sequences)
-    if options.tiny:
-        shape = small_shapes()["135m"]
+    device, shape = device_of(options), shape_of(options)
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for source in (
@@ -335,22 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
         *(case(name, shape, device, options.hows) for name in options.cases),
     ):
         for row in source:
-            rows.append({**row, "at_s": round(time.perf_counter() - began, 1)})
-            print(json.dumps(rounded(rows[-1])), flush=True)
-            if options.out:
-                made = {"hardware": hardware(device), "commit": commit(), "rows": rows}
-                Path(options.out).mkdir(parents=True, exist_ok=True)
-                (Path(options.out) / "step_profile.json").write_text(json.dumps(rounded(made), indent=1) + "\n")
+            say(rows, {**row, "at_s": round(time.perf_counter() - began, 1)}, options, FILE)
     return 0
-
-
-def rounded(value: Any) -> Any:
-    """Numbers with as many digits as are worth reading."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {str(key): rounded(part) for key, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -262,9 +262,17 @@ def _bring(store: ResultStore, home: Home, bundle: bundles.Bundle, stage: Carrie
 
     What made it is the bundle's code on the other machine, where nobody knows of our lock; the command is this one.
     """
-    made = {"git_sha": bundle.code, "dirty": bool(bundle.changes), "diff_sha": bundle.changes, "lock_sha": ""}
-    there = {"host": ELSEWHERE, "device": stage.device, "torch": stage.torch, "python": stage.python}
-    origin = replace(provenance(), **made, **there)  # type: ignore[arg-type]
+    origin = replace(
+        provenance(),
+        git_sha=bundle.code,
+        dirty=bool(bundle.changes),
+        diff_sha=bundle.changes,
+        lock_sha="",
+        host=ELSEWHERE,
+        device=stage.device,
+        torch=stage.torch,
+        python=stage.python,
+    )
     try:
         attempt = store.claim(stage.cell, stage.stage, origin)
     except CellTaken as error:

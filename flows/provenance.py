@@ -23,7 +23,7 @@ RESULTS = "results"
 @functools.cache
 def provenance(device: str = "cpu", flow_run_id: str = "") -> Provenance:
     """Of this process."""
-    sha, diff = _git()
+    sha, diff = state_of(ROOT)
     return Provenance(
         git_sha=sha,
         dirty=bool(diff),
@@ -69,14 +69,14 @@ def process_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def _git() -> tuple[str, str]:
+def state_of(checkout: Path) -> tuple[str, str]:
     """(commit, hash of how tracked files differ from it, empty if they do not); both empty outside a checkout.
 
     Results are not looked at: a store that is kept in the checkout differs as soon as something is recorded in it.
     """
 
     def git(*arguments: str) -> bytes:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, check=False)
         return done.stdout if done.returncode == 0 else b""
 
     try:

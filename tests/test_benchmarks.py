@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     curvature,
     grid,
+    one_shape,
     packed,
     published_step,
     ranks,
@@ -26,8 +27,10 @@ from benchmarks import (
     train,
 )
 from flows import cli
+from flows.grids.study import plan
 from flows.memory import ASSUMED, rates
 from sparseforge_core.observe.curvature import ESTIMATORS, AdamSecondMoment
+from sparseforge_core.schedules import Constant
 
 SMALL = ["--width", "16", "--layers", "1", "--sequences", "2", "--length", "8", "--repeats", "1", "--device", "cpu"]
 
@@ -118,8 +121,9 @@ def test_processes_that_share_a_device_train_together_and_one_that_fails_ends_th
 
 
 def test_a_shared_gpu_trains_as_wide_steps_as_the_study() -> None:
-    options = argparse.Namespace(tiny=False, sequences=16)
-    assert shared_gpu.shape_of(options).tokens == 16 * 1024
+    parser = argparse.ArgumentParser()
+    one_shape.add_options(parser, shared_gpu.FILE)
+    assert one_shape.shape_of(parser.parse_args([])).tokens == plan(1, Constant(value=0.0)).tokens
 
 
 @pytest.mark.parametrize(

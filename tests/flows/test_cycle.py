@@ -17,7 +17,7 @@ import pytest
 from flows import cycle
 from flows.cycle import TRAIN, execute_stage, plan_grid
 from flows.home import Home
-from flows.provenance import here, machine_of, process_alive, provenance
+from flows.provenance import here, machine_of, process_alive, provenance, state_of
 from sparseforge_core import run
 from sparseforge_core.errors import CellTaken, CheckpointMismatch, Interrupted, RecipeError
 from sparseforge_core.identity import loads
@@ -233,7 +233,7 @@ def test_provenance_says_what_made_an_attempt() -> None:
     assert not process_alive(2**22 + 1)
 
 
-def test_results_kept_beside_the_code_are_no_change_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_kept_beside_the_code_are_no_change_of_it(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -246,17 +246,10 @@ def test_results_kept_beside_the_code_are_no_change_of_it(tmp_path: Path, monkey
         path.write_text("before\n")
     git("add", ".")
     git("commit", "-qm", "first")
-    monkeypatch.setattr("flows.provenance.ROOT", tmp_path)
-    provenance.cache_clear()
-    try:
-        store.write_text("after\n")
-        assert (provenance().git_sha, provenance().dirty) == (git("rev-parse", "HEAD"), False)
-        provenance.cache_clear()
-        code.write_text("after\n")
-        assert provenance().dirty
-        assert len(provenance().diff_sha) == 64
-    finally:
-        provenance.cache_clear()
+    store.write_text("after\n")
+    assert state_of(tmp_path) == (git("rev-parse", "HEAD"), "")
+    code.write_text("after\n")
+    assert len(state_of(tmp_path)[1]) == 64
 
 
 def said_here(*before: str) -> str:
